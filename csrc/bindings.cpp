@@ -1,0 +1,129 @@
+// ftfast._C: raw pointers, sizes and strides in, nothing of torch. Private: ftfast/ops checks every argument before.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "ft_loss.h"
+
+namespace py = pybind11;
+
+namespace ftfast {
+namespace {
+
+std::vector<int64_t> numbers(const py::tuple& tuple) {
+  std::vector<int64_t> values;
+  values.reserve(tuple.size());
+  for (const auto& item : tuple) values.push_back(item.cast<int64_t>());
+  return values;
+}
+
+// (address, dtype, strides of all dims), or None
+Factor factor_of(const py::object& object) {
+  Factor factor;
+  if (object.is_none()) return factor;
+  const auto tuple = object.cast<py::tuple>();
+  factor.data = reinterpret_cast<char*>(tuple[0].cast<uintptr_t>());
+  factor.dtype = DType(tuple[1].cast<int>());
+  const auto strides = numbers(tuple[2].cast<py::tuple>());
+  factor.sample_stride = strides[0];
+  std::copy(strides.begin() + 1, strides.end(), factor.strides);
+  return factor;
+}
+
+// Brings the sample's dims into the memory order of the student and merges neighbours that every factor walks as one.
+void simplify(Problem& problem, std::vector<int64_t> sizes) {
+  std::vector<Factor*> factors;
+  for (Factor* factor : {&problem.student, &problem.teacher, &problem.student_gradient, &problem.teacher_gradient})
+    if (factor->data) factors.push_back(factor);
+  const Factor& lead = problem.student.data ? problem.student : problem.student_gradient;
+  std::vector<int> order;
+  for (int d = 0; d < int(sizes.size()); ++d)
+    if (sizes[d] != 1) order.push_back(d);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return lead.strides[a] > lead.strides[b]; });
+
+  const std::vector<Factor> before = [&] {
+    std::vector<Factor> copies;
+    for (const Factor* factor : factors) copies.push_back(*factor);
+    return copies;
+  }();
+  problem.dims = 0;
+  problem.size = 1;
+  for (const int d : order) {
+    problem.size *= sizes[d];
+    bool merges = problem.dims > 0;
+    for (size_t f = 0; merges && f < factors.size(); ++f)
+      merges = factors[f]->strides[problem.dims - 1] == before[f].strides[d] * sizes[d];
+    if (merges) problem.sizes[problem.dims - 1] *= sizes[d];
+    else problem.sizes[problem.dims++] = sizes[d];
+    for (size_t f = 0; f < factors.size(); ++f) factors[f]->strides[problem.dims - 1] = before[f].strides[d];
+  }
+  if (problem.dims == 0) {
+    problem.sizes[0] = 1;
+    problem.dims = 1;
+    for (Factor* factor : factors) factor->strides[0] = 1;
+  }
+  for (Factor* factor : factors) {
+    int64_t run = 1;
+    factor->dense = true;
+    for (int d = problem.dims - 1; d >= 0; run *= problem.sizes[d--])
+      factor->dense = factor->dense && factor->strides[d] == run;
+  }
+}
+
+Problem problem_of(const py::tuple& shape, const py::object& student, const py::object& teacher,
+                   const py::object& student_gradient, const py::object& teacher_gradient, int threads) {
+  Problem problem;
+  auto sizes = numbers(shape);
+  problem.samples = sizes[0];
+  problem.student = factor_of(student);
+  problem.teacher = factor_of(teacher);
+  problem.student_gradient = factor_of(student_gradient);
+  problem.teacher_gradient = factor_of(teacher_gradient);
+  problem.threads = threads;
+  sizes.erase(sizes.begin());
+  simplify(problem, std::move(sizes));
+  return problem;
+}
+
+void forward(const py::tuple& shape, const py::object& student, const py::object& teacher,
+             const py::object& student_gradient, uintptr_t loss, uintptr_t statistics, int p, bool mean_of_rows,
+             double eps, double scale, int threads) {
+  Problem problem = problem_of(shape, student, teacher, student_gradient, py::none(), threads);
+  problem.p = p;
+  problem.eps = eps;
+  problem.scale = scale;
+  problem.mean_of_rows = mean_of_rows;
+  py::gil_scoped_release release;
+  ft_loss_forward(problem, reinterpret_cast<void*>(loss), reinterpret_cast<void*>(statistics));
+}
+
+void backward(const py::tuple& shape, const py::object& student, const py::object& teacher,
+              const py::object& student_gradient, const py::object& teacher_gradient, uintptr_t statistics,
+              uintptr_t upstream, int64_t upstream_stride, int p, double scale, int threads) {
+  Problem problem = problem_of(shape, student, teacher, student_gradient, teacher_gradient, threads);
+  problem.p = p;
+  problem.scale = scale;
+  py::gil_scoped_release release;
+  ft_loss_backward(problem, reinterpret_cast<void*>(statistics), reinterpret_cast<void*>(upstream), upstream_stride);
+}
+
+void scale_rows(const py::tuple& shape, const py::object& gradient, uintptr_t upstream, int64_t upstream_stride,
+                int threads) {
+  Problem problem = problem_of(shape, py::none(), py::none(), gradient, py::none(), threads);
+  problem.student.dtype = problem.student_gradient.dtype;
+  py::gil_scoped_release release;
+  ft_loss_scale_rows(problem, reinterpret_cast<void*>(upstream), upstream_stride);
+}
+
+}  // namespace
+}  // namespace ftfast
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Private kernels of ftfast; use ftfast.ft_loss.";
+  module.attr("max_dims") = ftfast::max_dims;
+  module.def("instruction_set", &ftfast::instruction_set);
+  module.def("ft_loss_forward", &ftfast::forward);
+  module.def("ft_loss_backward", &ftfast::backward);
+  module.def("ft_loss_scale_rows", &ftfast::scale_rows);
+}

@@ -1,0 +1,159 @@
+// The three passes over one sample of the factor transfer loss; compiled once for each instruction set.
+//   a = s * si, b = t * ti, d = a - b;   p=1: l = sum |d|, g = sign d;   p=2: l = |d|, g = d * h, h = 1/l
+//   ds = c * (g - a <g, a>)
+// The first pass reads memory; the others find the sample in cache, and meanwhile touch the next one.
+
+#include "../ft_loss.h"
+#include "vector.h"
+
+namespace ftfast {
+namespace FTFAST_INSTRUCTION_SET {
+namespace {
+
+constexpr int cache_line = 64;
+constexpr int unroll = 4;  // independent sums, so that additions overlap
+
+template <class C>
+constexpr int lanes = vector_bytes / int(sizeof(C));
+
+// Calls body(s, t, first element, valid count) for whole registers, and once for a zero-padded tail.
+template <class C, class S, class T, class Body>
+inline void for_tail(const S* s, const T* t, int64_t begin, int64_t size, Body body) {
+  int64_t i = begin;
+  for (; i + lanes<C> <= size; i += lanes<C>) body(s + i, t + i, i, lanes<C>);
+  if (i == size) return;
+  S padded_s[lanes<C>] = {};
+  T padded_t[lanes<C>] = {};
+  std::memcpy(padded_s, s + i, sizeof(S) * (size - i));
+  std::memcpy(padded_t, t + i, sizeof(T) * (size - i));
+  body(padded_s, padded_t, i, int(size - i));
+}
+
+template <class Element>
+inline void prefetch(const char* next, int64_t first, int64_t count) {
+  if (!next) return;
+  const char* begin = next + first * int64_t(sizeof(Element));
+  for (int64_t byte = 0; byte < count * int64_t(sizeof(Element)); byte += cache_line)
+    __builtin_prefetch(begin + byte, 0, 2);
+}
+
+template <class C, class S, class T>
+struct Row {
+  using Values = typename Register<C>::Values;
+  using Bits = typename Register<C>::Bits;
+  static constexpr int64_t step = unroll * lanes<C>;
+
+  static void squares(const void* student, const void* teacher, int64_t size, double* sums) {
+    const S* s = static_cast<const S*>(student);
+    const T* t = static_cast<const T*>(teacher);
+    Values ss[unroll] = {}, tt[unroll] = {};
+    int64_t i = 0;
+    for (; i + step <= size; i += step)
+      for (int u = 0; u < unroll; ++u) {
+        const Values x = load(s + i + u * lanes<C>), y = load(t + i + u * lanes<C>);
+        ss[u] = multiply_add(x, x, ss[u]);
+        tt[u] = multiply_add(y, y, tt[u]);
+      }
+    for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t, int) {
+      const Values x = load(s_tail), y = load(t_tail);
+      ss[0] = multiply_add(x, x, ss[0]);
+      tt[0] = multiply_add(y, y, tt[0]);
+    });
+    sums[0] = sum<C>((ss[0] + ss[1]) + (ss[2] + ss[3]));
+    sums[1] = sum<C>((tt[0] + tt[1]) + (tt[2] + tt[3]));
+  }
+
+  // sign(d) * x, with sign(0) = 0, in bit operations
+  static Values signed_by(Values d, Values x) {
+    const Bits flipped = reinterpret_cast<Bits>(x) ^ (reinterpret_cast<Bits>(d) & Register<C>::sign_bit);
+    return reinterpret_cast<Values>(flipped & (d != 0));
+  }
+
+  template <int P>
+  static void distances_of(const S* s, const T* t, int64_t size, C si, C ti, double* sums, const char* next_s) {
+    Values ll[unroll] = {}, aa[unroll] = {}, bb[unroll] = {};
+    // Two roundings each, never fused: equal factors then differ by exactly 0.
+    const auto add = [&](const S* s_at, const T* t_at, int u) {
+      const Values a = load(s_at) * si, b = load(t_at) * ti, d = a - b;
+      if (P == 1) {
+        ll[u] += reinterpret_cast<Values>(reinterpret_cast<Bits>(d) & ~Register<C>::sign_bit);
+        aa[u] += signed_by(d, a);
+        bb[u] += signed_by(d, b);
+      } else {
+        ll[u] = multiply_add(d, d, ll[u]);
+        aa[u] = multiply_add(d, a, aa[u]);
+        bb[u] = multiply_add(d, b, bb[u]);
+      }
+    };
+    int64_t i = 0;
+    for (; i + step <= size; i += step) {
+      prefetch<S>(next_s, i, step);
+      for (int u = 0; u < unroll; ++u) add(s + i + u * lanes<C>, t + i + u * lanes<C>, u);
+    }
+    for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t, int) { add(s_tail, t_tail, 0); });
+    sums[0] = sum<C>((ll[0] + ll[1]) + (ll[2] + ll[3]));
+    sums[1] = sum<C>((aa[0] + aa[1]) + (aa[2] + aa[3]));
+    sums[2] = sum<C>((bb[0] + bb[1]) + (bb[2] + bb[3]));
+  }
+
+  static void distances(const void* s, const void* t, int64_t size, int p, double si, double ti, double* sums,
+                        const char* next_s) {
+    const auto of = p == 1 ? distances_of<1> : distances_of<2>;
+    of(static_cast<const S*>(s), static_cast<const T*>(t), size, C(si), C(ti), sums, next_s);
+  }
+
+  template <int P>
+  static void gradient_of(const S* s, const T* t, S* ds, int64_t size, C si, C ti, C q, C h, C c, const char* next_t) {
+    const Values ones = Values{} + C(1);
+    const auto at = [&](const S* s_at, const T* t_at) {
+      const Values a = load(s_at) * si, b = load(t_at) * ti, d = a - b;
+      const Values g = P == 1 ? signed_by(d, ones) : d * h;
+      return (g - a * q) * c;
+    };
+    int64_t i = 0;
+    for (; i + step <= size; i += step) {
+      prefetch<T>(next_t, i, step);
+      for (int u = 0; u < unroll; ++u) store(ds + i + u * lanes<C>, at(s + i + u * lanes<C>, t + i + u * lanes<C>));
+    }
+    for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t first, int valid) {
+      S result[lanes<C>];
+      store(result, at(s_tail, t_tail));
+      std::memcpy(ds + first, result, sizeof(S) * valid);
+    });
+  }
+
+  static void gradient(const void* s, const void* t, void* ds, int64_t size, int p, double si, double ti, double q,
+                       double h, double c, const char* next_t) {
+    const auto of = p == 1 ? gradient_of<1> : gradient_of<2>;
+    of(static_cast<const S*>(s), static_cast<const T*>(t), static_cast<S*>(ds), size, C(si), C(ti), C(q), C(h), C(c),
+       next_t);
+  }
+
+  static constexpr RowKernels kernels = {squares, distances, gradient};
+};
+
+template <class S>
+const RowKernels* of_teacher(DType teacher) {
+  switch (teacher) {
+    case DType::float32: return &Row<float, S, float>::kernels;
+    case DType::bfloat16: return &Row<float, S, BFloat16>::kernels;
+    case DType::float16: return &Row<float, S, Float16>::kernels;
+    case DType::int8: return &Row<float, S, int8_t>::kernels;
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+
+const RowKernels* row_kernels(DType student, DType teacher) {
+  switch (student) {
+    case DType::float64: return teacher == DType::float64 ? &Row<double, double, double>::kernels : nullptr;
+    case DType::float32: return of_teacher<float>(teacher);
+    case DType::bfloat16: return of_teacher<BFloat16>(teacher);
+    case DType::float16: return of_teacher<Float16>(teacher);
+    default: return nullptr;
+  }
+}
+
+}  // namespace FTFAST_INSTRUCTION_SET
+}  // namespace ftfast

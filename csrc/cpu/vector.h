@@ -1,0 +1,118 @@
+// A register of C (float or double), as wide as the instruction set that this file is compiled for.
+// GCC's and clang's vector extensions do the arithmetic; only float16 and fused multiply-add need intrinsics.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../dtype.h"
+
+namespace ftfast {
+namespace FTFAST_INSTRUCTION_SET {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+constexpr int float_lanes = vector_bytes / 4;
+
+typedef float Floats __attribute__((vector_size(vector_bytes)));
+typedef int32_t FloatBits __attribute__((vector_size(vector_bytes)));
+typedef double Doubles __attribute__((vector_size(vector_bytes)));
+typedef int64_t DoubleBits __attribute__((vector_size(vector_bytes)));
+
+template <class C>
+struct Register;
+template <>
+struct Register<float> {
+  using Values = Floats;
+  using Bits = FloatBits;
+  static constexpr int32_t sign_bit = INT32_MIN;
+};
+template <>
+struct Register<double> {
+  using Values = Doubles;
+  using Bits = DoubleBits;
+  static constexpr int64_t sign_bit = INT64_MIN;
+};
+
+template <class Vector>
+inline Vector load_bytes(const void* source) {
+  Vector vector;
+  std::memcpy(&vector, source, sizeof(Vector));
+  return vector;
+}
+
+inline Floats load(const float* source) { return load_bytes<Floats>(source); }
+inline Doubles load(const double* source) { return load_bytes<Doubles>(source); }
+inline void store(float* target, Floats values) { std::memcpy(target, &values, sizeof values); }
+inline void store(double* target, Doubles values) { std::memcpy(target, &values, sizeof values); }
+
+typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+typedef int8_t Bytes __attribute__((vector_size(vector_bytes / 4)));
+
+inline Floats load(const BFloat16* source) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(load_bytes<Halves>(source), Words) << 16);
+}
+
+inline void store(BFloat16* target, Floats values) {
+  const Words bits = reinterpret_cast<Words>(values);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words nan = (bits >> 16) | 0x40;
+  const Halves halves = __builtin_convertvector(values != values ? nan : rounded, Halves);
+  std::memcpy(target, &halves, sizeof halves);
+}
+
+inline Floats load(const int8_t* source) {
+  return __builtin_convertvector(__builtin_convertvector(load_bytes<Bytes>(source), FloatBits), Floats);
+}
+
+#if defined(__AVX512F__)
+inline Floats load(const Float16* source) { return (Floats)_mm512_cvtph_ps(load_bytes<__m256i>(source)); }
+inline void store(Float16* target, Floats values) {
+  const __m256i halves = _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(target, &halves, sizeof halves);
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__)
+inline Floats load(const Float16* source) { return (Floats)_mm256_cvtph_ps(load_bytes<__m128i>(source)); }
+inline void store(Float16* target, Floats values) {
+  const __m128i halves = _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(target, &halves, sizeof halves);
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline Floats load(const Float16* source) {
+  Floats values;
+  for (int i = 0; i < float_lanes; ++i) values[i] = to_float(source[i]);
+  return values;
+}
+inline void store(Float16* target, Floats values) {
+  for (int i = 0; i < float_lanes; ++i) target[i] = to_float16(values[i]);
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+#endif
+inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+
+// In pairs, always the same ones.
+template <class C>
+inline C sum(typename Register<C>::Values values) {
+  constexpr int lanes = vector_bytes / sizeof(C);
+  C parts[lanes];
+  store(parts, values);
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+}  // namespace FTFAST_INSTRUCTION_SET
+}  // namespace ftfast

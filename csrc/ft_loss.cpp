@@ -1,0 +1,316 @@
+// The driver of the CPU loss: shares samples between threads, gathers samples that are not dense, and writes the
+// per-sample numbers. All arithmetic over elements is in cpu/ft_loss.cpp.
+#include "ft_loss.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "dtype.h"
+
+namespace ftfast {
+namespace {
+
+int64_t bytes_of(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return 8;
+    case DType::float32: return 4;
+    case DType::bfloat16: case DType::float16: return 2;
+    default: return 1;
+  }
+}
+
+template <class E>
+void gather(E* dense, const E* source, const int64_t* sizes, const int64_t* strides, int dims) {
+  if (dims == 1) {
+    for (int64_t i = 0; i < sizes[0]; ++i) dense[i] = source[i * strides[0]];
+    return;
+  }
+  if (dims == 2) {
+    // In strips: the source's lines that a strip touches stay in cache while the outer dim walks along them.
+    constexpr int64_t strip = 32;
+    for (int64_t first = 0; first < sizes[1]; first += strip) {
+      const int64_t last = first + strip < sizes[1] ? first + strip : sizes[1];
+      for (int64_t i = 0; i < sizes[0]; ++i)
+        for (int64_t j = first; j < last; ++j) dense[i * sizes[1] + j] = source[i * strides[0] + j * strides[1]];
+    }
+    return;
+  }
+  int64_t inner = 1;
+  for (int d = 1; d < dims; ++d) inner *= sizes[d];
+  for (int64_t i = 0; i < sizes[0]; ++i) gather(dense + i * inner, source + i * strides[0], sizes + 1, strides + 1, dims - 1);
+}
+
+template <class E>
+void scatter(E* target, const E* dense, const int64_t* sizes, const int64_t* strides, int dims) {
+  int64_t inner = 1;
+  for (int d = 1; d < dims; ++d) inner *= sizes[d];
+  for (int64_t i = 0; i < sizes[0]; ++i) {
+    if (dims == 1) target[i * strides[0]] = dense[i];
+    else scatter(target + i * strides[0], dense + i * inner, sizes + 1, strides + 1, dims - 1);
+  }
+}
+
+template <class Run>
+void with_element(DType dtype, Run run) {
+  switch (bytes_of(dtype)) {
+    case 8: return run(uint64_t());
+    case 4: return run(uint32_t());
+    case 2: return run(uint16_t());
+    default: return run(uint8_t());
+  }
+}
+
+double value_at(const void* row, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::float64: return static_cast<const double*>(row)[i];
+    case DType::float32: return static_cast<const float*>(row)[i];
+    case DType::bfloat16: return to_float(static_cast<const BFloat16*>(row)[i]);
+    case DType::float16: return to_float(static_cast<const Float16*>(row)[i]);
+    case DType::int8: return static_cast<const int8_t*>(row)[i];
+    default: return to_float(static_cast<const Float8*>(row)[i]);
+  }
+}
+
+void put_value(void* row, DType dtype, int64_t i, double value) {
+  switch (dtype) {
+    case DType::float64: static_cast<double*>(row)[i] = value; break;
+    case DType::float32: static_cast<float*>(row)[i] = float(value); break;
+    case DType::bfloat16: static_cast<BFloat16*>(row)[i] = to_bfloat16(float(value)); break;
+    default: static_cast<Float16*>(row)[i] = to_float16(float(value)); break;
+  }
+}
+
+// A sample's memory while one thread works on it: gathered where it is not dense, converted where no kernel reads its
+// dtype (float8, and whatever meets a float64).
+class RowBuffer {
+ public:
+  RowBuffer(const Problem& problem, const Factor& factor, DType read_as)
+      : problem_(problem), factor_(factor), read_as_(read_as) {
+    if (!factor.dense) gathered_ = allocate(problem.size * bytes_of(factor.dtype));
+    if (read_as != factor.dtype) converted_ = allocate(problem.size * bytes_of(read_as));
+  }
+
+  const void* read(int64_t n) {
+    const char* row = sample(n);
+    if (!factor_.dense) {
+      with_element(factor_.dtype, [&](auto element) {
+        using E = decltype(element);
+        gather(reinterpret_cast<E*>(gathered_.get()), reinterpret_cast<const E*>(row), problem_.sizes, factor_.strides,
+               problem_.dims);
+      });
+      row = gathered_.get();
+    }
+    if (read_as_ == factor_.dtype) return row;
+    for (int64_t i = 0; i < problem_.size; ++i) put_value(converted_.get(), read_as_, i, value_at(row, factor_.dtype, i));
+    return converted_.get();
+  }
+
+  // Where a kernel may write sample n; finish(n) puts it in its place.
+  void* target(int64_t n) {
+    if (read_as_ != factor_.dtype) return converted_.get();
+    return factor_.dense ? sample(n) : gathered_.get();
+  }
+
+  void finish(int64_t n) {
+    char* row = factor_.dense ? sample(n) : gathered_.get();
+    if (read_as_ != factor_.dtype)
+      for (int64_t i = 0; i < problem_.size; ++i) put_value(row, factor_.dtype, i, value_at(converted_.get(), read_as_, i));
+    if (factor_.dense) return;
+    with_element(factor_.dtype, [&](auto element) {
+      using E = decltype(element);
+      scatter(reinterpret_cast<E*>(sample(n)), reinterpret_cast<const E*>(row), problem_.sizes, factor_.strides,
+              problem_.dims);
+    });
+  }
+
+  // The memory that read(n) will start with, to be touched ahead; null where that would not help.
+  const char* ahead(int64_t n) const {
+    return factor_.dense && n < problem_.samples ? factor_.data + n * factor_.sample_stride * bytes_of(factor_.dtype)
+                                                  : nullptr;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  using Memory = std::unique_ptr<char, Free>;
+
+  static Memory allocate(int64_t bytes) {
+    char* memory = static_cast<char*>(std::malloc(size_t(bytes)));
+    if (!memory) throw std::bad_alloc();
+    return Memory(memory);
+  }
+
+  char* sample(int64_t n) const { return factor_.data + n * factor_.sample_stride * bytes_of(factor_.dtype); }
+
+  const Problem& problem_;
+  const Factor& factor_;
+  DType read_as_;
+  Memory gathered_, converted_;
+};
+
+// body(first, last) on each thread: a contiguous share of the samples, so that a thread can touch its next one ahead.
+template <class Body>
+void share_samples(const Problem& problem, Body body) {
+  bool out_of_memory = false;  // an exception must not leave a parallel region
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(int(problem.threads < problem.samples ? problem.threads : problem.samples))
+  {
+    const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
+#else
+  {
+    const int64_t workers = 1, worker = 0;
+#endif
+    try {
+      body(problem.samples * worker / workers, problem.samples * (worker + 1) / workers);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+bool in_double(const Problem& problem) {
+  return problem.student.dtype == DType::float64 || problem.teacher.dtype == DType::float64;
+}
+
+DType read_as(const Problem& problem, DType dtype) {
+  if (in_double(problem)) return DType::float64;
+  return dtype == DType::float8_e4m3fn ? DType::float32 : dtype;
+}
+
+template <class C>
+struct Norm {
+  C inverse;
+  bool clamped;
+  Norm(double squares, double eps) {
+    const C norm = std::sqrt(C(squares)), floor = C(eps);
+    clamped = norm < floor;  // false for NaN, which must come through
+    const C divisor = clamped ? floor : norm;
+    inverse = C(1) / divisor;
+    // A floor so small that its inverse overflows must still send a zero row to zero.
+    if (divisor > 0 && inverse > std::numeric_limits<C>::max()) inverse = std::numeric_limits<C>::max();
+  }
+};
+
+template <class C>
+void forward(const Problem& problem, C* loss, C* statistics) {
+  const int64_t samples = problem.samples, size = problem.size;
+  const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
+  const RowKernels& row = *row_kernels(student_as, teacher_as);
+  const bool write_gradient = problem.student_gradient.data != nullptr;
+  share_samples(problem, [&](int64_t first, int64_t last) {
+    RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
+    RowBuffer target(problem, write_gradient ? problem.student_gradient : problem.student, student_as);
+    for (int64_t n = first; n < last; ++n) {
+      const void *s = student.read(n), *t = teacher.read(n);
+      double squares[2], sums[3];
+      row.squares(s, t, size, squares);
+      const Norm<C> s_norm(squares[0], problem.eps), t_norm(squares[1], problem.eps);
+      const bool more = n + 1 < last;
+      row.distances(s, t, size, problem.p, s_norm.inverse, t_norm.inverse, sums, more ? student.ahead(n + 1) : nullptr);
+      C value = C(sums[0]), h = 1;
+      if (problem.p == 2) {
+        value = std::sqrt(value);
+        h = value > 0 ? C(1) / value : (value == 0 ? C(0) : value);
+      }
+      const C q = s_norm.clamped ? C(0) : C(sums[1]) * h, q_teacher = t_norm.clamped ? C(0) : -C(sums[2]) * h;
+      statistics[n] = s_norm.inverse;
+      statistics[samples + n] = t_norm.inverse;
+      statistics[2 * samples + n] = q;
+      statistics[3 * samples + n] = q_teacher;
+      statistics[4 * samples + n] = h;
+      loss[n] = value;
+      if (write_gradient) {
+        row.gradient(s, t, target.target(n), size, problem.p, s_norm.inverse, t_norm.inverse, q, h,
+                     problem.scale * s_norm.inverse, more ? teacher.ahead(n + 1) : nullptr);
+        target.finish(n);
+      }
+    }
+  });
+}
+
+template <class C>
+void forward_and_reduce(const Problem& problem, C* loss, C* statistics) {
+  if (!problem.mean_of_rows) {
+    forward(problem, loss, statistics);
+    for (int64_t n = 0; n < problem.samples; ++n) loss[n] = C(loss[n] * problem.scale);
+    return;
+  }
+  std::unique_ptr<C[]> rows(new C[problem.samples]);
+  forward(problem, rows.get(), statistics);
+  double total = 0;
+  for (int64_t n = 0; n < problem.samples; ++n) total += rows[n];
+  *loss = C(total * problem.scale);
+}
+
+template <class C>
+void backward(const Problem& problem, const C* statistics, const C* upstream, int64_t upstream_stride) {
+  const int64_t samples = problem.samples, size = problem.size;
+  const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
+  const bool for_student = problem.student_gradient.data, for_teacher = problem.teacher_gradient.data;
+  const RowKernels* student_row = row_kernels(student_as, teacher_as);
+  const RowKernels* teacher_row = row_kernels(teacher_as, student_as);  // null for an integer teacher, which has none
+  share_samples(problem, [&](int64_t first, int64_t last) {
+    RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
+    RowBuffer student_target(problem, for_student ? problem.student_gradient : problem.student, student_as);
+    RowBuffer teacher_target(problem, for_teacher ? problem.teacher_gradient : problem.teacher, teacher_as);
+    for (int64_t n = first; n < last; ++n) {
+      const void *s = student.read(n), *t = teacher.read(n);
+      const double si = statistics[n], ti = statistics[samples + n], h = statistics[4 * samples + n];
+      const double c = problem.scale * upstream[n * upstream_stride];
+      const char* next = n + 1 < last ? teacher.ahead(n + 1) : nullptr;
+      if (for_student) {
+        student_row->gradient(s, t, student_target.target(n), size, problem.p, si, ti, statistics[2 * samples + n], h,
+                              c * si, next);
+        student_target.finish(n);
+      }
+      if (for_teacher) {  // the same formula with the sides exchanged
+        teacher_row->gradient(t, s, teacher_target.target(n), size, problem.p, ti, si, statistics[3 * samples + n], h,
+                              c * ti, nullptr);
+        teacher_target.finish(n);
+      }
+    }
+  });
+}
+
+template <class C>
+void scale_rows(const Problem& problem, const C* upstream, int64_t upstream_stride) {
+  share_samples(problem, [&](int64_t first, int64_t last) {
+    RowBuffer row(problem, problem.student_gradient, problem.student_gradient.dtype);
+    for (int64_t n = first; n < last; ++n) {
+      C* values = static_cast<C*>(const_cast<void*>(row.read(n)));
+      const C factor = upstream[n * upstream_stride];
+      for (int64_t i = 0; i < problem.size; ++i) values[i] *= factor;
+      row.finish(n);
+    }
+  });
+}
+
+}  // namespace
+
+void ft_loss_forward(const Problem& problem, void* loss, void* statistics) {
+  if (in_double(problem)) forward_and_reduce(problem, static_cast<double*>(loss), static_cast<double*>(statistics));
+  else forward_and_reduce(problem, static_cast<float*>(loss), static_cast<float*>(statistics));
+}
+
+void ft_loss_backward(const Problem& problem, const void* statistics, const void* upstream, int64_t upstream_stride) {
+  if (in_double(problem))
+    backward(problem, static_cast<const double*>(statistics), static_cast<const double*>(upstream), upstream_stride);
+  else
+    backward(problem, static_cast<const float*>(statistics), static_cast<const float*>(upstream), upstream_stride);
+}
+
+void ft_loss_scale_rows(const Problem& problem, const void* upstream, int64_t upstream_stride) {
+  if (in_double(problem)) scale_rows(problem, static_cast<const double*>(upstream), upstream_stride);
+  else scale_rows(problem, static_cast<const float*>(upstream), upstream_stride);
+}
+
+}  // namespace ftfast

@@ -1,0 +1,52 @@
+// Picks the row kernels of the best instruction set that this processor has, or of FTFAST_INSTRUCTION_SET if it has that.
+#include <cstdlib>
+#include <cstring>
+
+#include "ft_loss.h"
+
+namespace ftfast {
+
+namespace baseline {
+const RowKernels* row_kernels(DType student, DType teacher);
+}
+#if defined(FTFAST_X86)
+namespace avx2 {
+const RowKernels* row_kernels(DType student, DType teacher);
+}
+namespace avx512 {
+const RowKernels* row_kernels(DType student, DType teacher);
+}
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const RowKernels* (*row_kernels)(DType, DType);
+};
+
+InstructionSet detect() {
+#if defined(FTFAST_X86)
+  const char* wanted = std::getenv("FTFAST_INSTRUCTION_SET");
+  const auto allowed = [&](const char* name) { return !wanted || !*wanted || std::strcmp(wanted, name) == 0; };
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (allowed("avx512") && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return {"avx512", avx512::row_kernels};
+  if (allowed("avx2") && has_avx2) return {"avx2", avx2::row_kernels};
+#endif
+  return {"baseline", baseline::row_kernels};
+}
+
+const InstructionSet& current() {
+  static const InstructionSet chosen = detect();
+  return chosen;
+}
+
+}  // namespace
+
+const RowKernels* row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
+const char* instruction_set() { return current().name; }
+
+}  // namespace ftfast

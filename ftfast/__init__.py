@@ -1,0 +1,53 @@
+"""ftfast: Factor Transfer (Kim, Park, Kwak, NeurIPS 2018) with fused kernels.
+
+``import ftfast`` compiles nothing and needs neither a GPU nor Triton; the names below load what they need when used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ftfast import reference
+    from ftfast.dispatch import explain
+    from ftfast.features import FeatureTap
+    from ftfast.head import FactorTransfer
+    from ftfast.loss import FTLoss, ft_loss
+    from ftfast.modules import Paraphraser, Translator
+
+_HOMES = {
+    "FTLoss": "loss",
+    "ft_loss": "loss",
+    "FactorTransfer": "head",
+    "Paraphraser": "modules",
+    "Translator": "modules",
+    "FeatureTap": "features",
+    "explain": "dispatch",
+    "reference": "",
+}
+
+__all__ = [
+    "FTLoss",
+    "FactorTransfer",
+    "FeatureTap",
+    "Paraphraser",
+    "Translator",
+    "__version__",
+    "explain",
+    "ft_loss",
+    "reference",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ftfast' has no attribute {name!r}")
+    value = getattr(import_module(f"ftfast.{home}"), name) if home else import_module(f"ftfast.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

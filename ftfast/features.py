@@ -1,0 +1,64 @@
+"""FeatureTap: a model's output and one of its feature maps, the layer given by name."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class FeatureTap(nn.Module):
+    """Runs a model and returns ``(output, features)``, the features being the output of one of its layers.
+
+    A forward hook keeps the features, so the model keeps its own train and eval mode, parameters and state.
+
+    Args:
+        model: any model, shared and not copied.
+        layer: the name of a submodule as ``model.named_modules()`` prints it, for example ``"layer4"``.
+        features_only: return the features alone. Where torchvision's extractor can trace the model, nothing past
+            the layer runs (a teacher's classifier, say); the mode is then set by ``tap.train()`` and ``tap.eval()``.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+
+    def __init__(self, model: nn.Module, layer: str, *, features_only: bool = False) -> None:
+        super().__init__()
+        names = [name for name, _ in model.named_modules() if name]
+        if layer not in names:
+            top = ", ".join(name for name in names if "." not in name)
+            raise ValueError(f"layer is {layer!r}, which the model does not have; its top-level layers are {top}.")
+        self.layer = layer
+        self.features_only = features_only
+        self._listening = False  # the model may also be called past the tap; its features are then not kept alive
+        self._features: Any = None
+        cut = _cut_model(model, layer) if features_only else None
+        self.is_cut = cut is not None
+        self.model = model if cut is None else cut
+        if cut is None:
+            model.get_submodule(layer).register_forward_hook(self._keep)
+        self.train(model.training)
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self._listening:
+            self._features = output
+
+    def forward(self, x: Tensor) -> Any:
+        """``x`` as the model takes it; returns ``(output, features)``, or ``features`` with ``features_only``."""
+        if self.is_cut:
+            return self.model(x)["features"]
+        self._listening = True
+        output = self.model(x)
+        self._listening = False
+        features, self._features = self._features, None
+        return features if self.features_only else (output, features)
+
+
+def _cut_model(model: nn.Module, layer: str) -> nn.Module | None:
+    """The model up to the layer, sharing its parameters; None where fx cannot trace it."""
+    try:
+        from torchvision.models.feature_extraction import create_feature_extractor
+    except ImportError:
+        return None
+    try:
+        return create_feature_extractor(model, {layer: "features"})
+    except Exception:  # fx gives up on data-dependent forwards in many ways; the hook serves them all
+        return None

@@ -1,0 +1,77 @@
+"""FactorTransfer: paraphraser, translator and loss as one module to put beside a student."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ftfast.loss import FTLoss
+from ftfast.modules import Paraphraser, Translator
+
+
+class FactorTransfer(nn.Module):
+    """The head of section 3 of the paper: ``FTLoss(translator(student), paraphraser.encode(teacher))``.
+
+    The paraphraser is frozen when the head is built: ``requires_grad_(False)``, eval, and eval it stays after
+    ``.train()``. It stays in the state_dict, gets no gradient, and keeps out of optimisers and DDP's buckets.
+
+    Args:
+        paraphraser: trained beforehand; its ``factor_channels`` must equal the translator's.
+        translator: trained with the student: give ``head.parameters()`` to the student's optimiser.
+        p, reduction, eps, weight, backend: as :class:`ftfast.FTLoss`.
+
+    Raises:
+        ValueError: unlike ``factor_channels``, or an argument that FTLoss refuses.
+    """
+
+    def __init__(
+        self,
+        paraphraser: Paraphraser,
+        translator: Translator,
+        *,
+        p: int = 1,
+        reduction: str = "mean",
+        eps: float = 1e-12,
+        weight: float | Tensor = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if paraphraser.factor_channels != translator.factor_channels:
+            raise ValueError(
+                f"translator makes factors of {translator.factor_channels} channels and the paraphraser of "
+                f"{paraphraser.factor_channels}; build it as Translator(..., factor_channels="
+                f"{paraphraser.factor_channels})."
+            )
+        self.paraphraser = paraphraser.requires_grad_(False).eval()
+        self.translator = translator
+        self.loss = FTLoss(p, reduction, eps, weight, backend)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the translator's mode; the paraphraser stays in eval."""
+        super().train(mode)
+        self.paraphraser.eval()
+        return self
+
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor | None = None,
+        *,
+        teacher_factor: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ``student_features [N, C_student, H, W]`` against exactly one of the teacher's two forms.
+
+        Args:
+            teacher_features: ``[N, C_teacher, H, W]``; the paraphraser runs on them without a graph.
+            teacher_factor: a known factor ``[N, factor_channels, H, W]``, floating, int8 or float8_e4m3fn.
+        """
+        if (teacher_features is None) == (teacher_factor is None):
+            raise ValueError(
+                "FactorTransfer takes exactly one of teacher_features and teacher_factor; "
+                f"it got {'neither' if teacher_features is None else 'both'}."
+            )
+        if teacher_factor is None:
+            assert teacher_features is not None
+            with torch.no_grad():
+                teacher_factor = self.paraphraser.encode(teacher_features)
+        return self.loss(self.translator(student_features), teacher_factor)

@@ -1,0 +1,93 @@
+"""Factor Transfer in plain PyTorch: the meaning that every backend is held to.
+
+Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018
+(arXiv 1802.04977). Everything here is differentiable as often as torch is, in any floating dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The factor store keeps teacher factors in these: the loss sees only a factor's direction, so they need no scale.
+QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+
+
+def compute_dtype(student_factor: Tensor, teacher_factor: Tensor) -> torch.dtype:
+    """The dtype of the sums and of the loss: float64 where either factor is float64, else float32."""
+    if torch.float64 in (student_factor.dtype, teacher_factor.dtype):
+        return torch.float64
+    return torch.float32
+
+
+def ft_loss(
+    student_factor: Tensor,
+    teacher_factor: Tensor,
+    *,
+    p: int = 1,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    weight: float | Tensor = 1.0,
+) -> Tensor:
+    """The factor transfer loss, section 3.2 of the paper, in the scaling of the official code.
+
+    With ``a = s / max(|s|, eps)`` and ``b = t / max(|t|, eps)`` per sample, ``l_n`` is the p-norm of ``a_n - b_n``.
+
+    Args:
+        student_factor: ``[N, ...]``, any floating dtype.
+        teacher_factor: the same shape, any floating dtype, int8 or float8_e4m3fn.
+        p: 1 or 2.
+        reduction: ``"mean"`` divides the sum of ``l_n`` by ``N * D`` for ``p=1`` (``nn.L1Loss``) and by ``N`` for
+            ``p=2``; ``"batchmean"`` divides by ``N``; ``"sum"`` does not divide; ``"none"`` returns ``[N]``.
+        eps: the floor of a norm, as in :func:`torch.nn.functional.normalize`.
+        weight: multiplies the result.
+
+    Returns:
+        A 0-d tensor, or ``[N]`` for ``reduction="none"``, float32 (float64 where an input is float64).
+    """
+    dtype = compute_dtype(student_factor, teacher_factor)
+    samples = student_factor.shape[0]
+    with torch.autocast(student_factor.device.type, enabled=False):
+        student_direction = F.normalize(student_factor.to(dtype).reshape(samples, -1), dim=1, eps=eps)
+        teacher_direction = F.normalize(teacher_factor.to(dtype).reshape(samples, -1), dim=1, eps=eps)
+        difference = student_direction - teacher_direction
+        per_sample = difference.abs().sum(1) if p == 1 else torch.linalg.vector_norm(difference, dim=1)
+        return reduce_per_sample(per_sample, difference.shape[1], p=p, reduction=reduction) * weight
+
+
+def reduce_per_sample(per_sample: Tensor, factor_size: int, *, p: int, reduction: str) -> Tensor:
+    """``l: [N]`` to the value of a reduction; ``factor_size`` is D. N=0 divides zero by zero, as torch's mean does."""
+    if reduction == "none":
+        return per_sample
+    divisor = reduction_divisor(per_sample.shape[0], factor_size, p=p, reduction=reduction)
+    return per_sample.sum() / divisor
+
+
+def reduction_divisor(samples: int, factor_size: int, *, p: int, reduction: str) -> int:
+    """What the sum of ``l`` is divided by: N*D, N or 1."""
+    if reduction == "mean":
+        return samples * factor_size if p == 1 else samples
+    return samples if reduction == "batchmean" else 1
+
+
+def factor_transfer(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    paraphraser: nn.Module,
+    translator: nn.Module,
+    *,
+    p: int = 1,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    weight: float | Tensor = 1.0,
+) -> Tensor:
+    """The whole head: ``ft_loss(translator(student_features), paraphraser.encode(teacher_features))``.
+
+    Args:
+        student_features: ``[N, C_student, H, W]``.
+        teacher_features: ``[N, C_teacher, H, W]``; no gradient flows into them.
+        paraphraser: has ``encode``, as :class:`ftfast.Paraphraser`.
+        translator: maps student features to factors, as :class:`ftfast.Translator`.
+    """
+    with torch.no_grad():
+        teacher_factor = paraphraser.encode(teacher_features)  # type: ignore[operator]
+    return ft_loss(translator(student_features), teacher_factor, p=p, reduction=reduction, eps=eps, weight=weight)

@@ -1,0 +1,151 @@
+"""Builds ftfast._C from csrc/ with ninja: no torch headers, so one build serves every torch version.
+
+Without a compiler or Python.h the package installs without the extension, and ``ftfast info`` gives the reason kept
+in ``ftfast/_build_report.json``; with them, a compile error fails the install.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CPP_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+# FP contraction is spelled out in the kernels, so that every instruction set rounds where it is told to.
+CPP_FLAGS += ["-ffp-contract=off"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
+NVCC_TARGETS = ["80", "90", "100"]
+
+# Every file of csrc/cpu is compiled once for each of these; csrc/instruction_set.cpp picks one at run time.
+X86_INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler's path: CXX, else the first of the usual names."""
+    for name in (os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]):
+        if found := shutil.which(name):
+            return found
+    return None
+
+
+def find_nvcc() -> str | None:
+    """nvcc's path, unless FTFAST_CUDA=0."""
+    if os.environ.get("FTFAST_CUDA") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def missing_tool() -> str | None:
+    """Why the extension cannot be built here, in a sentence for users; None where it can."""
+    if find_compiler() is None:
+        return "no C++ compiler was found when ftfast was installed (apt-get install g++), so it has no native kernels"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Python.h was missing when ftfast was installed (apt-get install python3-dev), so it has no native kernels"
+    return None
+
+
+def openmp_flags(compiler: str) -> list[str]:
+    """``-fopenmp`` where the compiler links it; without it the kernels run on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [compiler, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
+
+
+def write_build_file(folder: Path, target: Path) -> dict[str, object]:
+    """Writes ``folder/build.ninja`` for ``target`` and returns what the build report says of it."""
+    import pybind11
+    from ninja import ninja_syntax
+
+    compiler, nvcc = find_compiler(), find_nvcc()
+    assert compiler is not None
+    openmp = openmp_flags(compiler)
+    includes = [f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    instruction_sets = X86_INSTRUCTION_SETS if x86 else {"baseline": []}
+    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
+    flags = [*CPP_FLAGS, *openmp, *includes, *(["-DFTFAST_X86"] if x86 else [])]
+    flags += ["-DFTFAST_CUDA"] if cuda_sources else []
+
+    objects = []
+    with open(folder / "build.ninja", "w") as file:
+        ninja = ninja_syntax.Writer(file)
+        ninja.rule("cpp", f"{compiler} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+        for source in sorted((ROOT / "csrc").glob("*.cpp")):
+            objects.append(ninja.build(f"{source.stem}.o", "cpp", str(source))[0])
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            for name, extra in instruction_sets.items():
+                define = f"-DFTFAST_INSTRUCTION_SET={name}"
+                variables = {"flags": " ".join([define, *extra])}
+                objects.append(ninja.build(f"{source.stem}.{name}.o", "cpp", str(source), variables=variables)[0])
+        link = [compiler, "-shared", "-o", "$out", "$in", *openmp]
+        if cuda_sources:
+            assert nvcc is not None
+            codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in NVCC_TARGETS]
+            codes.append(f"-gencode=arch=compute_{NVCC_TARGETS[-1]},code=compute_{NVCC_TARGETS[-1]}")
+            command = [nvcc, "-ccbin", compiler, "-MD", "-MF", "$out.d", *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"]
+            ninja.rule("nvcc", f"{' '.join(command)} -c $in -o $out", depfile="$out.d", deps="gcc")
+            for source in cuda_sources:
+                objects.append(ninja.build(f"{source.stem}.cuda.o", "nvcc", str(source))[0])
+            # Linked statically: the extension then loads where there is no CUDA, and beside any torch's own runtime.
+            link += [f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        ninja.rule("link", " ".join(link))
+        ninja.build(str(target), "link", objects)
+    return {
+        "reason": "",
+        "compiler": compiler,
+        "openmp": bool(openmp),
+        "instruction_sets": list(instruction_sets),
+        "cuda": [f"sm_{code}" for code in NVCC_TARGETS] if cuda_sources else [],
+    }
+
+
+class NinjaBuild(build_ext):
+    """build_ext that hands the whole compilation to one ninja run, and keeps a report of it in the package."""
+
+    report: dict[str, object]
+
+    def run(self) -> None:
+        super().run()
+        packages = {Path(self.build_lib) / "ftfast"}
+        if self.inplace or self.editable_mode:
+            packages.add(ROOT / "ftfast")
+        for package in packages:
+            package.mkdir(parents=True, exist_ok=True)
+            (package / "_build_report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        if reason := missing_tool():
+            self.report = {"reason": reason}
+            print(f"ftfast: {reason}.", file=sys.stderr)
+            return
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.report = write_build_file(folder, target)
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"ftfast's extension does not compile:\n{done.stdout}{done.stderr}")
+
+
+setup(
+    # optional: setuptools then accepts that no file was made where there is no compiler
+    ext_modules=[Extension("ftfast._C", sources=[], optional=missing_tool() is not None)],
+    cmdclass={"build_ext": NinjaBuild},
+)
