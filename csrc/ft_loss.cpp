@@ -130,12 +130,6 @@ class RowBuffer {
     });
   }
 
-  // The memory that read(n) will start with, to be touched ahead; null where that would not help.
-  const char* ahead(int64_t n) const {
-    return factor_.dense && n < problem_.samples ? factor_.data + n * factor_.sample_stride * bytes_of(factor_.dtype)
-                                                  : nullptr;
-  }
-
  private:
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
@@ -156,7 +150,7 @@ class RowBuffer {
   Memory gathered_, converted_;
 };
 
-// body(first, last) on each thread: a contiguous share of the samples, so that a thread can touch its next one ahead.
+// body(first, last) on each thread: a contiguous share of the samples.
 template <class Body>
 void share_samples(const Problem& problem, Body body) {
   bool out_of_memory = false;  // an exception must not leave a parallel region
@@ -200,39 +194,50 @@ struct Norm {
   }
 };
 
+// ds of one side, s being that side: d and g in units of its norm.
+void write_gradient(const RowKernels& row, const void* s, const void* t, RowBuffer& target, int64_t n,
+                    const Problem& problem, double si, double ti, double q, double h, double scale) {
+  row.gradient(s, t, target.target(n), problem.size, problem.p, ti / si, problem.p == 1 ? 1 : h * si, q * si,
+               scale * si);
+  target.finish(n);
+}
+
 template <class C>
 void forward(const Problem& problem, C* loss, C* statistics) {
   const int64_t samples = problem.samples, size = problem.size;
   const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
   const RowKernels& row = *row_kernels(student_as, teacher_as);
-  const bool write_gradient = problem.student_gradient.data != nullptr;
+  const RowKernels* exchanged = row_kernels(teacher_as, student_as);
+  const bool with_gradient = problem.student_gradient.data != nullptr;
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
-    RowBuffer target(problem, write_gradient ? problem.student_gradient : problem.student, student_as);
+    RowBuffer target(problem, with_gradient ? problem.student_gradient : problem.student, student_as);
     for (int64_t n = first; n < last; ++n) {
       const void *s = student.read(n), *t = teacher.read(n);
-      double squares[2], sums[3];
+      double squares[2], sums[2];
       row.squares(s, t, size, squares);
       const Norm<C> s_norm(squares[0], problem.eps), t_norm(squares[1], problem.eps);
-      const bool more = n + 1 < last;
-      row.distances(s, t, size, problem.p, s_norm.inverse, t_norm.inverse, sums, more ? student.ahead(n + 1) : nullptr);
-      C value = C(sums[0]), h = 1;
+      const double si = s_norm.inverse, ti = t_norm.inverse;
+      // In units of the student's norm, unless its squares overflowed: a is then 0, as in the reference.
+      const bool overflowed = si == 0 && exchanged != nullptr;
+      if (overflowed) exchanged->distances(t, s, size, problem.p, 0, sums);
+      else row.distances(s, t, size, problem.p, ti / si, sums);
+      const double unit = overflowed ? ti : si;
+      double value = sums[0] * unit, h = 1;
       if (problem.p == 2) {
-        value = std::sqrt(value);
-        h = value > 0 ? C(1) / value : (value == 0 ? C(0) : value);
+        value = std::sqrt(sums[0]) * unit;
+        h = value > 0 ? 1 / value : value;  // 0 stays 0, NaN stays NaN
       }
-      const C q = s_norm.clamped ? C(0) : C(sums[1]) * h, q_teacher = t_norm.clamped ? C(0) : -C(sums[2]) * h;
+      // <g, a> and, since l = <g, a - b>, -<g, b> from it
+      const double q = overflowed ? 0 : sums[1] * unit * (problem.p == 2 ? unit * h : 1);
       statistics[n] = s_norm.inverse;
       statistics[samples + n] = t_norm.inverse;
-      statistics[2 * samples + n] = q;
-      statistics[3 * samples + n] = q_teacher;
-      statistics[4 * samples + n] = h;
-      loss[n] = value;
-      if (write_gradient) {
-        row.gradient(s, t, target.target(n), size, problem.p, s_norm.inverse, t_norm.inverse, q, h,
-                     problem.scale * s_norm.inverse, more ? teacher.ahead(n + 1) : nullptr);
-        target.finish(n);
-      }
+      statistics[2 * samples + n] = s_norm.clamped ? C(0) : C(q);
+      statistics[3 * samples + n] = t_norm.clamped ? C(0) : C(value - q);
+      statistics[4 * samples + n] = C(h);
+      loss[n] = C(value);
+      if (with_gradient)
+        write_gradient(row, s, t, target, n, problem, si, ti, statistics[2 * samples + n], h, problem.scale);
     }
   });
 }
@@ -266,17 +271,10 @@ void backward(const Problem& problem, const C* statistics, const C* upstream, in
       const void *s = student.read(n), *t = teacher.read(n);
       const double si = statistics[n], ti = statistics[samples + n], h = statistics[4 * samples + n];
       const double c = problem.scale * upstream[n * upstream_stride];
-      const char* next = n + 1 < last ? teacher.ahead(n + 1) : nullptr;
-      if (for_student) {
-        student_row->gradient(s, t, student_target.target(n), size, problem.p, si, ti, statistics[2 * samples + n], h,
-                              c * si, next);
-        student_target.finish(n);
-      }
-      if (for_teacher) {  // the same formula with the sides exchanged
-        teacher_row->gradient(t, s, teacher_target.target(n), size, problem.p, ti, si, statistics[3 * samples + n], h,
-                              c * ti, nullptr);
-        teacher_target.finish(n);
-      }
+      if (for_student)
+        write_gradient(*student_row, s, t, student_target, n, problem, si, ti, statistics[2 * samples + n], h, c);
+      if (for_teacher)  // the same formula with the sides exchanged
+        write_gradient(*teacher_row, t, s, teacher_target, n, problem, ti, si, statistics[3 * samples + n], h, c);
     }
   });
 }

@@ -8,18 +8,15 @@ namespace ftfast {
 
 enum class DType : int { float64, float32, bfloat16, float16, int8, float8_e4m3fn };
 
-// One sample of a pair of factors, both dense. The sums of a row: |s|^2 and |t|^2; then for p=1
-// sum |d|, <sign d, a>, <sign d, b>, and for p=2 sum d^2, <d, a>, <d, b>, where d = a - b, a = s*si, b = t*ti.
-// Sums of float16, bfloat16 and float32 rows are float, those of float64 rows double; both travel as double.
+// One sample of a pair of factors, both dense, in units of the student's norm: d = s - t * r. Sums over float64 rows
+// are double, all others float; numbers travel as double.
 struct RowKernels {
-  // sums[2]; reads every element once
+  // sums[2]: |s|^2 and |t|^2; reads every element once
   void (*squares)(const void* s, const void* t, int64_t size, double* sums);
-  // sums[3]; touches the first bytes of next_s as it goes, which may be null
-  void (*distances)(const void* s, const void* t, int64_t size, int p, double si, double ti, double* sums,
-                    const char* next_s);
-  // ds = c * (g - a*q), g = sign d for p=1 and d*h for p=2; ds has the dtype of s
-  void (*gradient)(const void* s, const void* t, void* ds, int64_t size, int p, double si, double ti, double q,
-                   double h, double c, const char* next_t);
+  // sums[2]: sum |d| and <sign d, s> for p=1, sum d^2 and <d, s> for p=2
+  void (*distances)(const void* s, const void* t, int64_t size, int p, double r, double* sums);
+  // ds = c * (g - s * k) with g = h * sign d for p=1 and h * d for p=2; ds has the dtype of s
+  void (*gradient)(const void* s, const void* t, void* ds, int64_t size, int p, double r, double h, double k, double c);
 };
 
 constexpr int max_dims = 8;
@@ -45,8 +42,8 @@ struct Problem {
   int threads = 1;
 };
 
-// statistics: [5, N] of float or double: 1/max(|s|, eps), 1/max(|t|, eps), <g, a>, -<g, b>, h. The inner products are
-// 0 where a norm is clamped. loss: one number, or [N]; both of the compute type. With problem.student_gradient, ds is
+// statistics: [5, N] of float or double: si = 1/max(|s|, eps), ti = 1/max(|t|, eps), <g, a>, -<g, b>, and for p=2
+// 1/l (0 where l is 0; 1 for p=1). The inner products are 0 where a norm is clamped. loss: one number, or [N]; both of the compute type. With problem.student_gradient, ds is
 // written for an upstream gradient of 1.
 void ft_loss_forward(const Problem& problem, void* loss, void* statistics);
 

@@ -82,14 +82,24 @@ inline void store(Float16* target, Floats values) {
   const __m256i halves = _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(target, &halves, sizeof halves);
 }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Floats subtract_product(Floats c, Floats a, Floats b) {
+  return (Floats)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 #elif defined(__AVX2__)
 inline Floats load(const Float16* source) { return (Floats)_mm256_cvtph_ps(load_bytes<__m128i>(source)); }
 inline void store(Float16* target, Floats values) {
   const __m128i halves = _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(target, &halves, sizeof halves);
 }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Floats subtract_product(Floats c, Floats a, Floats b) {
+  return (Floats)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 #else
 inline Floats load(const Float16* source) {
   Floats values;
@@ -100,8 +110,46 @@ inline void store(Float16* target, Floats values) {
   for (int i = 0; i < float_lanes; ++i) target[i] = to_float16(values[i]);
 }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats subtract_product(Floats c, Floats a, Floats b) { return c - a * b; }
 #endif
 inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+inline Doubles subtract_product(Doubles c, Doubles a, Doubles b) { return c - a * b; }
+
+template <class C>
+inline typename Register<C>::Values absolute(typename Register<C>::Values x) {
+  using Bits = typename Register<C>::Bits;
+  return reinterpret_cast<typename Register<C>::Values>(reinterpret_cast<Bits>(x) & ~Register<C>::sign_bit);
+}
+
+// x * sign(d) with sign(0) = 0, in bit operations
+template <class C>
+inline typename Register<C>::Values signed_by(typename Register<C>::Values d, typename Register<C>::Values x) {
+  using Bits = typename Register<C>::Bits;
+  const Bits flipped = reinterpret_cast<Bits>(x) ^ (reinterpret_cast<Bits>(d) & Register<C>::sign_bit);
+  return reinterpret_cast<typename Register<C>::Values>(flipped & (d != 0));
+}
+// sum + x * sign(d)
+template <class C>
+inline typename Register<C>::Values add_signed(typename Register<C>::Values sum, typename Register<C>::Values d,
+                                               typename Register<C>::Values x) {
+  return sum + signed_by<C>(d, x);
+}
+#if defined(__AVX512F__)
+// The same with mask registers, which the compiler does not find by itself; 0x78 is a ^ (b & c).
+inline __m512 flip_by(Floats d, Floats x) {
+  const __m512i sign_bit = _mm512_set1_epi32(INT32_MIN);
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32((__m512i)x, (__m512i)d, sign_bit, 0x78));
+}
+inline __mmask16 not_zero(Floats d) { return _mm512_cmp_ps_mask((__m512)d, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+template <>
+inline Floats signed_by<float>(Floats d, Floats x) {
+  return (Floats)_mm512_maskz_mov_ps(not_zero(d), flip_by(d, x));
+}
+template <>
+inline Floats add_signed<float>(Floats sum, Floats d, Floats x) {
+  return (Floats)_mm512_mask_add_ps((__m512)sum, not_zero(d), (__m512)sum, flip_by(d, x));
+}
+#endif
 
 // In pairs, always the same ones.
 template <class C>
