@@ -35,7 +35,7 @@ X86_INSTRUCTION_SETS = {
 
 def find_compiler() -> str | None:
     """The C++ compiler's path: CXX, else the first of the usual names."""
-    for name in (os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]):
+    for name in os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]:
         if found := shutil.which(name):
             return found
     return None
@@ -54,7 +54,9 @@ def missing_tool() -> str | None:
     if find_compiler() is None:
         return "no C++ compiler was found when ftfast was installed (apt-get install g++), so it has no native kernels"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Python.h was missing when ftfast was installed (apt-get install python3-dev), so it has no native kernels"
+        return (
+            "Python.h was missing when ftfast was installed (apt-get install python3-dev), so it has no native kernels"
+        )
     return None
 
 
@@ -75,7 +77,11 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     compiler, nvcc = find_compiler(), find_nvcc()
     assert compiler is not None
     openmp = openmp_flags(compiler)
-    includes = [f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    includes = [
+        f"-I{ROOT / 'csrc'}",
+        f"-isystem{pybind11.get_include()}",
+        f"-isystem{sysconfig.get_paths()['include']}",
+    ]
     x86 = platform.machine() in ("x86_64", "AMD64")
     instruction_sets = X86_INSTRUCTION_SETS if x86 else {"baseline": []}
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
@@ -85,14 +91,16 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     objects = []
     with open(folder / "build.ninja", "w") as file:
         ninja = ninja_syntax.Writer(file)
-        ninja.rule("cpp", f"{compiler} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule(
+            "cpp", f"{compiler} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", depfile="$out.d", deps="gcc"
+        )
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
-            objects.append(ninja.build(f"{source.stem}.o", "cpp", str(source))[0])
+            objects += ninja.build(f"{source.stem}.o", "cpp", str(source))
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for name, extra in instruction_sets.items():
                 define = f"-DFTFAST_INSTRUCTION_SET={name}"
                 variables = {"flags": " ".join([define, *extra])}
-                objects.append(ninja.build(f"{source.stem}.{name}.o", "cpp", str(source), variables=variables)[0])
+                objects += ninja.build(f"{source.stem}.{name}.o", "cpp", str(source), variables=variables)
         link = [compiler, "-shared", "-o", "$out", "$in", *openmp]
         if cuda_sources:
             assert nvcc is not None
@@ -101,9 +109,15 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
             command = [nvcc, "-ccbin", compiler, "-MD", "-MF", "$out.d", *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"]
             ninja.rule("nvcc", f"{' '.join(command)} -c $in -o $out", depfile="$out.d", deps="gcc")
             for source in cuda_sources:
-                objects.append(ninja.build(f"{source.stem}.cuda.o", "nvcc", str(source))[0])
+                objects += ninja.build(f"{source.stem}.cuda.o", "nvcc", str(source))
             # Linked statically: the extension then loads where there is no CUDA, and beside any torch's own runtime.
-            link += [f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            link += [
+                f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}",
+                "-lcudart_static",
+                "-lrt",
+                "-ldl",
+                "-lpthread",
+            ]
         ninja.rule("link", " ".join(link))
         ninja.build(str(target), "link", objects)
     return {

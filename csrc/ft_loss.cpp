@@ -2,6 +2,7 @@
 // per-sample numbers. All arithmetic over elements is in cpu/ft_loss.cpp.
 #include "ft_loss.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -150,12 +151,17 @@ class RowBuffer {
   Memory gathered_, converted_;
 };
 
+// Elements that are worth a second thread: waking one costs microseconds.
+constexpr int64_t elements_per_thread = 16384;
+
 // body(first, last) on each thread: a contiguous share of the samples.
 template <class Body>
 void share_samples(const Problem& problem, Body body) {
   bool out_of_memory = false;  // an exception must not leave a parallel region
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(int(problem.threads < problem.samples ? problem.threads : problem.samples))
+  const int64_t worthwhile = problem.samples * problem.size / elements_per_thread;
+  const int threads = int(std::max<int64_t>(1, std::min<int64_t>({problem.threads, problem.samples, worthwhile})));
+#pragma omp parallel num_threads(threads)
   {
     const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
 #else
@@ -194,20 +200,11 @@ struct Norm {
   }
 };
 
-// ds of one side, s being that side: d and g in units of its norm.
-void write_gradient(const RowKernels& row, const void* s, const void* t, RowBuffer& target, int64_t n,
-                    const Problem& problem, double si, double ti, double q, double h, double scale) {
-  row.gradient(s, t, target.target(n), problem.size, problem.p, ti / si, problem.p == 1 ? 1 : h * si, q * si,
-               scale * si);
-  target.finish(n);
-}
-
 template <class C>
 void forward(const Problem& problem, C* loss, C* statistics) {
   const int64_t samples = problem.samples, size = problem.size;
   const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
-  const RowKernels& row = *row_kernels(student_as, teacher_as);
-  const RowKernels* exchanged = row_kernels(teacher_as, student_as);
+  const RowKernels row = row_kernels(student_as, teacher_as), exchanged = row_kernels(teacher_as, student_as);
   const bool with_gradient = problem.student_gradient.data != nullptr;
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
@@ -219,8 +216,8 @@ void forward(const Problem& problem, C* loss, C* statistics) {
       const Norm<C> s_norm(squares[0], problem.eps), t_norm(squares[1], problem.eps);
       const double si = s_norm.inverse, ti = t_norm.inverse;
       // In units of the student's norm, unless its squares overflowed: a is then 0, as in the reference.
-      const bool overflowed = si == 0 && exchanged != nullptr;
-      if (overflowed) exchanged->distances(t, s, size, problem.p, 0, sums);
+      const bool overflowed = si == 0 && exchanged.distances != nullptr;
+      if (overflowed) exchanged.distances(t, s, size, problem.p, 0, sums);
       else row.distances(s, t, size, problem.p, ti / si, sums);
       const double unit = overflowed ? ti : si;
       double value = sums[0] * unit, h = 1;
@@ -236,8 +233,11 @@ void forward(const Problem& problem, C* loss, C* statistics) {
       statistics[3 * samples + n] = t_norm.clamped ? C(0) : C(value - q);
       statistics[4 * samples + n] = C(h);
       loss[n] = C(value);
-      if (with_gradient)
-        write_gradient(row, s, t, target, n, problem, si, ti, statistics[2 * samples + n], h, problem.scale);
+      if (with_gradient) {
+        row.gradient(s, t, target.target(n), size, problem.p, ti / si, problem.p == 1 ? 1 : h * si,
+                     statistics[2 * samples + n] * si, problem.scale * si);
+        target.finish(n);
+      }
     }
   });
 }
@@ -261,8 +261,7 @@ void backward(const Problem& problem, const C* statistics, const C* upstream, in
   const int64_t samples = problem.samples, size = problem.size;
   const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
   const bool for_student = problem.student_gradient.data, for_teacher = problem.teacher_gradient.data;
-  const RowKernels* student_row = row_kernels(student_as, teacher_as);
-  const RowKernels* teacher_row = row_kernels(teacher_as, student_as);  // null for an integer teacher, which has none
+  const RowKernels row = row_kernels(student_as, teacher_as);
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
     RowBuffer student_target(problem, for_student ? problem.student_gradient : problem.student, student_as);
@@ -271,10 +270,17 @@ void backward(const Problem& problem, const C* statistics, const C* upstream, in
       const void *s = student.read(n), *t = teacher.read(n);
       const double si = statistics[n], ti = statistics[samples + n], h = statistics[4 * samples + n];
       const double c = problem.scale * upstream[n * upstream_stride];
-      if (for_student)
-        write_gradient(*student_row, s, t, student_target, n, problem, si, ti, statistics[2 * samples + n], h, c);
-      if (for_teacher)  // the same formula with the sides exchanged
-        write_gradient(*teacher_row, t, s, teacher_target, n, problem, ti, si, statistics[3 * samples + n], h, c);
+      const double along_d = problem.p == 1 ? 1 : h * si;
+      if (for_student) {
+        row.gradient(s, t, student_target.target(n), size, problem.p, ti / si, along_d,
+                     statistics[2 * samples + n] * si, c * si);
+        student_target.finish(n);
+      }
+      if (for_teacher) {  // g has the other sign there
+        row.teacher_gradient(s, t, teacher_target.target(n), size, problem.p, ti / si, -along_d,
+                             statistics[3 * samples + n] * ti, c * ti);
+        teacher_target.finish(n);
+      }
     }
   });
 }

@@ -15,8 +15,12 @@ struct RowKernels {
   void (*squares)(const void* s, const void* t, int64_t size, double* sums);
   // sums[2]: sum |d| and <sign d, s> for p=1, sum d^2 and <d, s> for p=2
   void (*distances)(const void* s, const void* t, int64_t size, int p, double r, double* sums);
-  // ds = c * (g - s * k) with g = h * sign d for p=1 and h * d for p=2; ds has the dtype of s
-  void (*gradient)(const void* s, const void* t, void* ds, int64_t size, int p, double r, double h, double k, double c);
+  // out = c * (g - x * k) with g = h * sign d for p=1 and h * d for p=2; x is s, or t for the teacher's side, and out
+  // has its dtype. Both sides see the same d, so that rounding cannot give them unlike signs.
+  void (*gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
+                   double c);
+  void (*teacher_gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
+                           double c);  // null for a quantised teacher
 };
 
 constexpr int max_dims = 8;
@@ -53,8 +57,8 @@ void ft_loss_backward(const Problem& problem, const void* statistics, const void
 // rows[n] *= upstream[n] in place, for the gradient that forward wrote; float32 or float64.
 void ft_loss_scale_rows(const Problem& problem, const void* upstream, int64_t upstream_stride);
 
-// The row kernels of the best instruction set of this machine; a pair of dtypes without any gives null.
-const RowKernels* row_kernels(DType student, DType teacher);
+// The row kernels of the best instruction set of this machine; all null for a pair of dtypes that has none.
+RowKernels row_kernels(DType student, DType teacher);
 const char* instruction_set();
 
 }  // namespace ftfast

@@ -7,14 +7,14 @@
 namespace ftfast {
 
 namespace baseline {
-const RowKernels* row_kernels(DType student, DType teacher);
+RowKernels row_kernels(DType student, DType teacher);
 }
 #if defined(FTFAST_X86)
 namespace avx2 {
-const RowKernels* row_kernels(DType student, DType teacher);
+RowKernels row_kernels(DType student, DType teacher);
 }
 namespace avx512 {
-const RowKernels* row_kernels(DType student, DType teacher);
+RowKernels row_kernels(DType student, DType teacher);
 }
 #endif
 
@@ -22,7 +22,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  const RowKernels* (*row_kernels)(DType, DType);
+  RowKernels (*row_kernels)(DType, DType);
 };
 
 InstructionSet detect() {
@@ -46,7 +46,7 @@ const InstructionSet& current() {
 
 }  // namespace
 
-const RowKernels* row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
+RowKernels row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
 const char* instruction_set() { return current().name; }
 
 }  // namespace ftfast

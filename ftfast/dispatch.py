@@ -60,9 +60,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def supports(
-    backend: str, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype
-) -> Support:
+def supports(backend: str, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
     """Whether ``backend`` computes factors of these dtypes on this device."""
     if student_dtype not in FACTOR_DTYPES or teacher_dtype not in FACTOR_DTYPES + QUANTISED_DTYPES:
         if backend == "reference":
@@ -120,6 +118,8 @@ def choose(backend: str, student_factor: Tensor, teacher_factor: Tensor) -> str:
     device = student_factor.device
     requested = resolve(backend)
     key = (requested, device.type, device.index, student_factor.dtype, teacher_factor.dtype)
+    if torch.compiler.is_compiling():
+        return _choose(requested, device, student_factor.dtype, teacher_factor.dtype)
     chosen = _chosen.get(key)
     if chosen is None:
         chosen = _choose(requested, device, student_factor.dtype, teacher_factor.dtype)
@@ -143,6 +143,11 @@ def _choose(requested: str, device: torch.device, student: torch.dtype, teacher:
             _said.add(message)
             _log.warning(message)
     raise AssertionError("the reference backend closes every list")
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: under torch.compile the
+# choice is made once while tracing, and not traced itself.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(student_factor: Tensor, teacher_factor: Tensor) -> str:

@@ -4,6 +4,8 @@ Section 3.1 of the paper; channels and activations as in the authors' code (Mode
 convolutions with stride 1 and padding 1, LeakyReLU(0.1) after every one of them, the last included.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ def _run_layers(x: Tensor, layers: nn.ModuleList, norm: nn.ModuleList | None, ne
 
 
 def _convolutions(channels: list[int]) -> nn.ModuleList:
-    return nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels[:-1], channels[1:], strict=True))
+    return nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels))
 
 
 class Paraphraser(nn.Module):
@@ -68,9 +70,7 @@ class Paraphraser(nn.Module):
         self.negative_slope = negative_slope
         m, mk = in_channels, factor_channels
         self.encoder = _convolutions([m, m, mk, mk])
-        self.decoder = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in ((mk, mk), (mk, m), (m, m))
-        )
+        self.decoder = nn.ModuleList(nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in ((mk, mk), (mk, m), (m, m)))
         self.norm = _norm_layers(norm, [m, mk, mk])
         self.decoder_norm = _norm_layers(norm, [mk, m, m])
 

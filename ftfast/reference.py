@@ -45,10 +45,9 @@ def ft_loss(
         A 0-d tensor, or ``[N]`` for ``reduction="none"``, float32 (float64 where an input is float64).
     """
     dtype = compute_dtype(student_factor, teacher_factor)
-    samples = student_factor.shape[0]
     with torch.autocast(student_factor.device.type, enabled=False):
-        student_direction = F.normalize(student_factor.to(dtype).reshape(samples, -1), dim=1, eps=eps)
-        teacher_direction = F.normalize(teacher_factor.to(dtype).reshape(samples, -1), dim=1, eps=eps)
+        student_direction = F.normalize(student_factor.to(dtype).flatten(1), dim=1, eps=eps)
+        teacher_direction = F.normalize(teacher_factor.to(dtype).flatten(1), dim=1, eps=eps)
         difference = student_direction - teacher_direction
         per_sample = difference.abs().sum(1) if p == 1 else torch.linalg.vector_norm(difference, dim=1)
         return reduce_per_sample(per_sample, difference.shape[1], p=p, reduction=reduction) * weight

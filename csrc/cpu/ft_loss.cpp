@@ -5,6 +5,8 @@
 // exactly 0 where s equals t. The first pass reads memory; the others find the sample in cache. (Touching the next
 // sample ahead was measured slower.)
 
+#include <type_traits>
+
 #include "../ft_loss.h"
 #include "vector.h"
 
@@ -79,54 +81,58 @@ struct Row {
     of(static_cast<const S*>(s), static_cast<const T*>(t), size, C(r), sums);
   }
 
-  template <int P>
-  static void gradient_of(const S* s, const T* t, S* ds, int64_t size, C r, C h, C k, C c) {
-    const Values ratio = Values{} + r, along_d = Values{} + h, along_s = Values{} + k, whole = Values{} + c;
+  template <bool of_teacher, int P, class X>
+  static void gradient_of(const S* s, const T* t, X* out, int64_t size, C r, C h, C k, C c) {
+    const Values ratio = Values{} + r, along_d = Values{} + h, along_x = Values{} + k, whole = Values{} + c;
     const auto at = [&](const S* s_at, const T* t_at) {
-      const Values x = load(s_at), d = subtract_product(x, load(t_at), ratio);
+      const Values x = load(s_at), y = load(t_at), d = subtract_product(x, y, ratio);
       const Values g = P == 1 ? signed_by<C>(d, along_d) : d * along_d;
-      return subtract_product(g, x, along_s) * whole;
+      return subtract_product(g, of_teacher ? y : x, along_x) * whole;
     };
     int64_t i = 0;
-    for (; i + step <= size; i += step) {
-      for (int u = 0; u < unroll; ++u) store(ds + i + u * lanes<C>, at(s + i + u * lanes<C>, t + i + u * lanes<C>));
-    }
+    for (; i + step <= size; i += step)
+      for (int u = 0; u < unroll; ++u) store(out + i + u * lanes<C>, at(s + i + u * lanes<C>, t + i + u * lanes<C>));
     for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t first, int valid) {
-      S result[lanes<C>];
+      X result[lanes<C>];
       store(result, at(s_tail, t_tail));
-      std::memcpy(ds + first, result, sizeof(S) * valid);
+      std::memcpy(out + first, result, sizeof(X) * valid);
     });
   }
 
-  static void gradient(const void* s, const void* t, void* ds, int64_t size, int p, double r, double h, double k,
+  template <bool of_teacher, class X>
+  static void gradient(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
                        double c) {
-    const auto of = p == 1 ? gradient_of<1> : gradient_of<2>;
-    of(static_cast<const S*>(s), static_cast<const T*>(t), static_cast<S*>(ds), size, C(r), C(h), C(k), C(c));
+    const auto of = p == 1 ? gradient_of<of_teacher, 1, X> : gradient_of<of_teacher, 2, X>;
+    of(static_cast<const S*>(s), static_cast<const T*>(t), static_cast<X*>(out), size, C(r), C(h), C(k), C(c));
   }
 
-  static constexpr RowKernels kernels = {squares, distances, gradient};
+  static RowKernels kernels() {
+    RowKernels all = {squares, distances, gradient<false, S>, nullptr};
+    if constexpr (!std::is_same<T, int8_t>::value) all.teacher_gradient = gradient<true, T>;
+    return all;
+  }
 };
 
 template <class S>
-const RowKernels* of_teacher(DType teacher) {
+RowKernels of_teacher(DType teacher) {
   switch (teacher) {
-    case DType::float32: return &Row<float, S, float>::kernels;
-    case DType::bfloat16: return &Row<float, S, BFloat16>::kernels;
-    case DType::float16: return &Row<float, S, Float16>::kernels;
-    case DType::int8: return &Row<float, S, int8_t>::kernels;
-    default: return nullptr;
+    case DType::float32: return Row<float, S, float>::kernels();
+    case DType::bfloat16: return Row<float, S, BFloat16>::kernels();
+    case DType::float16: return Row<float, S, Float16>::kernels();
+    case DType::int8: return Row<float, S, int8_t>::kernels();
+    default: return {};
   }
 }
 
 }  // namespace
 
-const RowKernels* row_kernels(DType student, DType teacher) {
+RowKernels row_kernels(DType student, DType teacher) {
   switch (student) {
-    case DType::float64: return teacher == DType::float64 ? &Row<double, double, double>::kernels : nullptr;
+    case DType::float64: return teacher == DType::float64 ? Row<double, double, double>::kernels() : RowKernels{};
     case DType::float32: return of_teacher<float>(teacher);
     case DType::bfloat16: return of_teacher<BFloat16>(teacher);
     case DType::float16: return of_teacher<Float16>(teacher);
-    default: return nullptr;
+    default: return {};
   }
 }
 

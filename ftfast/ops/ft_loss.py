@@ -120,9 +120,9 @@ def _transforming() -> bool:
 
 def _run_kernels(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Tensor:
     if torch.compiler.is_compiling():
+        # The weight stays outside the operator: as an argument of it, every new value would be a recompilation.
         p, reduction, eps, weight = options
-        number, tensor = (1.0, weight) if isinstance(weight, Tensor) else (float(weight), None)
-        return torch.ops.ftfast.ft_loss_forward(student, teacher, tensor, number, p, reduction, eps, backend)[0]
+        return torch.ops.ftfast.ft_loss_forward(student, teacher, p, reduction, eps, backend)[0] * weight
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         return FTLossFunction.apply(student, teacher, options, backend)
     return _forward(student, teacher, options, backend)[0]
@@ -180,7 +180,7 @@ class FTLossFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         differentiable = torch.is_grad_enabled()
         if ctx.holds_gradient:
             if differentiable:
@@ -211,16 +211,9 @@ def _differentiable_backward(
 
 @torch.library.custom_op("ftfast::ft_loss_forward", mutates_args=())
 def _forward_op(
-    student: Tensor,
-    teacher: Tensor,
-    weight_tensor: Tensor | None,
-    weight: float,
-    p: int,
-    reduction: str,
-    eps: float,
-    backend: str,
+    student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _forward(student, teacher, Options(p, reduction, eps, _weight_of(weight_tensor, weight)), backend)
+    return _forward(student, teacher, Options(p, reduction, eps, 1.0), backend)
 
 
 @torch.library.custom_op("ftfast::ft_loss_backward", mutates_args=())
@@ -229,75 +222,60 @@ def _backward_op(
     teacher: Tensor,
     statistics: Tensor,
     upstream: Tensor,
-    weight_tensor: Tensor | None,
-    weight: float,
     p: int,
     reduction: str,
     backend: str,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    needs_student: bool,
+    needs_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
-    options = Options(p, reduction, 0.0, _weight_of(weight_tensor, weight))
-    needed = (student_gradient, teacher_gradient)
-    student_result, teacher_result = _backward(student, teacher, statistics, upstream, options, backend, needed)
-    empty = statistics.new_empty(0)
+    """A gradient that is not needed comes back empty: an operator's results cannot be None."""
+    options, needed = Options(p, reduction, 0.0, 1.0), (needs_student, needs_teacher)
+    for_student, for_teacher = _backward(student, teacher, statistics, upstream, options, backend, needed)
     return (
-        empty if student_result is None else student_result,
-        statistics.new_empty(0) if teacher_result is None else teacher_result,
+        statistics.new_empty(0) if for_student is None else for_student,
+        statistics.new_empty(0) if for_teacher is None else for_teacher,
     )
 
 
-def _weight_of(weight_tensor: Tensor | None, weight: float) -> float | Tensor:
-    return weight if weight_tensor is None else weight_tensor
-
-
 @_forward_op.register_fake
-def _(student, teacher, weight_tensor, weight, p, reduction, eps, backend):  # type: ignore[no-untyped-def]
-    dtype = compute_dtype(student, teacher)
-    samples = student.shape[0]
+def _(student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    dtype, samples = compute_dtype(student, teacher), student.shape[0]
     loss = student.new_empty((samples,) if reduction == "none" else (), dtype=dtype)
     return loss, student.new_empty((5, samples), dtype=dtype)
 
 
 @_backward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    student,
-    teacher,
-    statistics,
-    upstream,
-    weight_tensor,
-    weight,
-    p,
-    reduction,
-    backend,
-    student_gradient,
-    teacher_gradient,
-):
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    upstream: Tensor,
+    p: int,
+    reduction: str,
+    backend: str,
+    needs_student: bool,
+    needs_teacher: bool,
+) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(student) if student_gradient else statistics.new_empty(0),
-        torch.empty_like(teacher) if teacher_gradient else statistics.new_empty(0),
+        torch.empty_like(student) if needs_student else statistics.new_empty(0),
+        torch.empty_like(teacher) if needs_teacher else statistics.new_empty(0),
     )
 
 
-def _save_for_compiled_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, weight_tensor, weight, p, reduction, _eps, backend = inputs
-    tensors = (student, teacher, output[1])
-    ctx.save_for_backward(*tensors, *(() if weight_tensor is None else (weight_tensor,)))
-    ctx.settings = (weight, p, reduction, backend)
+def _save_for_op_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, p, reduction, _eps, backend = inputs
+    ctx.save_for_backward(student, teacher, output[1])
+    ctx.settings = (p, reduction, backend)
     ctx.set_materialize_grads(False)
 
 
-def _compiled_backward(ctx: Any, upstream: Tensor | None, _statistics: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 6
-    if upstream is None:
-        return None, None, *nothing
-    student, teacher, statistics, *weights = ctx.saved_tensors
-    weight, p, reduction, backend = ctx.settings
+def _op_backward(ctx: Any, upstream: Tensor | None, _statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+    options = (None, None, None, None)
     needed = ctx.needs_input_grad[:2]
-    results = torch.ops.ftfast.ft_loss_backward(
-        student, teacher, statistics, upstream, weights[0] if weights else None, weight, p, reduction, backend, *needed
-    )
-    return (results[0] if needed[0] else None), (results[1] if needed[1] else None), *nothing
+    if upstream is None:
+        return None, None, *options
+    gradients = torch.ops.ftfast.ft_loss_backward(*ctx.saved_tensors, upstream, *ctx.settings, *needed)
+    return (gradients[0] if needed[0] else None), (gradients[1] if needed[1] else None), *options
 
 
-_forward_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+_forward_op.register_autograd(_op_backward, setup_context=_save_for_op_backward)

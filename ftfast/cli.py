@@ -1,0 +1,82 @@
+"""The command line, ``ftfast`` or ``python -m ftfast``: a table of commands, each imported when it runs."""
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ftfast import __version__
+
+# Name: what it does, and the module that has add_arguments(parser) and run(args) -> exit status.
+COMMANDS = {
+    "info": ("versions, devices, and each backend with its reason", "ftfast.info"),
+    "check": ("every kernel that runs here against the float64 reference", "ftfast.check"),
+    "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.distill.command"),
+    "evaluate": ("the test accuracy of a checkpoint", "ftfast.distill.evaluate"),
+}
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the words after ``ftfast``; the process's own by default.
+
+    Returns:
+        The exit status: the command's, 2 for bad input, 130 for an interruption.
+    """
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "plus or minus" is no reason to stop
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        prog="ftfast",
+        description="Factor Transfer distillation with fused kernels.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:10}{summary}" for name, (summary, _) in COMMANDS.items())
+        + "\n\n'ftfast COMMAND --help' tells the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="ftfast [--help] [--version] COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=f"ftfast {__version__}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
+    options = parser.parse_args(words[:1])
+    if options.command is None:
+        parser.print_help()
+        return 0
+    if options.command not in COMMANDS:
+        parser.error(f"command is {options.command!r}; it takes {', '.join(COMMANDS)}")
+    return _run_command(options.command, words[1:])
+
+
+def _run_command(name: str, words: list[str]) -> int:
+    summary, home = COMMANDS[name]
+    parser = _Parser(prog=f"ftfast {name}", description=summary, allow_abbrev=False)
+    try:
+        module = importlib.import_module(home)
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(words)))
+    except ValueError as error:
+        from ftfast.distill.errors import DistillError
+
+        if not isinstance(error, DistillError):
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt as interruption:
+        advice = f": {interruption}." if str(interruption) else "."
+        print(f"{parser.prog}: interrupted{advice}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has had enough (ftfast ... | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,51 @@
+"""Which backends a test can name here, and outputs that start as NaN, so that an element nobody wrote is seen."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ftfast.dispatch import interpreting, supports
+
+CPU = torch.device("cpu")
+
+
+def kernel_backends() -> list[tuple[str, str]]:
+    """The ``(backend, device)`` pairs with kernels of our own that can run in this process."""
+    pairs = [("native", "cpu"), ("triton", "cpu")] if interpreting() else [("native", "cpu")]
+    if torch.cuda.is_available() and not interpreting():
+        pairs.append(("triton", "cuda"))
+    runnable = [pair for pair in pairs if supports(pair[0], torch.device(pair[1]), torch.float32, torch.float32).ok]
+    return [pair for pair in runnable if pair[0] == "triton"] if interpreting() else runnable
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        pairs = kernel_backends()
+        none = [pytest.param("none", "cpu", marks=pytest.mark.skip("no backend with kernels of its own runs here"))]
+        metafunc.parametrize(("backend", "device"), pairs or none, ids=["-".join(pair) for pair in pairs] or ["none"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip("no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.empty and torch.empty_like give NaN (the largest integer for integers)."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def make_poisoned(*args: object, _make: object = make, **options: object) -> torch.Tensor:
+            made = _make(*args, **options)  # type: ignore[operator]
+            return made.fill_(float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+        monkeypatch.setattr(torch, name, make_poisoned)
+    yield

@@ -1,0 +1,101 @@
+"""Every mistake that a caller of the loss or the head can make ends in one sentence that says what to do."""
+
+import pytest
+import torch
+
+import ftfast
+
+GOOD = torch.zeros(2, 3, 4, 4)
+
+
+def sentence(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"p": 3}, ["p is 3", "1", "2"]),
+        ({"p": True}, ["p is True"]),
+        ({"eps": -1e-3}, ["eps is -0.001", "at least 0"]),
+        ({"eps": float("nan")}, ["eps is nan"]),
+        ({"reduction": "avg"}, ["reduction is 'avg'", "N*D for p=1", "N for p=2", "batchmean"]),
+        ({"backend": "cuda"}, ["backend is 'cuda'", "auto", "native"]),
+        ({"weight": torch.ones(2)}, ["weight has shape (2,)", "0-d"]),
+    ],
+)
+def test_unknown_options(options, words):
+    for call in (lambda: ftfast.ft_loss(GOOD, GOOD, **options), lambda: ftfast.FTLoss(**options)):
+        with pytest.raises(ValueError, match=".") as error:
+            call()
+        assert all(word in sentence(error) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "kind", "words"),
+    [
+        (GOOD, torch.zeros(2, 3, 4, 5), ValueError, ["(2, 3, 4, 4)", "(2, 3, 4, 5)"]),
+        (GOOD, torch.zeros(2, 3, 4, 4, device="meta"), ValueError, ["cpu", "meta"]),
+        (GOOD.int(), GOOD, TypeError, ["student_factor", "int32"]),
+        (GOOD.to(torch.int8), GOOD, TypeError, ["student_factor", "int8"]),
+        (GOOD, GOOD.long(), TypeError, ["teacher_factor", "int64", "int8"]),
+        (GOOD.to(torch.complex64), GOOD, TypeError, ["complex64"]),
+        (torch.zeros(4), torch.zeros(4), ValueError, ["(4,)", "[N, ...]"]),
+        (torch.zeros([1] * 10), torch.zeros([1] * 10), ValueError, ["2 to 9"]),
+        ([1.0], GOOD, TypeError, ["student_factor is a list"]),
+        (GOOD.to_sparse(), GOOD, TypeError, ["to_dense"]),
+    ],
+)
+def test_factors_that_cannot_be_compared(student, teacher, kind, words):
+    with pytest.raises(kind) as error:
+        ftfast.ft_loss(student, teacher)
+    assert all(word in sentence(error) for word in words)
+
+
+def test_a_dtensor_is_refused_by_name(monkeypatch):
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match="to_local"):
+        ftfast.ft_loss(GOOD.as_subclass(DTensor), GOOD)
+
+
+def test_an_explicit_backend_that_cannot_run_raises_its_reason(monkeypatch):
+    with pytest.raises(RuntimeError, match='backend "native" cannot run: .*meta'):
+        ftfast.ft_loss(GOOD.to("meta"), GOOD.to("meta"), backend="native")
+
+
+def test_an_explicit_backend_inside_a_transform_raises(backend, device):
+    student = torch.randn(2, 8, device=device)
+    with pytest.raises(RuntimeError, match="torch.func"):
+        torch.func.grad(lambda s: ftfast.ft_loss(s, student, backend=backend))(torch.randn(2, 8, device=device))
+
+
+def test_auto_inside_a_transform_takes_the_reference():
+    student, teacher = torch.randn(2, 8), torch.randn(2, 8)
+    got = torch.func.grad(lambda s: ftfast.ft_loss(s, teacher))(student)
+    expected = torch.func.grad(lambda s: ftfast.reference.ft_loss(s, teacher))(student)
+    assert torch.equal(got, expected)
+
+
+def test_modules_name_the_argument():
+    with pytest.raises(ValueError, match="rate is 0"):
+        ftfast.Paraphraser(8, 0)
+    with pytest.raises(ValueError, match="in_channels is 0"):
+        ftfast.Translator(0, 4)
+    with pytest.raises(ValueError, match='norm is \'layer\'; it takes None'):
+        ftfast.Translator(4, 4, norm="layer")
+    with pytest.raises(ValueError, match="factors of 5 channels and the paraphraser of 4"):
+        ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(4, 5))
+    head = ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(4, 4))
+    with pytest.raises(ValueError, match="exactly one .* neither"):
+        head(torch.zeros(1, 4, 2, 2))
+    with pytest.raises(ValueError, match="exactly one .* both"):
+        head(torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 2, 2), teacher_factor=torch.zeros(1, 4, 2, 2))
+    with pytest.raises(ValueError, match="layer is 'layer9'.*fc"):
+        ftfast.FeatureTap(torch.nn.Sequential(torch.nn.Linear(1, 1)), "layer9") if False else ftfast.FeatureTap(
+            torch.nn.ModuleDict({"fc": torch.nn.Linear(1, 1)}), "layer9"
+        )
