@@ -101,7 +101,7 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
                 define = f"-DFTFAST_INSTRUCTION_SET={name}"
                 variables = {"flags": " ".join([define, *extra])}
                 objects += ninja.build(f"{source.stem}.{name}.o", "cpp", str(source), variables=variables)
-        link = [compiler, "-shared", "-o", "$out", "$in", *openmp]
+        link = [compiler, "-shared", *openmp]
         if cuda_sources:
             assert nvcc is not None
             codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in NVCC_TARGETS]
@@ -110,15 +110,17 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
             ninja.rule("nvcc", f"{' '.join(command)} -c $in -o $out", depfile="$out.d", deps="gcc")
             for source in cuda_sources:
                 objects += ninja.build(f"{source.stem}.cuda.o", "nvcc", str(source))
-            # Linked statically: the extension then loads where there is no CUDA, and beside any torch's own runtime.
-            link += [
-                f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}",
-                "-lcudart_static",
-                "-lrt",
-                "-ldl",
-                "-lpthread",
+            # The runtime linked statically: the extension then loads where there is no CUDA, and beside torch's own.
+            link = [
+                nvcc,
+                "-ccbin",
+                compiler,
+                "-shared",
+                "-cudart",
+                "static",
+                *(f"-Xcompiler {flag}" for flag in openmp),
             ]
-        ninja.rule("link", " ".join(link))
+        ninja.rule("link", f"{' '.join(link)} -o $out $in")
         ninja.build(str(target), "link", objects)
     return {
         "reason": "",

@@ -86,7 +86,7 @@ def test_modules_name_the_argument():
         ftfast.Paraphraser(8, 0)
     with pytest.raises(ValueError, match="in_channels is 0"):
         ftfast.Translator(0, 4)
-    with pytest.raises(ValueError, match='norm is \'layer\'; it takes None'):
+    with pytest.raises(ValueError, match="norm is 'layer'; it takes None"):
         ftfast.Translator(4, 4, norm="layer")
     with pytest.raises(ValueError, match="factors of 5 channels and the paraphraser of 4"):
         ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(4, 5))

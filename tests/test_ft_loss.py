@@ -251,7 +251,9 @@ def test_used_twice_in_one_step(backend, device):
     one, other = torch.randn(3, 50).to(device), torch.randn(3, 50).to(device)
 
     def both(loss_function, student, **options):
-        return loss_function(student, one.to(student), **options) + 2 * loss_function(student, other.to(student), **options)
+        return loss_function(student, one.to(student), **options) + 2 * loss_function(
+            student, other.to(student), **options
+        )
 
     (got,) = torch.autograd.grad(both(ftfast.ft_loss, student, backend=backend), student)
     double = student.detach().double().requires_grad_()

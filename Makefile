@@ -1,0 +1,49 @@
+# make demo, make test: each sets up .venv on first use and is quick afterwards.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# An installation without native kernels is renewed once there is a compiler.
+$(shell test -f ftfast/_build_report.json && ! grep -q '"reason": ""' ftfast/_build_report.json \
+	&& command -v $${CXX:-c++} >/dev/null && rm -f $(VENV)/ready)
+
+.PHONY: help demo test lint bench clean
+help:
+	@echo "make demo    check the kernels, distil digits with four methods over six seeds, time the loss"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   every benchmark, into runs/bench.json"
+	@echo "make clean   removes .venv, build products and runs/demo"
+
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || echo "No C++ compiler, so no native kernels: apt-get install g++ python3-dev adds them." >&2
+	@echo "Setting up $(VENV); the first time takes a few minutes, most of them for torch."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@
+
+demo: $(VENV)/ready
+	@$(BIN)/ftfast check
+	@$(BIN)/ftfast distill --data digits --methods none,ft,kd,ft+kd --seeds 6 --output runs/demo --resume
+	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20
+
+test: $(VENV)/ready
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow" tests
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(INTERPRETED)
+
+# What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
+INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_triton.py tests/test_gates.py
+
+lint: $(VENV)/ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/ready
+	@mkdir -p runs
+	@$(BIN)/python -m bench --out runs/bench.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info ftfast/_C*.so ftfast/_build_report.json runs/demo

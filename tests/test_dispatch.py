@@ -1,0 +1,119 @@
+"""Which backend runs, the reasons in words, and what happens when the wanted one cannot."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ftfast
+from ftfast import dispatch
+
+FACTOR = torch.zeros(2, 8)
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.delenv("FTFAST_BACKEND", raising=False)
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(dispatch, "load_extension", lambda: (None, "no C++ compiler was found"))
+
+
+def test_the_extension_is_loaded_where_it_must_be():
+    extension, reason = dispatch.load_extension()
+    if os.environ.get("FTFAST_REQUIRE_NATIVE") == "1":
+        assert extension is not None, reason
+    elif extension is None:
+        pytest.skip(reason)
+    assert extension.instruction_set() in ("baseline", "avx2", "avx512")
+
+
+def test_auto_falls_back_and_says_so_once(no_extension, caplog):
+    with caplog.at_level(logging.WARNING, "ftfast"):
+        for _ in range(3):
+            assert dispatch.choose("auto", FACTOR, FACTOR) == "reference"
+            assert dispatch.choose("auto", FACTOR.double(), FACTOR) == "reference"
+    assert [record.message for record in caplog.records] == [
+        "ftfast falls back from its native backend: no C++ compiler was found."
+    ]
+    assert ftfast.ft_loss(FACTOR + 1, FACTOR + 1) == 0
+
+
+def test_an_explicit_backend_raises_its_reason(no_extension):
+    with pytest.raises(
+        RuntimeError, match='backend "native" cannot run: no C\\+\\+ compiler was found; use backend="auto"'
+    ):
+        ftfast.ft_loss(FACTOR, FACTOR, backend="native")
+
+
+def test_the_environment_chooses_where_the_call_does_not(monkeypatch):
+    monkeypatch.setenv("FTFAST_BACKEND", "reference")
+    assert dispatch.choose("auto", FACTOR, FACTOR) == "reference"
+    assert "FTFAST_BACKEND" in ftfast.explain(FACTOR, FACTOR)
+    monkeypatch.setenv("FTFAST_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="backend is 'fastest'"):
+        ftfast.ft_loss(FACTOR, FACTOR)
+
+
+def test_explain_gives_every_backend_a_line_and_a_reason():
+    lines = ftfast.explain(FACTOR, FACTOR).splitlines()
+    assert {line.split()[0] for line in lines} == set(dispatch.BACKENDS)
+    assert " runs" in lines[0]
+    assert all(" does not run: " in line for line in lines[1:])
+    meta = ftfast.explain(FACTOR.to("meta"), FACTOR.to("meta"))
+    assert meta.startswith("reference runs")
+    assert "meta" in meta
+
+
+def test_unsupported_dtypes_have_a_reason():
+    support = dispatch.supports("native", FACTOR.device, torch.complex64, torch.float32)
+    assert not support.ok
+    assert "complex64" in support.reason
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_info_tells_every_reason():
+    done = run("-m", "ftfast", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    cpu = next(device for device in found["devices"] if device["device"] == "cpu")
+    assert set(cpu["backends"]) == set(dispatch.BACKENDS)
+    assert all(support["reason"] for support in cpu["backends"].values())
+    text = run("-m", "ftfast", "info").stdout
+    assert cpu["backends"]["native"]["reason"] in text
+
+
+def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
+    script = (
+        "import torch; from ftfast.ops import ft_loss_native as native; right = native._scale\n"
+        "native._scale = lambda *a: right(*a) * 1.001\n"
+        "from ftfast.cli import main; raise SystemExit(main(['check', '--backend', 'native']))"
+    )
+    if dispatch.load_extension()[0] is None:
+        pytest.skip("no extension here")
+    done = run("-c", script)
+    assert done.returncode == 1
+    assert "WRONG" in done.stdout
+    assert run("-m", "ftfast", "check", "--backend", "native").returncode == 0
+
+
+def test_import_is_quick_and_needs_neither_triton_nor_the_compiler():
+    script = (
+        "import sys, torch; before = set(sys.modules); import ftfast; ftfast.FTLoss\n"
+        "new = set(sys.modules) - before\n"
+        "print([name for name in new if name.startswith(('triton', 'torch._dynamo', 'torch._inductor', 'torchvision'))])"
+    )
+    assert run("-c", script).stdout.strip() == "[]"

@@ -1,0 +1,77 @@
+"""The accuracy check must be able to fail: each launcher is replaced by one that is slightly wrong."""
+
+import pytest
+import torch
+
+from ftfast.check import LAYOUTS, check_case
+from ftfast.ops import ft_loss as op
+from ftfast.ops import ft_loss_native
+
+
+def scaled(results):
+    return [None if result is None else result * 1.001 for result in results]
+
+
+def one_sign_flipped(results):
+    flipped = [None if result is None else result.clone() for result in results]
+    for result in flipped:
+        if result is not None:
+            result.view(-1)[result.numel() // 3].neg_()
+    return flipped
+
+
+def last_row_skipped(results):
+    skipped = [None if result is None else result.clone() for result in results]
+    for result in skipped:
+        if result is not None:
+            result[-1] = 0
+    return skipped
+
+
+def kernels_of(backend):
+    if backend == "native":
+        return ft_loss_native
+    from ftfast.kernels import ft_loss
+
+    return ft_loss
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_check_is_green_on_the_real_kernels(backend, device, dtype, layout):
+    assert check_case(backend, torch.device(device), dtype, 1, layout).ok
+
+
+@pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_wrong_backward_is_seen(monkeypatch, backend, device, p, dtype, wrong):
+    kernels = kernels_of(backend)
+    right = kernels.ft_loss_backward
+    monkeypatch.setattr(kernels, "ft_loss_backward", lambda *args, **options: tuple(wrong(right(*args, **options))))
+    assert not check_case(backend, torch.device(device), dtype, p, "nchw").ok
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device, p):
+    kernels = kernels_of(backend)
+    right = kernels.ft_loss_forward
+
+    def wrong(*args, **options):
+        loss, statistics = right(*args, **options)
+        return loss * 1.001, statistics
+
+    monkeypatch.setattr(kernels, "ft_loss_forward", wrong)
+    assert not check_case(backend, torch.device(device), torch.float32, p, "nchw").ok
+
+
+def test_the_named_backend_is_the_one_that_runs(monkeypatch, backend, device):
+    """A test that names a backend must not pass on another one."""
+    launches = []
+    right = kernels_of(backend).ft_loss_forward
+    monkeypatch.setattr(
+        kernels_of(backend), "ft_loss_forward", lambda *args, **options: launches.append(1) or right(*args, **options)
+    )
+    factor = torch.randn(2, 8, device=device)
+    op.run(factor, factor, p=1, reduction="mean", eps=1e-12, weight=1.0, backend=backend)
+    assert launches == [1]

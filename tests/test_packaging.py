@@ -1,0 +1,163 @@
+"""Wheel, editable install and bare checkout all import; a machine without a compiler installs; broken code does not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler here"
+)
+pytestmark = pytest.mark.xdist_group("packaging")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a clone holds, so that no build touches this one's products."""
+    target = tmp_path / "checkout"
+    target.mkdir()
+    for name in ("ftfast", "kernels", "csrc"):
+        shutil.copytree(
+            ROOT / name,
+            target / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("*.so", "_build_report.json", "__pycache__"),
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CITATION.cff", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def run(*command, cwd, **environment):
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "FTFAST_", "TRITON_"))
+    }
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def build_wheel(checkout, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "wheels"]
+    return run(*command, cwd=checkout, **environment)
+
+
+IMPORT_ALL = (
+    "import ftfast, ftfast.kernels.launch, ftfast.distill.models, ftfast.cli, torch\n"
+    "print(ftfast.__file__, ftfast.ft_loss(torch.ones(2, 3), torch.ones(2, 3)).item())"
+)
+
+
+def test_a_bare_checkout_imports(checkout):
+    done = run(sys.executable, "-c", IMPORT_ALL, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert str(checkout) in done.stdout
+    info = run(sys.executable, "-m", "ftfast", "info", cwd=checkout)
+    assert "has not been built" in info.stdout
+
+
+def test_a_machine_without_a_compiler_installs_and_says_why(checkout):
+    done = build_wheel(checkout, PATH="/nonexistent", CXX="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (checkout / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert "no C++ compiler" in json.loads(archive.read("ftfast/_build_report.json"))["reason"]
+        archive.extractall(checkout.parent / "site")
+    site = checkout.parent / "site"
+    info = run(sys.executable, "-m", "ftfast", "info", cwd=site, PYTHONPATH=str(site))
+    assert "no C++ compiler was found when ftfast was installed (apt-get install g++)" in info.stdout
+    assert run(sys.executable, "-c", IMPORT_ALL, cwd=site, PYTHONPATH=str(site)).returncode == 0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compile_error_fails_the_install(checkout):
+    with open(checkout / "csrc" / "bindings.cpp", "a") as file:
+        file.write("\nthis is not C++\n")
+    done = build_wheel(checkout)
+    assert done.returncode != 0
+    assert "ftfast's extension does not compile" in done.stdout + done.stderr
+    assert not (checkout / "wheels").exists() or not list((checkout / "wheels").glob("*.whl"))
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_wheel_holds_everything_and_runs_its_kernels(checkout):
+    done = build_wheel(checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (checkout / "wheels").glob("*.whl")
+    site = checkout.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    sources = {f"ftfast/{path.relative_to(ROOT / 'ftfast')}" for path in (ROOT / "ftfast").rglob("*.py")}
+    sources |= {f"ftfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert sources <= names
+    assert not [name for name in names if name.startswith(("kernels/", "bench/", "tests/"))]
+    assert "ftfast/py.typed" in names
+    assert run(sys.executable, "-c", IMPORT_ALL, cwd=site, PYTHONPATH=str(site)).stdout.startswith(str(site))
+    checked = run(sys.executable, "-m", "ftfast", "check", "--backend", "native", cwd=site, PYTHONPATH=str(site))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_an_editable_install_imports_from_the_checkout(checkout):
+    venv = checkout.parent / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=checkout.parent)
+    (site,) = venv.glob("lib/python*/site-packages")
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "outer.pth").write_text(f"{ours}\n")
+    pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-deps"]
+    done = run(*pip, "--no-build-isolation", "--editable", ".", cwd=checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    imported = run(venv / "bin" / "python", "-c", IMPORT_ALL, cwd=checkout.parent)
+    assert imported.stdout.startswith(str(checkout)), imported.stdout + imported.stderr
+    assert (checkout / "ftfast" / "_build_report.json").is_file()
+    assert run(venv / "bin" / "ftfast", "check", "--backend", "native", cwd=checkout.parent).returncode == 0
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+def test_cuda_sources_join_where_there_is_nvcc_and_load_where_there_is_no_gpu(checkout):
+    folder = checkout / "csrc" / "cuda"
+    folder.mkdir(exist_ok=True)
+    (folder / "probe.cu").write_text(
+        "__global__ void probe_kernel(float* x) { x[threadIdx.x] = 1; }\n"
+        'extern "C" __attribute__((visibility("default"))) void probe(float* x) { probe_kernel<<<1, 1>>>(x); }\n'
+    )
+    done = build_wheel(checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (checkout / "wheels").glob("*.whl")
+    site = checkout.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    assert json.loads((site / "ftfast" / "_build_report.json").read_text())["cuda"] == ["sm_80", "sm_90", "sm_100"]
+    script = "import torch, ctypes, ftfast._C as c; assert ctypes.CDLL(c.__file__).probe; print(c.instruction_set())"
+    loaded = run(sys.executable, "-c", script, cwd=site, PYTHONPATH=str(site))
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_one_place_for_pins():
+    """Versions stand in pyproject.toml; no requirements file, and setup.py names none."""
+    assert not list(ROOT.glob("requirements*.txt"))
+    assert "install_requires" not in (ROOT / "setup.py").read_text()
+
+
+def test_kernels_are_reached_through_ftfast_alone():
+    assert (ROOT / "ftfast" / "kernels").is_symlink()
+    assert os.readlink(ROOT / "ftfast" / "kernels") == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,0 +1,87 @@
+"""Public names and signatures: a change here breaks somebody's training code."""
+
+import inspect
+
+import pytest
+
+import ftfast
+from ftfast import reference
+
+OPTIONS = {"p": 1, "reduction": "mean", "eps": 1e-12, "weight": 1.0}
+SIGNATURES = {
+    ftfast.FTLoss: {**OPTIONS, "backend": "auto"},
+    ftfast.ft_loss: {"student_factor": ..., "teacher_factor": ..., **OPTIONS, "backend": "auto"},
+    ftfast.FTLoss.forward: {"self": ..., "student_factor": ..., "teacher_factor": ...},
+    ftfast.Paraphraser: {
+        "in_channels": ...,
+        "rate": 0.5,
+        "factor_channels": None,
+        "norm": None,
+        "negative_slope": 0.1,
+    },
+    ftfast.Translator: {"in_channels": ..., "factor_channels": ..., "norm": None, "negative_slope": 0.1},
+    ftfast.FactorTransfer: {"paraphraser": ..., "translator": ..., **OPTIONS, "backend": "auto"},
+    ftfast.FactorTransfer.forward: {
+        "self": ...,
+        "student_features": ...,
+        "teacher_features": None,
+        "teacher_factor": None,
+    },
+    ftfast.FeatureTap: {"model": ..., "layer": ..., "features_only": False},
+    ftfast.explain: {"student_factor": ..., "teacher_factor": ...},
+    reference.ft_loss: {"student_factor": ..., "teacher_factor": ..., **OPTIONS},
+    reference.factor_transfer: {
+        "student_features": ...,
+        "teacher_features": ...,
+        "paraphraser": ...,
+        "translator": ...,
+        **OPTIONS,
+    },
+}
+KEYWORD_ONLY = {
+    ftfast.ft_loss: [*OPTIONS, "backend"],
+    ftfast.Paraphraser: ["factor_channels", "norm", "negative_slope"],
+    ftfast.Translator: ["norm", "negative_slope"],
+    ftfast.FactorTransfer: [*OPTIONS, "backend"],
+    ftfast.FactorTransfer.forward: ["teacher_factor"],
+    ftfast.FeatureTap: ["features_only"],
+    reference.ft_loss: list(OPTIONS),
+    reference.factor_transfer: list(OPTIONS),
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda it: it.__qualname__)
+def test_signature(function):
+    parameters = inspect.signature(function).parameters
+    found = {name: ... if it.default is inspect.Parameter.empty else it.default for name, it in parameters.items()}
+    assert found == SIGNATURES[function]
+    keyword_only = [name for name, it in parameters.items() if it.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert keyword_only == KEYWORD_ONLY.get(function, [])
+
+
+def test_names():
+    expected = {
+        "FTLoss",
+        "FactorTransfer",
+        "FeatureTap",
+        "Paraphraser",
+        "Translator",
+        "explain",
+        "ft_loss",
+        "reference",
+    }
+    assert set(ftfast.__all__) == expected | {"__version__"} == set(dir(ftfast))
+    for name in ftfast.__all__:
+        assert getattr(ftfast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'loss_of_factors'"):
+        _ = ftfast.loss_of_factors
+
+
+@pytest.mark.parametrize("name", sorted(set(ftfast.__all__) - {"__version__"}))
+def test_every_public_name_is_documented_and_typed(name):
+    thing = getattr(ftfast, name)
+    assert thing.__doc__
+    assert len(thing.__doc__) > 40
+    if inspect.isfunction(thing):
+        hints = inspect.get_annotations(thing)
+        assert set(hints) == {*inspect.signature(thing).parameters, "return"}
