@@ -1,7 +1,5 @@
 """Which backends a test can name here, and outputs that start as NaN, so that an element nobody wrote is seen."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -38,7 +36,7 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and torch.empty_like give NaN (the largest integer for integers)."""
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
@@ -48,4 +46,3 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return made.fill_(float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).max)
 
         monkeypatch.setattr(torch, name, make_poisoned)
-    yield
