@@ -1,0 +1,157 @@
+"""The arguments of ``python -m bench``, checked before anything is measured."""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from bench.measuring import QUICK_PLAN, Plan
+from bench.peers import PEERS
+from bench.records import RecordError, load
+from bench.registry import Bench, Settings
+from bench.shapes import DEFAULT_SHAPES, QUICK_SHAPES, SHAPES, parse_shape
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+LAYOUTS = ("nchw", "channels_last")
+EPILOG = """\
+further commands:
+  python -m bench readme [--check]   write the README's measured blocks and pictures from bench/records, or check them
+  python -m bench plot RECORD ...    draw records, as SVG and PNG beside each
+
+examples:
+  python -m bench                                      everything
+  python -m bench ft_loss --quick                      a look, not to be quoted
+  python -m bench ft_loss --shapes 64x32x8x8 --dtype float16 --json
+  python -m bench --out bench/records/NAME.json        a record to commit
+
+A candidate that is wrong against the float64 reference gets no figure, and the exit status is then 1.
+"""
+
+Value = TypeVar("Value")
+
+
+def comma_list(what: str, parse: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
+    """An argparse type: values between commas, each read by ``parse``, which raises ValueError with a sentence."""
+
+    def read(text: str) -> tuple[Value, ...]:
+        try:
+            return tuple(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    read.__name__ = what
+    return read
+
+
+def one_of(what: str, choices: dict[str, Value]) -> Callable[[str], Value]:
+    """Reads a name that stands for a value."""
+
+    def read(text: str) -> Value:
+        if text not in choices:
+            raise ValueError(f"{what} {text!r} is unknown; take one of {', '.join(choices)}.")
+        return choices[text]
+
+    return read
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1.")
+    return value
+
+
+def peer_names(text: str) -> tuple[str, ...]:
+    """An argparse type: peers between commas, or none."""
+    if text == "none":
+        return ()
+    return comma_list("peers", one_of("peer", {name: name for name in PEERS}))(text)
+
+
+def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
+    """The parser of ``python -m bench``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure ftfast against its peers, and against what memory and autograd cost alone.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(benches)}; default: all")
+    parser.add_argument("--list", action="store_true", help="say what there is to measure, and stop")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where it is")
+    parser.add_argument(
+        "--dtype", type=comma_list("dtypes", one_of("dtype", DTYPES)), metavar="LIST",
+        help=f"of {', '.join(DTYPES)}, with commas; default: float32,bfloat16 (--quick: float32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shapes", type=comma_list("shapes", parse_shape), metavar="LIST",
+        help="factors, by the pair that makes them or as NxCxHxW, with commas: "
+        + ", ".join(f"{name} ({shape})" for name, shape in SHAPES.items())
+        + f"; default: {','.join(DEFAULT_SHAPES)} (--quick: {','.join(QUICK_SHAPES)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layouts", type=comma_list("layouts", one_of("layout", {name: name for name in LAYOUTS})), metavar="LIST",
+        default=LAYOUTS, help=f"default: {','.join(LAYOUTS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", type=peer_names, metavar="LIST",
+        help=f"of {', '.join(PEERS)}, with commas, or none; default: all (--quick: eager)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=positive, help="torch's threads, default: the cores that may be used")
+    parser.add_argument("--blocks", type=positive, help=f"blocks of each candidate, default: {Plan.blocks}")
+    parser.add_argument("--seed", type=int, default=0, help="of the factors and of the order of blocks, default: 0")
+    parser.add_argument("--quick", action="store_true", help="few calls on a small shape, to see that it runs")
+    parser.add_argument("--json", action="store_true", help="print the record on standard output, and no tables")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record to FILE")
+    parser.add_argument("--overwrite", action="store_true", help="let --out replace a record")
+    return parser
+
+
+def check_out(path: Path, overwrite: bool) -> str:
+    """Why the record cannot be written to ``path``, or nothing; asked before minutes are spent on measuring."""
+    if path.is_dir():
+        return f"--out is {path}, a folder; name a file."
+    if not path.parent.is_dir():
+        return f"--out is {path} and there is no folder {path.parent}; create it."
+    if path.exists() and not overwrite:
+        return f"--out is {path}, which exists; name another file, or pass --overwrite."
+    if path.exists():
+        try:
+            load(path)
+        except (RecordError, OSError, UnicodeDecodeError):
+            return f"--out is {path}, which is not a bench record of this version; name another file."
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return ""
+    except OSError as error:
+        return f"--out is {path} and its folder takes no files ({error.strerror}); name another folder."
+
+
+def settings_from(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
+    """The settings that the arguments ask for."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda and torch finds no CUDA device; take cpu or auto.")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = QUICK_PLAN if options.quick else Plan()
+    names = QUICK_SHAPES if options.quick else DEFAULT_SHAPES
+    dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
+    peers = ("eager",) if options.quick else tuple(PEERS)
+    return Settings(
+        device=torch.device(device),
+        dtypes=options.dtype or dtypes,
+        shapes=options.shapes or tuple(SHAPES[name] for name in names),
+        layouts=options.layouts,
+        peers=peers if options.peers is None else options.peers,
+        plan=Plan(options.blocks or plan.blocks, plan.warmups, plan.calls, plan.block_seconds, options.seed),
+    )

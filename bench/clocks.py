@@ -1,0 +1,81 @@
+"""Clocks: how long a candidate's steps take on a device."""
+
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from bench.candidates import Candidate, nothing
+
+
+class Clock(Protocol):
+    """Times calls of a candidate's step."""
+
+    def time(self, candidate: Candidate, calls: int) -> list[float]:
+        """Milliseconds of each of ``calls`` steps."""
+
+
+class CpuClock:
+    """Wall-clock time on the CPU."""
+
+    def time(self, candidate: Candidate, calls: int) -> list[float]:
+        prepare, step, now = candidate.prepare, candidate.step, time.perf_counter_ns
+        elapsed = []
+        for _ in range(calls):
+            prepare()
+            begin = now()
+            step()
+            elapsed.append((now() - begin) * 1e-6)
+        return elapsed
+
+
+class CudaClock:
+    """Device time between two events, with the L2 cache overwritten before every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
+
+    def time(self, candidate: Candidate, calls: int) -> list[float]:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        for begin, end in events:
+            candidate.prepare()
+            self._flush.zero_()
+            begin.record()
+            candidate.step()
+            end.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in events]
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def graph_replay(candidate: Candidate) -> Candidate:
+    """The candidate with its step captured in a CUDA graph, at the first call: no launches from Python are left."""
+    captured: list[torch.cuda.CUDAGraph] = []
+
+    def step() -> None:
+        if not captured:
+            captured.append(_capture(candidate))
+        captured[0].replay()
+
+    return replace(candidate, name=f"{candidate.name}, CUDA graph", prepare=nothing, step=step)
+
+
+def _capture(candidate: Candidate) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            candidate.prepare()
+            candidate.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    candidate.prepare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        candidate.step()
+    return graph

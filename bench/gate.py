@@ -1,0 +1,106 @@
+"""The correctness gate: a candidate that is wrong gets no figure."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.peers import Loss
+from ftfast import reference
+
+
+class Limits(NamedTuple):
+    """The largest relative errors that pass."""
+
+    loss: float
+    scale: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A candidate against the float64 reference; every error is relative.
+
+    Attributes:
+        loss_error: of the loss.
+        scale_error: of the gradient's length along the reference gradient: a gradient that is 0.1 % too long has 0.001,
+            however coarse its dtype.
+        gradient_error: of the gradient in the L2 norm.
+        reason: empty where ``passed``, else what is wrong in one sentence.
+    """
+
+    passed: bool
+    loss_error: float
+    scale_error: float
+    gradient_error: float
+    reason: str = ""
+
+
+def limits(factor_dtype: torch.dtype, *, rounds_throughout: bool) -> Limits:
+    """The limits for factors of a dtype.
+
+    ``rounds_throughout`` is for formulas that round every intermediate result to 16 bits; ftfast computes in float32
+    and rounds its gradient once.
+    """
+    eps = torch.finfo(factor_dtype).eps
+    if factor_dtype == torch.float64:
+        return Limits(loss=1e-12, scale=1e-12, gradient=1e-10)
+    if factor_dtype == torch.float32:
+        return Limits(loss=1e-5, scale=1e-4, gradient=5e-4)
+    if rounds_throughout:
+        return Limits(loss=4 * eps, scale=4 * eps, gradient=16 * eps)
+    return Limits(loss=1e-5, scale=5e-4, gradient=eps)
+
+
+class Judge:
+    """Holds the float64 loss and gradient of one pair of factors under one random upstream gradient.
+
+    Elements where the reference cannot tell the sign of ``a - b`` at the precision of the candidate are left out of
+    the gradient's comparison: there either sign is right.
+    """
+
+    def __init__(self, student_factor: Tensor, teacher_factor: Tensor, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        # Of the size N*D, which brings the mean form's gradient to where every dtype holds it.
+        self._upstream = student_factor.numel() * (0.5 + torch.rand((), generator=generator).item())
+        student = student_factor.detach().double().requires_grad_()
+        teacher = teacher_factor.detach().double()
+        self._loss = reference.ft_loss(student, teacher)
+        (self._gradient,) = torch.autograd.grad(self._loss * self._upstream, student)
+        samples = student.shape[0]
+        student_direction = torch.nn.functional.normalize(student.detach().reshape(samples, -1))
+        teacher_direction = torch.nn.functional.normalize(teacher.reshape(samples, -1))
+        span = student_direction.abs() + teacher_direction.abs()
+        self._margin = ((student_direction - teacher_direction).abs() / span).nan_to_num().view(student.shape)
+
+    def __call__(
+        self, loss: Loss, student_factor: Tensor, teacher_factor: Tensor, *, rounds_throughout: bool = False
+    ) -> Gate:
+        """Judge ``loss`` on the factors that this judge was built from, in any layout."""
+        dtype = student_factor.dtype
+        student = student_factor.detach().clone().requires_grad_()
+        value = loss(student, teacher_factor)
+        value.backward(torch.tensor(self._upstream, dtype=value.dtype, device=value.device))
+        if student.grad is None:
+            return Gate(False, 0.0, 1.0, 1.0, "it gives the student factor no gradient")
+        precision = dtype if rounds_throughout else max(dtype, torch.float32, key=lambda d: torch.finfo(d).bits)
+        decided = self._margin > 8 * torch.finfo(precision).eps
+        expected = self._gradient[decided]
+        found = student.grad.double()[decided]
+        loss_error = abs(value.item() / self._loss.item() - 1)
+        scale_error = abs((found @ expected / (expected @ expected)).item() - 1)
+        gradient_error = ((found - expected).norm() / expected.norm()).item()
+        allowed = limits(dtype, rounds_throughout=rounds_throughout)
+        errors = {
+            "loss": (loss_error, allowed.loss),
+            "gradient's scale": (scale_error, allowed.scale),
+            "gradient": (gradient_error, allowed.gradient),
+        }
+        # Written so that a nan is over the limit.
+        wrong = [
+            f"the {name} is off by {error:.1e} (limit {limit:.1e})"
+            for name, (error, limit) in errors.items()
+            if not error <= limit
+        ]
+        return Gate(not wrong, loss_error, scale_error, gradient_error, "; ".join(wrong))

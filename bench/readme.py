@@ -1,0 +1,101 @@
+"""The README's measured blocks: written from committed records, and checked against them."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from bench import plots
+from bench.machine import CHECKOUT
+from bench.records import Record, RecordError, load, write_whole
+from bench.registry import discover
+
+BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+RECORDS = CHECKOUT / "bench" / "records"
+
+
+class ReadmeError(ValueError):
+    """A README that cannot be brought up to date."""
+
+
+def newest_records(folder: Path) -> dict[str, dict[str, tuple[Path, Record]]]:
+    """The newest record of every bench on each device type: ``[bench][device]``."""
+    found: dict[str, dict[str, tuple[Path, Record]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = load(path)
+        for bench in {row.bench for row in record.rows}:
+            held = found.setdefault(bench, {}).get(record.hardware["device"])
+            if held is None or held[1].created < record.created:
+                found[bench][record.hardware["device"]] = (path, record)
+    return found
+
+
+def regenerate(text: str, folder: Path, readme: Path) -> str:
+    """The README's text with its blocks as the records have them.
+
+    Raises:
+        ReadmeError: no block, or one of an unknown bench.
+        RecordError: a record that cannot be read.
+    """
+    benches = discover()
+    newest = newest_records(folder)
+    if not BLOCK.search(text):
+        raise ReadmeError(f"{readme} has no block '<!-- bench:NAME -->' ... '<!-- /bench -->'; add one.")
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in benches:
+            raise ReadmeError(f"{readme} has a block of {name!r}; there are {', '.join(benches)}.")
+        records = {
+            device: (_link(plots.picture_paths(path, name)[0], readme), record)
+            for device, (path, record) in newest.get(name, {}).items()
+        }
+        return f"{match[1]}{benches[name].markdown(records)}\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def stale_pictures(text: str, folder: Path) -> list[Path]:
+    """Pictures that the README needs and that were made from another record, or not at all."""
+    stale = []
+    for name, devices in newest_records(folder).items():
+        for path, record in devices.values():
+            svg = plots.picture_paths(path, name)[0]
+            if svg.name in text and not (svg.is_file() and plots.digest_in(svg) == record.digest):
+                stale.append(svg)
+    return stale
+
+
+def _link(picture: Path, readme: Path) -> str:
+    return Path(os.path.relpath(picture, readme.parent)).as_posix()
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m bench readme``: 0 where all is well, 1 where --check finds a difference, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench readme",
+        description="Write the README's measured blocks, <!-- bench:NAME --> to <!-- /bench -->, from the newest "
+        "record of each device type, and draw the records' pictures.",
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README and records differ")
+    parser.add_argument("--readme", type=Path, default=CHECKOUT / "README.md", help="default: the checkout's")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of records, default: bench/records")
+    options = parser.parse_args(arguments)
+    try:
+        text = options.readme.read_text()
+        fresh = regenerate(text, options.records, options.readme)
+        if options.check:
+            stale = [options.readme] if fresh != text else []
+            stale += stale_pictures(fresh, options.records)
+            for out_of_date in stale:
+                print(f"{out_of_date} differs from the records; run python -m bench readme.", file=sys.stderr)
+            return 1 if stale else 0
+        for name, devices in newest_records(options.records).items():
+            for path, record in devices.values():
+                plots.plot(record, name, path)
+        if fresh != text:
+            write_whole(options.readme, fresh)
+    except (OSError, UnicodeDecodeError, ReadmeError, RecordError) as error:
+        parser.error(str(error))
+    return 0

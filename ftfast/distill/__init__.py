@@ -1,0 +1,1 @@
+"""The distillation recipes: teacher, paraphraser and students from one command (``ftfast distill``)."""

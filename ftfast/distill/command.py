@@ -1,0 +1,58 @@
+"""``ftfast distill``: teacher, paraphraser and students in one run folder."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ftfast.distill import options
+from ftfast.distill.errors import SettingsError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command, and one for each setting."""
+    parser.add_argument("--output", metavar="FOLDER", help="the run folder [runs/<data>]")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output, with the same settings")
+    parser.add_argument("--print-settings", action="store_true", help="print the settings as JSON, and run nothing")
+    parser.add_argument("--json", action="store_true", help="print results.json in place of the table")
+    parser.add_argument(
+        "--checkpoint-seconds", metavar="X", default="30", help="time between two checkpoints of a training [30]"
+    )
+    options.add_arguments(parser.add_argument_group("settings"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; the table or the JSON goes to standard output, all else to standard error."""
+    settings = options.from_arguments(args)
+    if args.print_settings:
+        print(json.dumps(settings.resolved().to_json(), indent=2))
+        return 0
+    from rich.console import Console
+
+    from ftfast.distill.report import print_table, write_report
+    from ftfast.distill.run import run as run_distillation
+
+    output = Path(args.output or f"runs/{settings.data}")
+    try:
+        results = run_distillation(
+            settings, output, resume=args.resume, checkpoint_seconds=_seconds(args.checkpoint_seconds)
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"run the same command with --resume to continue {output}") from None
+    write_report(output, results)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        print_table(results, Console(soft_wrap=not sys.stdout.isatty()))
+        print(f"Report: {output / 'report.md'}")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise SettingsError(f"checkpoint_seconds is {text!r}; it takes a number of at least 0.")
+    return seconds

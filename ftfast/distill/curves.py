@@ -1,0 +1,75 @@
+"""Accuracy over epochs by method: the numbers, and a picture of them that every common colour vision can read."""
+
+import io
+from statistics import fmean, stdev
+from typing import Any
+
+# Okabe and Ito's colours, told apart with every common colour vision; line styles tell them apart without colour.
+STYLES = {
+    "none": ("#000000", "-"),
+    "ft": ("#D55E00", "--"),
+    "kd": ("#0072B2", "-."),
+    "ft+kd": ("#009E73", ":"),
+}
+
+
+def curve_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Test accuracy after each epoch: one row a method and epoch, mean and standard deviation over seeds."""
+    rows = []
+    for name, method in results["methods"].items():
+        for records in zip(*(student["history"] for student in method["students"]), strict=True):
+            values = [record["accuracy"] for record in records]
+            deviation = stdev(values) if len(values) > 1 else 0.0
+            rows.append(
+                {
+                    "method": name,
+                    "epoch": records[0]["epoch"],
+                    "accuracy_mean": round(fmean(values), 4),
+                    "accuracy_standard_deviation": round(deviation, 4),
+                    "seeds": len(values),
+                }
+            )
+    return rows
+
+
+def draw_curves(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    """The picture's files by format: ``png`` and ``svg``."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    curves, finals = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(results["methods"])
+    for position, name in enumerate(names):
+        colour, line = STYLES[name]
+        own = [row for row in rows if row["method"] == name]
+        epochs = [row["epoch"] for row in own]
+        low = [row["accuracy_mean"] - row["accuracy_standard_deviation"] for row in own]
+        high = [row["accuracy_mean"] + row["accuracy_standard_deviation"] for row in own]
+        curves.plot(epochs, [row["accuracy_mean"] for row in own], line, color=colour, label=name, marker=".")
+        curves.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
+        accuracies = [student["accuracy"] for student in results["methods"][name]["students"]]
+        finals.plot([position] * len(accuracies), accuracies, "o", color=colour, alpha=0.6)
+        finals.plot([position - 0.25, position + 0.25], [fmean(accuracies)] * 2, color=colour, linewidth=2)
+    curves.set(xlabel="epoch", ylabel="test accuracy, %", title="mean over seeds, band: standard deviation")
+    curves.set_ylim(bottom=_lowest_shown(rows))
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.legend(loc="lower right")
+    finals.set(title="last epoch, one dot a seed, bar: mean", ylabel="test accuracy, %", xlim=(-0.6, len(names) - 0.4))
+    finals.set_xticks(range(len(names)), names)
+    for axes in (curves, finals):
+        axes.grid(alpha=0.3)
+    pictures = {}
+    with matplotlib.rc_context({"svg.hashsalt": "ftfast"}):  # the same numbers give the same file
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            pictures[kind] = buffer.getvalue()
+    return pictures
+
+
+def _lowest_shown(rows: list[dict[str, Any]]) -> float:
+    """The axis starts where the curves have left their first steep rise, where that shows more of them."""
+    late = [row["accuracy_mean"] for row in rows if row["epoch"] * 3 >= rows[-1]["epoch"]]
+    return max(0.0, min(late) - 2)

@@ -1,0 +1,21 @@
+"""The errors that end a command with one sentence and exit status 2."""
+
+
+class DistillError(ValueError):
+    """A request that cannot be met, said in one sentence."""
+
+
+class SettingsError(DistillError):
+    """A setting outside what is taken, or settings that differ from those of the run to be resumed."""
+
+
+class CheckpointError(DistillError):
+    """A checkpoint that is cut short, of another model, newer than this version, or not plain tensors."""
+
+
+class RunFolderError(DistillError):
+    """An output folder that cannot be written or holds something else."""
+
+
+class ParaphraserError(DistillError):
+    """A paraphraser whose factors say nothing about the images."""

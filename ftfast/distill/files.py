@@ -1,0 +1,65 @@
+"""Files and folders that are there whole or not at all: written aside, flushed to the disk, renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_ASIDE = ".partial"
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill, which becomes ``path`` when the block ends without an error.
+
+    Raises:
+        FileExistsError: ``path`` is there already; nothing of it is touched.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}{_ASIDE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    yield aside
+    for file in aside.iterdir():
+        _flush(file)
+    _flush(aside)
+    os.rename(aside, path)
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by ``text``; a kill on the way leaves the file as it was."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file by ``content``; a kill on the way leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}{_ASIDE}")
+    aside.write_bytes(content)
+    _flush(aside)
+    os.replace(aside, path)
+    _flush(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As :func:`write_text`; refuses NaN and infinities, which JSON does not have."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether this is what a kill left of a file or folder that was being written."""
+    return path.name.startswith(".") and path.name.endswith(_ASIDE)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

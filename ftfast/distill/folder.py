@@ -1,0 +1,104 @@
+"""The run folder: where each result lies, and who may write there."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftfast.distill import files
+from ftfast.distill.errors import RunFolderError, SettingsError
+from ftfast.distill.settings import Settings
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "settings.json"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def teacher(self) -> Path:
+        return self.path / "teacher"
+
+    @property
+    def paraphraser(self) -> Path:
+        return self.path / "paraphraser"
+
+    @property
+    def selection(self) -> Path:
+        return self.path / "selection.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def student(self, method: str, seed: int) -> Path:
+        return self.path / "students" / method / f"seed{seed}"
+
+
+def open_run_folder(path: Path, settings: Settings, *, resume: bool) -> RunFolder:
+    """A folder for this run: a new one, or with ``resume`` that of a run with the same settings.
+
+    Raises:
+        RunFolderError: the folder holds something else, or cannot be written.
+        SettingsError: the run to be resumed has other settings; the message names the first that differs.
+    """
+    folder = RunFolder(path)
+    check_run_folder(path, settings, resume=resume)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not folder.settings.exists():
+            files.write_json(folder.settings, settings.to_json())
+    except OSError as error:
+        raise RunFolderError(f"output {path} cannot be written ({error.strerror}); choose another --output.") from None
+    return folder
+
+
+def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
+    """Raises as :func:`open_run_folder` does, and writes nothing."""
+    nearest = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
+    if not nearest.is_dir():
+        raise RunFolderError(f"output {path} cannot be a folder: {nearest} is a file; choose another --output.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunFolderError(f"output {path} cannot be written: no permission for {nearest}; choose another --output.")
+    found = [entry for entry in path.iterdir() if not files.is_left_over(entry)] if path.exists() else []
+    holds_run = RunFolder(path).settings.is_file()
+    if found and not resume:
+        held = "a run already; continue it with --resume" if holds_run else "other files"
+        raise RunFolderError(f"output {path} holds {held}{' or' if holds_run else ';'} choose another --output.")
+    if found and not holds_run:
+        raise RunFolderError(f"output {path} holds no run to resume, and other files; choose another --output.")
+    if holds_run:
+        _compare(_read_settings(RunFolder(path).settings), settings)
+
+
+def _read_settings(path: Path) -> Settings:
+    try:
+        return Settings.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise RunFolderError(f"{path} cannot be read, so the run cannot be resumed; choose another --output.") from None
+
+
+def _compare(kept: Settings, asked: Settings) -> None:
+    before, now = kept.to_json(), asked.to_json()
+    for name, value in before.items():
+        if now[name] != value:
+            raise SettingsError(
+                f"{name} is {_shown(now[name])}, and the run to be resumed has {_shown(value)}; "
+                f"give --{name.replace('_', '-')} as it was, or choose another --output."
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,99 @@
+"""The phases before the students: the teacher, then the paraphraser of its features."""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ftfast.distill import checkpoint, resumable
+from ftfast.distill.checkpoint import Checkpoint
+from ftfast.distill.engine import Epoch, Schedule, Training, evaluate
+from ftfast.distill.methods import METHODS
+from ftfast.distill.paraphrase import build_paraphraser, diagnose, teacher_features, train_paraphraser
+from ftfast.distill.setup import Setup
+from ftfast.distill.teacher import Teacher, build, read_teacher_checkpoint, teacher_description
+from ftfast.modules import Paraphraser
+
+
+def prepare_teacher(setup: Setup) -> tuple[Teacher, Checkpoint]:
+    """The frozen teacher and its checkpoint, trained or read back or taken from ``teacher_checkpoint``."""
+    settings, path = setup.settings, setup.folder.teacher
+    setup.progress.begin("teacher", settings.teacher_epochs * len(setup.train))
+    description = teacher_description(settings)
+    model = build(description, settings.data, seed=settings.seed, device=setup.precision.device)
+    start = time.perf_counter()
+    finished = resumable.read_finished(path)
+    if finished is None and settings.teacher_checkpoint is not None:
+        model.load_state_dict(read_teacher_checkpoint(settings))
+        accuracy = evaluate(model, setup.test, setup.precision)[0]
+        kept = setup.describe("teacher", description, accuracy=accuracy, source=settings.teacher_checkpoint)
+        checkpoint.save(path, Checkpoint(model.state_dict(), {"history": []}, kept))
+    elif finished is None:
+        _train_teacher(setup, model, description)
+    finished = finished or checkpoint.load(path)
+    checkpoint.fill(model, finished.tensors, path, settings.teacher)
+    setup.progress.end()
+    accuracy, seconds = finished.description["accuracy"], time.perf_counter() - start
+    setup.progress.say(f"teacher: {settings.teacher}, {accuracy:.2f} % of the test images, {seconds:.1f} s")
+    return Teacher(model), finished
+
+
+def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, Any]) -> None:
+    settings = setup.settings
+    learner = torch.nn.ModuleDict({"model": model})
+    training = Training(
+        learner,
+        lambda images, labels: {"labels": torch.nn.functional.cross_entropy(model(images).float(), labels)},
+        setup.train,
+        Schedule(
+            settings.teacher_epochs,
+            settings.batch_size,
+            settings.learning_rate,
+            settings.momentum,
+            settings.weight_decay,
+        ),
+        setup.precision,
+        seed=settings.seed,
+        accuracy=lambda: evaluate(model, setup.test, setup.precision)[0],
+    )
+
+    def describe(history: list[Epoch]) -> dict[str, Any]:
+        return setup.describe("teacher", description, accuracy=history[-1].accuracy, seed=settings.seed)
+
+    setup.finish(training, setup.folder.teacher, describe)
+
+
+def prepare_paraphraser(setup: Setup, teacher: Teacher) -> tuple[Paraphraser | None, dict[str, Any] | None]:
+    """The trained paraphraser and its diagnosis, or None and None where no method uses factors.
+
+    Raises:
+        ParaphraserError: it learned nothing.
+    """
+    settings, path, progress = setup.settings, setup.folder.paraphraser, setup.progress
+    if not any(METHODS[method].uses_factors for method in settings.methods):
+        return None, None
+    progress.begin("paraphraser", settings.paraphraser_steps * settings.paraphraser_batch_size)
+    start = time.perf_counter()
+    paraphraser = build_paraphraser(settings)
+    finished = resumable.read_finished(path)
+    if finished is None:
+        held_out, fitted = setup.train.cut(settings.paraphraser_held_out)
+        features = teacher_features(teacher, fitted, setup.precision)
+        train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
+        diagnosis = diagnose(paraphraser, teacher_features(teacher, held_out, setup.precision), setup.precision)
+        judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": diagnosis.warning}
+        model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
+        description = setup.describe("paraphraser", model, diagnosis=judged)
+        checkpoint.save(path, Checkpoint(paraphraser.state_dict(), {}, description))
+    finished = finished or checkpoint.load(path)
+    checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
+    progress.end()
+    judged = finished.description["diagnosis"]
+    progress.say(
+        f"paraphraser: explains {judged['explained_variance']:.3f} of the variance of {judged['held_out_images']} "
+        f"held-out images, spread {judged['spread']:.2f} of that of random factors, {time.perf_counter() - start:.1f} s"
+    )
+    if judged["warning"]:
+        progress.say(f"warning: {judged['warning']}")
+    return paraphraser, judged

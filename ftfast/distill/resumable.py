@@ -1,0 +1,79 @@
+"""Trainings that survive a kill: a checkpoint at the end, and now and then one on the way."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftfast.distill import checkpoint
+from ftfast.distill.checkpoint import Checkpoint
+from ftfast.distill.engine import Epoch, Training
+
+_MODEL_PREFIX = "model."
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Where the checkpoints on the way to ``folder`` lie."""
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
+def read_finished(folder: Path) -> Checkpoint | None:
+    """The checkpoint of a training that has ended, or None where it has not."""
+    return checkpoint.load(folder) if folder.exists() else None
+
+
+def history_of(finished: Checkpoint) -> list[Epoch]:
+    """The epochs that led to a checkpoint."""
+    return [Epoch(**record) for record in finished.state["history"]]
+
+
+def finish(
+    training: Training,
+    folder: Path,
+    describe: Callable[[list[Epoch]], dict[str, Any]],
+    *,
+    checkpoint_seconds: float,
+    after_epoch: Callable[[Epoch], None] = lambda _: None,
+) -> list[Epoch]:
+    """Runs a training to its end, from its last checkpoint where there is one, and leaves its checkpoint at ``folder``.
+
+    Args:
+        describe: the finished checkpoint's description, from the epochs' records.
+        checkpoint_seconds: the time between two checkpoints on the way; 0 keeps one after every epoch.
+        after_epoch: called after each epoch that runs now.
+    """
+    on_the_way = unfinished_folder(folder)
+    kept = sorted(on_the_way.glob("epoch*"))
+    if kept:
+        training.load_state(_state_of(checkpoint.load(kept[-1])))
+    last_saved = time.monotonic()
+
+    def save_on_the_way(training: Training) -> None:
+        nonlocal last_saved
+        after_epoch(training.history[-1])
+        if time.monotonic() - last_saved < checkpoint_seconds:
+            return
+        number = len(training.history)
+        checkpoint.save(on_the_way / f"epoch{number:05}", _checkpoint_of(training, {"kind": "unfinished"}))
+        for older in sorted(on_the_way.glob("epoch*"))[:-1]:
+            shutil.rmtree(older)
+        last_saved = time.monotonic()
+
+    history = training.run(save_on_the_way)
+    checkpoint.save(folder, _checkpoint_of(training, describe(history)))
+    shutil.rmtree(on_the_way, ignore_errors=True)
+    return history
+
+
+def _checkpoint_of(training: Training, description: dict[str, Any]) -> Checkpoint:
+    state = training.state()
+    learner = state["learner"]
+    model = {name.removeprefix(_MODEL_PREFIX): learner[name] for name in learner if name.startswith(_MODEL_PREFIX)}
+    rest = {name: tensor for name, tensor in learner.items() if not name.startswith(_MODEL_PREFIX)}
+    return Checkpoint(model, {**state, "learner": rest}, description)
+
+
+def _state_of(kept: Checkpoint) -> dict[str, Any]:
+    model = {_MODEL_PREFIX + name: tensor for name, tensor in kept.tensors.items()}
+    return {**kept.state, "learner": {**model, **kept.state["learner"]}}

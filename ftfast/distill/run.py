@@ -1,0 +1,91 @@
+"""A whole run: teacher, paraphraser, weights, students. Each phase keeps its result, which a resumed run reads."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftfast.distill import data, files
+from ftfast.distill.data import DATASETS
+from ftfast.distill.errors import RunFolderError
+from ftfast.distill.folder import RunFolder, check_run_folder, open_run_folder
+from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
+from ftfast.distill.methods import METHODS
+from ftfast.distill.progress import Progress
+from ftfast.distill.results import collect
+from ftfast.distill.selection import candidates, trial_images
+from ftfast.distill.settings import Settings
+from ftfast.distill.setup import Setup, precision_of
+from ftfast.distill.student_phases import select_weights, train_students
+from ftfast.distill.students import Guides
+from ftfast.distill.teacher import read_teacher_checkpoint
+
+
+def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_seconds: float = 30.0) -> dict[str, Any]:
+    """Runs what the settings say into a folder; returns the content of its results.json.
+
+    Args:
+        output: the run folder, new or, with ``resume``, that of a run with the same settings.
+        checkpoint_seconds: the time between two checkpoints of one training.
+
+    Raises:
+        DistillError: in one sentence, before anything is written where that can be known before.
+    """
+    settings = settings.resolved()
+    check_run_folder(output, settings, resume=resume)
+    if settings.teacher_checkpoint is not None:
+        read_teacher_checkpoint(settings)
+    folder = open_run_folder(output, settings, resume=resume)
+    start = time.perf_counter()
+    with _reproducible(settings), Progress(_planned_images(settings)) as progress:
+        train, test = data.load(settings.data, torch.device(settings.device))
+        students, _ = train.cut(settings.student_images)
+        setup = Setup(settings, precision_of(settings), folder, progress, checkpoint_seconds, train, students, test)
+        teacher, teacher_checkpoint = prepare_teacher(setup)
+        paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
+        guides = Guides(teacher, paraphraser)
+        trials = select_weights(setup, guides)
+        methods = {method: train_students(setup, guides, method, trials[method]) for method in settings.methods}
+    results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)
+    results.update(_earlier_record(folder))
+    files.write_json(folder.results, results)
+    return results
+
+
+def _earlier_record(folder: RunFolder) -> dict[str, Any]:
+    """When and on what a run was finished, where it is only read back now."""
+    if not folder.results.exists():
+        return {}
+    try:
+        earlier = json.loads(folder.results.read_text())
+        return {name: earlier[name] for name in ("seconds", "hardware", "software")}
+    except (ValueError, KeyError, TypeError):
+        raise RunFolderError(f"{folder.results} is not as it was written; remove it to have it made anew.") from None
+
+
+def _planned_images(settings: Settings) -> int:
+    """How many images all phases draw."""
+    images = settings.teacher_epochs * DATASETS[settings.data].train_images
+    if any(METHODS[method].uses_factors for method in settings.methods):
+        images += settings.paraphraser_steps * settings.paraphraser_batch_size
+    for method in settings.methods:
+        trials = len(candidates(settings, method))
+        images += trials * trial_images(settings) if trials > 1 else 0
+        images += settings.seeds * settings.student_epochs * settings.student_images
+    return images
+
+
+@contextmanager
+def _reproducible(settings: Settings) -> Iterator[None]:
+    """The settings' number of threads, and algorithms on a GPU that give the same sums each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.set_num_threads(threads)

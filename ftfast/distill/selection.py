@@ -1,0 +1,98 @@
+"""The choice of every method's weights, on validation parts of the students' own training images.
+
+This module is given no test images, so nothing in it can depend on them.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from ftfast.distill.data import Split
+from ftfast.distill.engine import DivergedError, Precision, evaluate
+from ftfast.distill.methods import METHODS, Weights
+from ftfast.distill.settings import Settings
+from ftfast.distill.students import Guides, student_training
+
+# Selection draws students of its own, so that no final student was already seen by the choice.
+FIRST_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Weights and what students learned with them: mean validation accuracy in percent and cross-entropy.
+
+    Both are None where a student diverged.
+    """
+
+    beta: float | None
+    alpha: float | None
+    accuracy: float | None
+    loss: float | None
+
+
+def candidates(settings: Settings, method: str) -> list[Weights]:
+    """The weights that a method chooses from; one where the settings leave no choice."""
+    used = METHODS[method].weights
+    pairs = [
+        (beta if "beta" in used else None, alpha if "alpha" in used else None) for beta, alpha in settings.weight_grid()
+    ]
+    return [Weights(beta, alpha, settings.temperature) for beta, alpha in dict.fromkeys(pairs)]
+
+
+def try_weights(
+    settings: Settings,
+    precision: Precision,
+    guides: Guides,
+    split: Split,
+    method: str,
+    weights: Weights,
+    after_epoch: Callable[[int], None] = lambda _: None,
+) -> Trial:
+    """Trains students on all folds but one and judges them on that one, for each fold of ``split`` in turn.
+
+    They take as many steps as the final students, who learn from all of ``split``. ``after_epoch`` is called with
+    the number of images drawn.
+    """
+    scores = []
+    for fold, (fitted, validated) in enumerate(split.folds(settings.validation_folds)):
+        for repeat in range(settings.selection_seeds):
+            training = student_training(
+                settings,
+                precision,
+                guides,
+                fitted,
+                method=method,
+                weights=weights,
+                seed=FIRST_SEED + fold * settings.selection_seeds + repeat,
+                epochs=selection_epochs(settings),
+            )
+            try:
+                training.run(lambda current: after_epoch(current.history[-1].images))
+            except DivergedError:
+                return Trial(weights.beta, weights.alpha, None, None)
+            scores.append(evaluate(training.learner["model"], validated, precision))  # type: ignore[index]
+    accuracies, losses = zip(*scores, strict=True)
+    return Trial(weights.beta, weights.alpha, fmean(accuracies), fmean(losses))
+
+
+def selection_epochs(settings: Settings) -> int:
+    """Epochs on all folds but one that take as many steps as ``student_epochs`` on all."""
+    return max(1, round(settings.student_epochs * settings.validation_folds / (settings.validation_folds - 1)))
+
+
+def trial_images(settings: Settings) -> int:
+    """How many images the students of one trial draw."""
+    rounds = settings.selection_seeds * selection_epochs(settings)
+    return rounds * settings.student_images * (settings.validation_folds - 1)
+
+
+def best(trials: list[Trial]) -> Trial | None:
+    """The trial of the highest validation accuracy, of the lower loss where two are equal; None where all diverged."""
+    finite = [trial for trial in trials if trial.accuracy is not None]
+    return max(finite, key=lambda trial: (trial.accuracy, -(trial.loss or 0.0)), default=None)
+
+
+def to_json(trials: list[Trial]) -> list[dict[str, Any]]:
+    """Trials as JSON keeps them."""
+    return [asdict(trial) for trial in trials]

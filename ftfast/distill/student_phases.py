@@ -1,0 +1,111 @@
+"""The phases of the students: the choice of each method's weights, then one student for each seed."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ftfast.distill import checkpoint, files, resumable, selection
+from ftfast.distill.engine import Epoch
+from ftfast.distill.errors import DistillError, RunFolderError
+from ftfast.distill.methods import Weights
+from ftfast.distill.results import method_line, student_result
+from ftfast.distill.settings import Settings
+from ftfast.distill.setup import Setup
+from ftfast.distill.students import Guides, student_training
+from ftfast.distill.teacher import student_description
+
+
+def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Trial]]:
+    """Every method's trials; they are kept one by one, so that a kill loses one at most."""
+    settings, progress = setup.settings, setup.progress
+    path = setup.folder.selection
+    kept = _read_trials(path)
+    for method in settings.methods:
+        candidates = selection.candidates(settings, method)
+        trials = kept.setdefault(method, [])
+        if len(candidates) > 1:
+            images = selection.trial_images(settings)
+            progress.begin(f"weights of {method}", len(candidates) * images)
+            progress.advance(len(trials) * images)
+            start = time.perf_counter()
+            for weights in candidates[len(trials) :]:
+                trial = selection.try_weights(
+                    settings, setup.precision, guides, setup.students, method, weights, progress.advance
+                )
+                trials.append(trial)
+                files.write_json(path, {name: selection.to_json(rows) for name, rows in kept.items()})
+            progress.say(f"weights of {method}: {_chosen_line(trials)}, {time.perf_counter() - start:.1f} s")
+            progress.end()
+    return kept
+
+
+def _read_trials(path: Path) -> dict[str, list[selection.Trial]]:
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+        return {method: [selection.Trial(**row) for row in trials] for method, trials in rows.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise RunFolderError(f"{path} is not as it was written; remove it to choose the weights anew.") from None
+
+
+def _chosen_line(trials: list[selection.Trial]) -> str:
+    chosen = selection.best(trials)
+    if chosen is None:
+        return "all diverged"
+    weights = [f"{name} {getattr(chosen, name):g}" for name in ("beta", "alpha") if getattr(chosen, name) is not None]
+    return f"{', '.join(weights)} ({chosen.accuracy:.2f} % of the validation images)"
+
+
+def chosen_weights(settings: Settings, method: str, trials: list[selection.Trial]) -> Weights:
+    """The weights of a method's final students.
+
+    Raises:
+        DistillError: every weight that was tried made a student diverge.
+    """
+    if not trials:
+        return selection.candidates(settings, method)[0]
+    chosen = selection.best(trials)
+    if chosen is None:
+        raise DistillError(f"every weight tried for {method} diverged; lower --learning-rate, --beta or --alpha.")
+    return Weights(chosen.beta, chosen.alpha, settings.temperature)
+
+
+def train_students(
+    setup: Setup, guides: Guides, method: str, trials: list[selection.Trial]
+) -> tuple[Weights, list[dict[str, Any]]]:
+    """A method's weights and its finished students, as results.json has them."""
+    settings, progress = setup.settings, setup.progress
+    weights = chosen_weights(settings, method, trials)
+    progress.begin(f"students of {method}", settings.seeds * settings.student_epochs * len(setup.students))
+    start = time.perf_counter()
+    results = []
+    for seed in range(settings.seeds):
+        path = setup.folder.student(method, seed)
+        finished = resumable.read_finished(path)
+        if finished is None:
+            training = student_training(
+                settings,
+                setup.precision,
+                guides,
+                setup.students,
+                method=method,
+                weights=weights,
+                seed=seed,
+                watched=setup.test,
+            )
+            named = {"method": method, "seed": seed, "weights": asdict(weights)}
+
+            def describe(history: list[Epoch], named: dict[str, Any] = named) -> dict[str, Any]:
+                return setup.describe("student", student_description(settings), **named, accuracy=history[-1].accuracy)
+
+            setup.finish(training, path, describe)
+            finished = checkpoint.load(path)
+        else:
+            progress.advance(settings.student_epochs * len(setup.students))
+        results.append(student_result(seed, resumable.history_of(finished)))
+    progress.end()
+    progress.say(f"{method}: {method_line(results)}, {time.perf_counter() - start:.1f} s")
+    return weights, results

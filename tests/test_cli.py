@@ -1,0 +1,260 @@
+"""The command line: what comes out where, and that bad input is one sentence on standard error and exit status 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ftfast
+from ftfast.cli import COMMANDS, main
+from ftfast.distill import checkpoint
+from ftfast.distill.settings import Settings
+
+TINY = [
+    "distill",
+    "--data",
+    "digits",
+    "--methods",
+    "none,ft",
+    "--seeds",
+    "1",
+    "--teacher",
+    "resnet8",
+    "--teacher-channels",
+    "4",
+    "--teacher-epochs",
+    "2",
+    "--student-channels",
+    "2",
+    "--student-epochs",
+    "2",
+    "--student-images",
+    "60",
+    "--paraphraser-steps",
+    "40",
+    "--beta",
+    "60",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+]
+
+
+def run_command(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ftfast", *words], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run from the command line, seen from outside."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    return folder, run_command(*TINY, "--output", str(folder))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one sentence with which a command refuses its words."""
+    try:
+        status = main(words)
+    except SystemExit as leaving:
+        status = int(leaving.code or 0)
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("ftfast")
+    assert ": error: " in captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_a_run_prints_its_table_on_stdout_and_quiet_lines_on_stderr(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, ended = finished
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((folder / "results.json").read_text())
+    for name in ("none", "ft"):
+        line = next(line for line in ended.stdout.splitlines() if line.split()[:1] == [name])
+        assert f"{results['methods'][name]['mean']:.2f}" in line
+    assert str(folder / "report.md") in ended.stdout
+    lines = ended.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines if not line.startswith("warning")] == [
+        "teacher",
+        "paraphraser",
+        "none",
+        "ft",
+    ]
+    assert "\x1b" not in ended.stderr + ended.stdout
+    assert "\r" not in ended.stderr
+
+
+def test_json_prints_the_results(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    assert main([*TINY, "--output", str(folder), "--resume", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["teacher", "students/ft/seed0"])
+def test_evaluate_repeats_the_runs_accuracy(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    folder, _ = finished
+    assert main(["evaluate", str(folder / kind), "--data", "digits", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == checkpoint.load(folder / kind).description["accuracy"]
+    assert main(["evaluate", str(folder / kind)]) == 0
+    assert f"{found['accuracy']:.2f} % of 797 test images" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_what_is_no_classifier(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "paraphraser" in refused(capsys, "evaluate", str(finished[0] / "paraphraser"))
+    assert "no checkpoint folder" in refused(capsys, "evaluate", str(tmp_path))
+    assert "data is 'cifar'" in refused(capsys, "evaluate", str(finished[0] / "teacher"), "--data", "cifar")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "ft,at"], "methods is 'at'; it takes none, ft, kd, ft+kd"),
+        (["--data", "imagenet"], "data is 'imagenet'; it takes digits"),
+        (["--student", "resnet10"], "resnet8, resnet14"),
+        (["--seeds", "many"], "seeds is 'many'; it takes a whole number"),
+        (["--seeds", "0"], "at least 1"),
+        (["--beta", "-1"], "beta is -1"),
+        (["--beta", "1,x"], "beta is '1,x'; it takes a number, or several separated by commas"),
+        (["--learning-rate", "nan"], "learning_rate is nan"),
+        (["--dtype", "float8"], "dtype is 'float8'; it takes auto, bfloat16, float32"),
+        (["--device", "tpu"], "device is 'tpu'; it takes auto, cpu, cuda"),
+        (["--checkpoint-seconds", "soon"], "checkpoint_seconds is 'soon'"),
+        (["--colour", "red"], "--colour"),
+        (["--beta", "1,2", "--alpha", "0.1,0.2,0.3"], "one value or equally many"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], message: str
+) -> None:
+    assert message in refused(capsys, "distill", "--output", str(tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_device_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = refused(capsys, "distill", "--output", str(tmp_path / "run"), "--device", "cuda")
+    assert "--device cpu" in message
+
+
+@pytest.mark.parametrize("form", ["nothing", "cut", "other", "code", "other folder"])
+def test_a_bad_teacher_checkpoint_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    form: str,
+) -> None:
+    path = tmp_path / "teacher.pt"
+    tensors = checkpoint.load(finished[0] / "teacher").tensors
+    words = list(TINY)
+    if form == "cut":
+        torch.save(tensors, path)
+        path.write_bytes(path.read_bytes()[:-100])
+    elif form == "other":
+        torch.save({"weight": torch.zeros(1)}, path)
+    elif form == "code":
+        torch.save({"model": print}, path)
+    elif form == "other folder":
+        path = finished[0] / "teacher"
+        words[words.index("--teacher-channels") + 1] = "6"
+    expected = {
+        "nothing": "cannot be read",
+        "cut": "cut short",
+        "other": "another model than a resnet8",
+        "code": "may hold code",
+        "other folder": "a resnet8 with 4 channels",
+    }
+    message = refused(capsys, *words, "--output", str(tmp_path / "run"), "--teacher-checkpoint", str(path))
+    assert expected[form] in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folders_that_cannot_be_used_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused(capsys, *TINY, "--output", str(tmp_path / "file" / "run"))
+    assert "is a file" in refused(capsys, *TINY, "--output", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "--resume" in refused(capsys, *TINY, "--output", str(finished[0]))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "no permission" in refused(capsys, *TINY, "--output", str(tmp_path / "run"))
+
+
+def test_a_file_system_that_is_read_only_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be written" in refused(capsys, *TINY, "--output", "/proc/run")
+
+
+def test_printed_settings_are_resolved_and_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["distill", "--print-settings", "--student-epochs", "7", "--output", str(tmp_path / "run")]) == 0
+    settings = Settings.from_json(json.loads(capsys.readouterr().out))
+    assert settings == settings.resolved()
+    assert settings.student_epochs == 7
+    assert "auto" not in (settings.device, settings.dtype)
+    assert 125 in settings.beta
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftfast", *TINY, "--output", str(folder), "--student-epochs", "5000"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not (folder / "tensorboard/students/none/seed0").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last == f"ftfast distill: interrupted: run the same command with --resume to continue {folder}."
+    assert "Traceback" not in err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out.strip() == f"ftfast {ftfast.__version__}"
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+def test_an_unknown_command_is_refused_with_the_commands_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "distil")
+    assert all(name in message for name in COMMANDS)
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from ftfast.cli import main; main([]); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0

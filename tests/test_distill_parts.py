@@ -1,0 +1,336 @@
+"""The parts of a distillation run, each by itself: models, data, methods, settings, the paraphraser's phase."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from ftfast import FactorTransfer, FeatureTap, Paraphraser, Translator, reference
+from ftfast.distill import data, models
+from ftfast.distill.engine import Precision, Schedule, Training, evaluate
+from ftfast.distill.errors import ParaphraserError, SettingsError
+from ftfast.distill.methods import METHODS, Outputs, Weights
+from ftfast.distill.paraphrase import build_paraphraser, diagnose, train_paraphraser
+from ftfast.distill.progress import Progress
+from ftfast.distill.results import paired_gain
+from ftfast.distill.selection import Trial, best, candidates, selection_epochs, try_weights
+from ftfast.distill.settings import Settings
+from ftfast.distill.students import Guides
+from ftfast.distill.teacher import Teacher
+
+CPU = torch.device("cpu")
+FLOAT32 = Precision(CPU, torch.float32)
+
+
+def small_settings(**changes: object) -> Settings:
+    return replace(Settings(device="cpu", dtype="float32", threads=1), **changes)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[data.Split, data.Split]:
+    return data.load("digits", CPU)
+
+
+# Table 6 of He et al. 2016 gives 0.27, 0.46 and 0.85 million parameters.
+@pytest.mark.parametrize(("name", "millions"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet56", 0.85)])
+def test_resnets_have_the_papers_parameters(name: str, millions: float) -> None:
+    model = models.build_model(name, 16, in_channels=3, classes=10, seed=0)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (32, 32), (1, 5)])
+@pytest.mark.parametrize("shortcut", models.SHORTCUTS)
+def test_feature_shape_is_what_the_tap_gives(size: tuple[int, int], shortcut: str) -> None:
+    model = models.build_model("resnet8", 3, in_channels=2, classes=5, shortcut=shortcut, seed=0)
+    logits, features = FeatureTap(model, models.LAST_STAGE)(torch.randn(2, 2, *size))
+    assert logits.shape == (2, 5)
+    assert features.shape[1:] == models.feature_shape(3, size)
+
+
+def test_a_seed_fixes_a_models_weights_and_leaves_torchs_state() -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    first, again, other = (models.build_model("resnet8", 4, in_channels=1, classes=10, seed=k) for k in (5, 5, 6))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first.stem.weight, again.stem.weight)
+    assert not torch.equal(first.stem.weight, other.stem.weight)
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet", "resnet2", "vgg8", "resnet08x"])
+def test_unknown_models_are_refused_with_what_is_taken(name: str) -> None:
+    with pytest.raises(SettingsError, match="resnet8, resnet14, resnet20"):
+        models.parse_depth(name)
+
+
+def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[data.Split, data.Split]) -> None:
+    train, test = digits
+    assert (len(train), len(test)) == (1000, 797)
+    shares = [torch.bincount(part.labels, minlength=10) / len(part) for part in (train, test)]
+    assert (shares[0] - shares[1]).abs().max() < 0.005
+    rows = {tuple(image.flatten().tolist()) for image in train.images}
+    repeated = sum(tuple(image.flatten().tolist()) in rows for image in test.images)
+    assert repeated < 5  # the data set itself may hold equal drawings
+
+
+def test_folds_use_every_image_once_to_validate(digits: tuple[data.Split, data.Split]) -> None:
+    split, _ = digits[0].cut(300)
+    folds = split.folds(4)
+    validated = torch.cat([part.images for _, part in folds]).flatten(1).sum(1).sort().values
+    assert torch.equal(validated, split.images.flatten(1).sum(1).sort().values)
+    assert all(len(fitted) + len(part) == 300 for fitted, part in folds)
+
+
+def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(digits: tuple[data.Split, data.Split]) -> None:
+    split, _ = digits[0].cut(97)
+    first, again, next_epoch = (
+        torch.cat([labels for _, labels in data.draw_batches(split, 32, seed=1, epoch=epoch)]) for epoch in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_epoch)
+    assert torch.equal(first.sort().values, split.labels.sort().values)
+
+
+def test_batches_are_of_nearly_equal_size(digits: tuple[data.Split, data.Split]) -> None:
+    split, _ = digits[0].cut(97)  # 97 = 3 * 32 + 1: cut plainly, the last batch would hold one image
+    sizes = [len(labels) for _, labels in data.draw_batches(split, 32, seed=0, epoch=0)]
+    assert max(sizes) <= 32
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_have_the_formulas_of_their_papers(name: str) -> None:
+    torch.manual_seed(0)
+    double = torch.float64
+    student = Outputs(torch.randn(6, 5, dtype=double), torch.randn(6, 8, 4, 4, dtype=double))
+    teacher = Outputs(torch.randn(6, 5, dtype=double), torch.randn(6, 12, 4, 4, dtype=double))
+    labels = torch.arange(6) % 5
+    beta, alpha, temperature = 70.0, 0.3, 3.0
+    paraphraser, translator = Paraphraser(12).double(), Translator(8, 6).double()
+    head = FactorTransfer(paraphraser, translator, weight=beta)
+
+    terms = METHODS[name].terms(student, teacher, labels, head, Weights(beta, alpha, temperature))
+
+    cross_entropy = -(student.logits.softmax(1)[torch.arange(6), labels]).log().mean()
+    soft_teacher, soft_student = (outputs.logits.div(temperature).softmax(1) for outputs in (teacher, student))
+    divergence = (soft_teacher * (soft_teacher / soft_student).log()).sum(1).mean()
+    factors = reference.ft_loss(translator(student.features), paraphraser.encode(teacher.features))
+    expected = {
+        "none": cross_entropy,
+        "ft": cross_entropy + beta * factors,
+        "kd": (1 - alpha) * cross_entropy + alpha * temperature**2 * divergence,
+        "ft+kd": (1 - alpha) * cross_entropy + alpha * temperature**2 * divergence + beta * factors,
+    }
+    torch.testing.assert_close(sum(terms.values()).double(), expected[name], rtol=1e-5, atol=0)
+
+
+def test_the_weight_grid_has_one_size_for_every_method_and_is_centred_on_500_sqrt_d_2048() -> None:
+    settings = small_settings().resolved()
+    assert settings.factor_size() == 32 * 2 * 2
+    assert settings.beta[len(settings.beta) // 2] == 125
+    sizes = {name: len(candidates(settings, name)) for name in METHODS}
+    assert sizes["none"] == 1
+    assert sizes["ft"] == sizes["kd"] == sizes["ft+kd"] > 1
+
+
+def test_one_beta_leaves_nothing_to_choose_for_ft() -> None:
+    settings = small_settings(beta=(125.0,)).resolved()
+    assert candidates(settings, "ft") == [Weights(125.0, None, settings.temperature)]
+    assert {weights.beta for weights in candidates(settings, "ft+kd")} == {125.0}
+
+
+def test_the_number_of_betas_is_free_where_no_method_has_an_alpha() -> None:
+    settings = small_settings(methods=("none", "ft"), beta=(1.0, 2.0, 3.0, 4.0)).resolved()
+    assert [weights.beta for weights in candidates(settings, "ft")] == [1, 2, 3, 4]
+
+
+def test_selection_takes_the_highest_accuracy_then_the_lowest_loss_and_never_a_diverged_one() -> None:
+    trials = [
+        Trial(1, None, 90.0, 0.3),
+        Trial(2, None, 91.0, 0.5),
+        Trial(3, None, 91.0, 0.4),
+        Trial(4, None, None, None),
+    ]
+    assert best(trials) is trials[2]
+    assert best(trials[3:]) is None
+
+
+def test_selection_students_take_as_many_steps_as_final_ones() -> None:
+    settings = small_settings()
+    fitted = settings.student_images * (settings.validation_folds - 1) / settings.validation_folds
+    steps = selection_epochs(settings) * fitted
+    assert steps == pytest.approx(settings.student_epochs * settings.student_images, rel=0.05)
+
+
+def test_weights_are_judged_on_images_that_were_not_learned(digits: tuple[data.Split, data.Split]) -> None:
+    """Labels without a meaning can be learned by heart, and then say nothing about other images."""
+    split, _ = digits[0].cut(100)
+    labels = torch.randint(10, (100,), generator=torch.Generator().manual_seed(0))
+    settings = small_settings(student_channels=8, student_epochs=20, validation_folds=2)
+    teacher = Teacher(models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0))
+    guides = Guides(teacher, None)
+    trial = try_weights(settings, FLOAT32, guides, data.Split(split.images, labels), "none", Weights())
+    assert trial.accuracy is not None
+    assert trial.accuracy < 40
+
+
+def test_settings_survive_json() -> None:
+    settings = small_settings(methods=("ft", "kd"), beta=(1.0, 2.0), alpha=(0.1, 0.2), teacher_checkpoint="here")
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"format": "other"}, "ftfast-settings"),
+        ({"colour": 1}, "unknown field, 'colour'"),
+        ({"seeds": "6"}, "seeds is '6'"),
+        ({"seeds": True}, "seeds is True"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings.from_json({**Settings().to_json(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("ft", "at")}, "methods is 'at'; it takes none, ft, kd, ft\\+kd"),
+        ({"methods": ()}, "methods is empty"),
+        ({"methods": ("ft", "ft")}, "each value once"),
+        ({"data": "cifar"}, "data is 'cifar'; it takes digits"),
+        ({"seeds": 0}, "seeds is 0; it takes a number of at least 1"),
+        ({"learning_rate": 0.0}, "more than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"alpha": (1.5,)}, "at least 0 and at most 1"),
+        ({"alpha": (0.5, 0.6), "beta": (1.0, 2.0, 3.0)}, "one value or equally many"),
+        ({"student_images": 995}, "student_images is 995; it takes 10 to 990"),
+        ({"student": "resnet9"}, "resnet8"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        small_settings(**changes)
+
+
+def test_all_training_images_may_be_the_students() -> None:
+    assert small_settings(student_images=1000).student_images == 1000
+
+
+def features_of_low_rank(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(3, 16, 2, 2, generator=torch.Generator().manual_seed(9))
+    return torch.einsum("nk,kchw->nchw", torch.randn(count, 3, generator=generator), directions)
+
+
+def test_a_trained_paraphraser_explains_features_and_an_untrained_one_does_not() -> None:
+    settings = small_settings(teacher_channels=4, paraphraser_steps=300)
+    held_out = features_of_low_rank(64, seed=1)
+    paraphraser = build_paraphraser(settings)
+    before = diagnose(paraphraser, held_out, FLOAT32)
+    train_paraphraser(paraphraser, features_of_low_rank(512), settings, FLOAT32)
+    after = diagnose(paraphraser, held_out, FLOAT32)
+    assert before.explained_variance < 0.1
+    assert before.warning is not None
+    assert "0.5" in before.warning
+    assert after.explained_variance > 0.8
+    assert after.warning is None
+
+
+def test_explained_variance_is_that_of_the_plain_formula() -> None:
+    features = features_of_low_rank(50)
+    paraphraser = build_paraphraser(small_settings(teacher_channels=4))
+    found = diagnose(paraphraser, features, FLOAT32).explained_variance
+    with torch.no_grad():
+        residual = features - paraphraser(features)
+    expected = 1 - residual.square().sum() / (features - features.mean(0)).square().sum()
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_random_factors_have_spread_one() -> None:
+    paraphraser = build_paraphraser(small_settings(teacher_channels=4))
+    torch.manual_seed(0)
+    factors = torch.randn(400, 8, 2, 2)
+    paraphraser.encode = lambda _: factors  # type: ignore[method-assign]
+    assert diagnose(paraphraser, features_of_low_rank(400), FLOAT32).spread == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(("bias", "message"), [(1e3, "nearly the same factor"), (float("nan"), "not finite")])
+def test_a_collapsed_paraphraser_stops_the_run_and_names_the_remedy(bias: float, message: str) -> None:
+    paraphraser = build_paraphraser(small_settings(teacher_channels=4))
+    with torch.no_grad():
+        paraphraser.encoder[2].bias.fill_(bias)
+    with pytest.raises(ParaphraserError, match=f"{message}.*--paraphraser-learning-rate.*--paraphraser-steps.*adam"):
+        diagnose(paraphraser, features_of_low_rank(50), FLOAT32)
+
+
+def test_paired_gain_of_known_numbers() -> None:
+    gain = paired_gain([92.0, 95.0, 93.0], [91.0, 93.0, 93.0])
+    assert gain["mean"] == pytest.approx(1)
+    assert gain["standard_error"] == pytest.approx(1 / 3**0.5)
+    assert (gain["seeds_up"], gain["seeds"]) == (2, 3)
+    assert paired_gain([2.0], [1.0])["standard_error"] is None
+
+
+def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(digits: tuple[data.Split, data.Split]) -> None:
+    split, _ = digits[0].cut(64)
+    drawn: list[torch.Tensor] = []
+
+    def training() -> Training:
+        model = models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0)
+        learner = torch.nn.ModuleDict({"model": model})
+
+        def terms(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            drawn.append(labels)
+            return {"labels": F.cross_entropy(model(images), labels)}
+
+        return Training(
+            learner,
+            terms,
+            split,
+            Schedule(4, 16, 0.05, 0.9, 5e-4),
+            FLOAT32,
+            seed=0,
+        )
+
+    kept: list[dict[str, object]] = []
+    whole = training()
+    whole.run(lambda current: kept.append(deepcopy(current.state())))
+    epochs = torch.cat(drawn).reshape(4, 64)
+    assert not torch.equal(epochs[0], epochs[1])
+    resumed = training()
+    resumed.load_state(kept[1])
+    resumed.run()
+    assert [record.losses for record in resumed.history] == [record.losses for record in whole.history]
+    for name, tensor in whole.learner.state_dict().items():
+        assert torch.equal(tensor, resumed.learner.state_dict()[name]), name
+
+
+def test_evaluate_leaves_the_models_mode_and_counts_right_answers(digits: tuple[data.Split, data.Split]) -> None:
+    split, _ = digits[0].cut(50)
+    model = models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0).train()
+    accuracy, loss = evaluate(model, split, FLOAT32)
+    assert model.training
+    with torch.no_grad():
+        logits = model.eval()(split.images)
+    assert accuracy == pytest.approx(100 * sum(logits.argmax(1) == split.labels).item() / 50)
+    assert loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_drawn_on_terminals_alone_and_lines_everywhere(terminal: bool) -> None:
+    written = StringIO()
+    with Progress(100, Console(file=written, force_terminal=terminal, width=100)) as progress:
+        progress.begin("students of ft", 100)
+        progress.advance(40)
+        progress.end()
+        progress.say("ft: done")
+    assert "ft: done" in written.getvalue()
+    assert ("students of ft" in written.getvalue()) == terminal
+    assert ("\x1b" in written.getvalue()) == terminal

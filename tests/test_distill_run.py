@@ -1,0 +1,273 @@
+"""Whole runs, small: what they leave, that they repeat, pair by seed, keep the test images out, and resume."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftfast.distill import checkpoint, data, resumable
+from ftfast.distill.curves import STYLES
+from ftfast.distill.errors import DistillError, RunFolderError, SettingsError
+from ftfast.distill.methods import METHODS
+from ftfast.distill.report import write_report
+from ftfast.distill.run import run
+from ftfast.distill.settings import Settings
+from ftfast.distill.setup import precision_of
+from ftfast.distill.students import build_student
+
+SMALL = Settings(
+    methods=("none", "ft", "kd"),
+    seeds=2,
+    teacher="resnet8",
+    teacher_channels=4,
+    teacher_epochs=2,
+    student_channels=2,
+    student_epochs=3,
+    student_images=60,
+    paraphraser_steps=40,
+    beta=(60.0, 125.0),
+    alpha=(0.5, 0.9),
+    validation_folds=2,
+    device="cpu",
+    dtype="float32",
+    threads=1,
+)
+
+
+def what_counts(results: dict[str, Any]) -> dict[str, Any]:
+    """Results without what a clock says."""
+    timed = ("seconds", "images_per_second")
+    if isinstance(results, dict):
+        return {name: what_counts(value) for name, value in results.items() if name not in timed}
+    return [what_counts(value) for value in results] if isinstance(results, list) else results
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An uninterrupted run and its results."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    results = run(SMALL, folder)
+    write_report(folder, results)
+    return folder, results
+
+
+def test_a_run_leaves_everything_it_promises(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = whole
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert Settings.from_json(json.loads((folder / "settings.json").read_text())) == SMALL.resolved()
+    for name in ("teacher", "paraphraser", "students/ft/seed0", "students/kd/seed1"):
+        checkpoint.load(folder / name)
+        assert name == "paraphraser" or list((folder / "tensorboard" / name).glob("events*"))
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "curves.svg").read_text()
+    assert "](curves.png)" in (folder / "report.md").read_text()
+    assert not [path for path in folder.rglob("*") if "partial" in path.name or "unfinished" in path.name]
+
+
+def test_the_table_beside_the_curves_has_their_numbers(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = whole
+    rows = list(csv.DictReader((folder / "curves.csv").open()))
+    assert len(rows) == len(SMALL.methods) * SMALL.student_epochs
+    for name, method in results["methods"].items():
+        last = [row for row in rows if row["method"] == name][-1]
+        assert float(last["accuracy_mean"]) == pytest.approx(method["mean"], rel=1e-4)
+        assert f"{method['mean']:.2f}" in (folder / "report.md").read_text()
+
+
+def test_every_method_has_a_style_of_its_own() -> None:
+    assert STYLES.keys() == METHODS.keys()
+    assert len({colour for colour, _ in STYLES.values()}) == len({line for _, line in STYLES.values()}) == len(METHODS)
+
+
+def test_gains_are_paired_by_seed(whole: tuple[Path, dict[str, Any]]) -> None:
+    methods = whole[1]["methods"]
+    for name in ("ft", "kd"):
+        pairs = zip(methods[name]["students"], methods["none"]["students"], strict=True)
+        gains = [one["accuracy"] - other["accuracy"] for one, other in pairs]
+        assert methods[name]["gain"]["mean"] == pytest.approx(sum(gains) / len(gains))
+    assert methods["none"]["gain"] is None
+
+
+def test_one_seed_starts_every_method_from_the_same_student_and_batches(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from outside: with the guides' weights at 0, every method is `none`, to the last bit."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    for part in ("students", "results.json", "selection.json"):
+        path = tmp_path / "run" / part
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    neutral = replace(SMALL, beta=(0.0,), alpha=(0.0,)).resolved()
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(neutral.to_json()))
+    run(neutral, tmp_path / "run", resume=True)
+    for seed in range(SMALL.seeds):
+        weights = [checkpoint.load(tmp_path / "run/students" / name / f"seed{seed}").tensors for name in SMALL.methods]
+        for other in weights[1:]:
+            assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
+    first, second = (build_student(neutral, seed).stem.weight for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_the_choice_of_weights_never_sees_the_test_images(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = data.DATASETS["digits"]
+
+    def spoilt() -> tuple[data.Split, data.Split]:
+        train, test = digits.load()
+        return train, data.Split(torch.randn_like(test.images), 9 - test.labels)
+
+    monkeypatch.setitem(data.DATASETS, "digits", replace(digits, load=spoilt))
+    results = run(replace(SMALL, seeds=1), tmp_path / "run")
+    assert results["teacher"]["accuracy"] != whole[1]["teacher"]["accuracy"]
+    assert results["paraphraser"] == whole[1]["paraphraser"]
+    for name, method in whole[1]["methods"].items():
+        assert results["methods"][name]["trials"] == method["trials"]
+        assert results["methods"][name]["weights"] == method["weights"]
+
+
+def test_every_method_tries_equally_many_weights(whole: tuple[Path, dict[str, Any]]) -> None:
+    methods = whole[1]["methods"]
+    assert len(methods["ft"]["trials"]) == len(methods["kd"]["trials"]) == 2
+    assert methods["none"]["trials"] == []
+
+
+class Killed(Exception):
+    """Stands for a kill at the point where it is raised."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Arms a kill at the nth checkpoint: after its files are written, before it is in its place."""
+
+    def arm(saves: int) -> None:
+        rename = os.rename
+        left = [saves]
+
+        def rename_or_die(source: str, target: str) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", rename_or_die)
+
+    yield arm
+    monkeypatch.undo()
+
+
+# With a checkpoint after every epoch: teacher 3, paraphraser 1, students 4 each; so inside each kind of phase.
+@pytest.mark.parametrize("saves", [1, 3, 6, 14])
+def test_a_killed_run_resumes_to_the_results_of_an_uninterrupted_one(
+    tmp_path: Path,
+    whole: tuple[Path, dict[str, Any]],
+    kill_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    saves: int,
+) -> None:
+    kill_after(saves)
+    with pytest.raises(Killed):
+        run(SMALL, tmp_path / "run", checkpoint_seconds=0)
+    monkeypatch.undo()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("seed?/model.safetensors")}
+    results = run(SMALL, tmp_path / "run", resume=True)
+    assert what_counts(results) == what_counts(whole[1])
+    assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
+
+
+def test_a_run_killed_by_the_system_resumes_to_the_same_results(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    folder = tmp_path / "run"
+    words = ["--output", str(folder), "--checkpoint-seconds", "0"]
+    for name, value in SMALL.to_json().items():
+        if name not in ("format", "version") and value is not None:
+            words += [
+                f"--{name.replace('_', '-')}",
+                ",".join(map(str, value)) if isinstance(value, list) else str(value),
+            ]
+    process = subprocess.Popen([sys.executable, "-m", "ftfast", "distill", *words], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list(folder.glob("students/ft/seed0*/epoch*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists()
+    assert what_counts(run(SMALL, folder, resume=True)) == what_counts(whole[1])
+
+
+def test_a_finished_run_resumes_at_once_and_changes_no_number(
+    whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resumable, "finish", lambda *_, **__: pytest.fail("a finished training ran again"))
+    results = run(SMALL, whole[0], resume=True)
+    assert results == whole[1]
+
+
+def test_a_folder_with_a_run_is_refused_and_left_as_it_is(whole: tuple[Path, dict[str, Any]]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
+    with pytest.raises(RunFolderError, match="holds a run already; continue it with --resume"):
+        run(SMALL, whole[0])
+    assert {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")} == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunFolderError, match="other files"):
+        run(SMALL, tmp_path, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_with_other_settings_is_refused_and_names_the_field(whole: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(SettingsError, match="student_epochs is 4, and the run to be resumed has 3"):
+        run(replace(SMALL, student_epochs=4), whole[0], resume=True)
+
+
+def test_a_changed_checkpoint_of_the_run_is_refused(tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    path = tmp_path / "run/students/ft/seed0/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DistillError, match=r"model\.safetensors is cut short or changed"):
+        run(SMALL, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("form", ["folder", "safetensors"])
+def test_a_teacher_from_a_checkpoint_is_the_same_teacher(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]], form: str
+) -> None:
+    source = whole[0] / "teacher" / ("" if form == "folder" else "model.safetensors")
+    settings = replace(SMALL, teacher_checkpoint=str(source), methods=("none", "kd"), seeds=1, alpha=(0.5,))
+    results = run(settings, tmp_path / "run")
+    assert results["teacher"]["accuracy"] == whole[1]["teacher"]["accuracy"]
+    assert results["paraphraser"] is None
+    expected = whole[1]["methods"]["none"]["students"][0]["accuracy"]
+    assert results["methods"]["none"]["students"][0]["accuracy"] == expected
+
+
+def test_a_paraphraser_that_learns_nothing_stops_the_run(tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    settings = replace(
+        SMALL,
+        paraphraser_learning_rate=100.0,
+        teacher_checkpoint=str(whole[0] / "teacher"),
+        paraphraser_optimiser="sgd",
+    )
+    with pytest.raises(DistillError, match="lower --paraphraser-learning-rate"):
+        run(settings, tmp_path / "run")
+    assert not (tmp_path / "run/paraphraser").exists()
+
+
+def test_precision_follows_the_settings() -> None:
+    assert precision_of(replace(SMALL, dtype="bfloat16")).dtype == torch.bfloat16
+    assert SMALL.resolved().dtype == "float32"
