@@ -88,28 +88,30 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     flags = [*CPP_FLAGS, *openmp, *includes, *(["-DFTFAST_X86"] if x86 else [])]
     flags += ["-DFTFAST_CUDA"] if cuda_sources else []
 
-    objects = []
+    objects: list[str] = []
     with open(folder / "build.ninja", "w") as file:
-        ninja = ninja_syntax.Writer(file)
-        ninja.rule(
-            "cpp", f"{compiler} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", depfile="$out.d", deps="gcc"
-        )
+        ninja = ninja_syntax.Writer(file)  # type: ignore[arg-type]  # its stubs want a str
+
+        def compile_with(rule: str, source: Path, name: str, flags: list[str] | None = None) -> None:
+            ninja.build([name], rule, [str(source)], variables={"flags": " ".join(flags or [])})
+            objects.append(name)
+
+        command = f"{compiler} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out"
+        ninja.rule("cpp", command, depfile="$out.d", deps="gcc")
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
-            objects += ninja.build(f"{source.stem}.o", "cpp", str(source))
+            compile_with("cpp", source, f"{source.stem}.o")
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for name, extra in instruction_sets.items():
-                define = f"-DFTFAST_INSTRUCTION_SET={name}"
-                variables = {"flags": " ".join([define, *extra])}
-                objects += ninja.build(f"{source.stem}.{name}.o", "cpp", str(source), variables=variables)
+                compile_with("cpp", source, f"{source.stem}.{name}.o", [f"-DFTFAST_INSTRUCTION_SET={name}", *extra])
         link = [compiler, "-shared", *openmp]
         if cuda_sources:
             assert nvcc is not None
             codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in NVCC_TARGETS]
             codes.append(f"-gencode=arch=compute_{NVCC_TARGETS[-1]},code=compute_{NVCC_TARGETS[-1]}")
-            command = [nvcc, "-ccbin", compiler, "-MD", "-MF", "$out.d", *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"]
-            ninja.rule("nvcc", f"{' '.join(command)} -c $in -o $out", depfile="$out.d", deps="gcc")
+            command = " ".join([nvcc, "-ccbin", compiler, *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"])
+            ninja.rule("nvcc", f"{command} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for source in cuda_sources:
-                objects += ninja.build(f"{source.stem}.cuda.o", "nvcc", str(source))
+                compile_with("nvcc", source, f"{source.stem}.cuda.o")
             # The runtime linked statically: the extension then loads where there is no CUDA, and beside torch's own.
             link = [
                 nvcc,
@@ -121,7 +123,7 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
                 *(f"-Xcompiler {flag}" for flag in openmp),
             ]
         ninja.rule("link", f"{' '.join(link)} -o $out $in")
-        ninja.build(str(target), "link", objects)
+        ninja.build([str(target)], "link", objects)
     return {
         "reason": "",
         "compiler": compiler,

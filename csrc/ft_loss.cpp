@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -27,22 +28,38 @@ int64_t bytes_of(DType dtype) {
   }
 }
 
+// source is dense along the outer of two dims where the result is dense along the inner one (channels_last against
+// NCHW, say). Tile by tile: whole cache lines are read, and few lines at a time, since equal distances that are powers
+// of two share a few places in the cache.
+template <class E>
+void transpose(E* dense, const E* source, int64_t outer, int64_t inner, int64_t inner_stride) {
+  constexpr int64_t tall = 16, wide = 64 / int64_t(sizeof(E));
+  E tile[tall][wide];
+  for (int64_t j = 0; j < inner; j += tall) {
+    const int64_t height = std::min(tall, inner - j);
+    for (int64_t i = 0; i < outer; i += wide) {
+      const int64_t width = std::min(wide, outer - i);
+      E* corner = dense + i * inner + j;
+      for (int64_t row = 0; row < height; ++row)
+        std::memcpy(tile[row], source + i + (j + row) * inner_stride, size_t(width) * sizeof(E));
+      if (height == tall) {
+        for (int64_t column = 0; column < width; ++column)
+          for (int64_t row = 0; row < tall; ++row) corner[column * inner + row] = tile[row][column];
+      } else {
+        for (int64_t column = 0; column < width; ++column)
+          for (int64_t row = 0; row < height; ++row) corner[column * inner + row] = tile[row][column];
+      }
+    }
+  }
+}
+
 template <class E>
 void gather(E* dense, const E* source, const int64_t* sizes, const int64_t* strides, int dims) {
   if (dims == 1) {
     for (int64_t i = 0; i < sizes[0]; ++i) dense[i] = source[i * strides[0]];
     return;
   }
-  if (dims == 2) {
-    // In strips: the source's lines that a strip touches stay in cache while the outer dim walks along them.
-    constexpr int64_t strip = 32;
-    for (int64_t first = 0; first < sizes[1]; first += strip) {
-      const int64_t last = first + strip < sizes[1] ? first + strip : sizes[1];
-      for (int64_t i = 0; i < sizes[0]; ++i)
-        for (int64_t j = first; j < last; ++j) dense[i * sizes[1] + j] = source[i * strides[0] + j * strides[1]];
-    }
-    return;
-  }
+  if (dims == 2 && strides[0] == 1) return transpose(dense, source, sizes[0], sizes[1], strides[1]);
   int64_t inner = 1;
   for (int d = 1; d < dims; ++d) inner *= sizes[d];
   for (int64_t i = 0; i < sizes[0]; ++i) gather(dense + i * inner, source + i * strides[0], sizes + 1, strides + 1, dims - 1);
@@ -112,6 +129,9 @@ class RowBuffer {
     for (int64_t i = 0; i < problem_.size; ++i) put_value(converted_.get(), read_as_, i, value_at(row, factor_.dtype, i));
     return converted_.get();
   }
+
+  // Whether read(n) is the factor's own memory, so that two samples can be read at once.
+  bool in_place() const { return factor_.dense && read_as_ == factor_.dtype; }
 
   // Where a kernel may write sample n; finish(n) puts it in its place.
   void* target(int64_t n) {
@@ -209,10 +229,11 @@ void forward(const Problem& problem, C* loss, C* statistics) {
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
     RowBuffer target(problem, with_gradient ? problem.student_gradient : problem.student, student_as);
+    const bool in_place = student.in_place() && teacher.in_place();
+    double squares[2], sums[2];
     for (int64_t n = first; n < last; ++n) {
       const void *s = student.read(n), *t = teacher.read(n);
-      double squares[2], sums[2];
-      row.squares(s, t, size, squares);
+      if (n == first || !(with_gradient && in_place)) row.squares(s, t, size, squares);
       const Norm<C> s_norm(squares[0], problem.eps), t_norm(squares[1], problem.eps);
       const double si = s_norm.inverse, ti = t_norm.inverse;
       // In units of the student's norm, unless its squares overflowed: a is then 0, as in the reference.
@@ -234,8 +255,12 @@ void forward(const Problem& problem, C* loss, C* statistics) {
       statistics[4 * samples + n] = C(h);
       loss[n] = C(value);
       if (with_gradient) {
-        row.gradient(s, t, target.target(n), size, problem.p, ti / si, problem.p == 1 ? 1 : h * si,
-                     statistics[2 * samples + n] * si, problem.scale * si);
+        const double r = ti / si, along_d = problem.p == 1 ? 1 : h * si, along_s = statistics[2 * samples + n] * si;
+        if (in_place && n + 1 < last)
+          row.gradient_and_next_squares(s, t, target.target(n), size, problem.p, r, along_d, along_s,
+                                        problem.scale * si, student.read(n + 1), teacher.read(n + 1), squares);
+        else
+          row.gradient(s, t, target.target(n), size, problem.p, r, along_d, along_s, problem.scale * si);
         target.finish(n);
       }
     }

@@ -19,6 +19,9 @@ struct RowKernels {
   // has its dtype. Both sides see the same d, so that rounding cannot give them unlike signs.
   void (*gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
                    double c);
+  // gradient of this sample and squares of the next in one walk
+  void (*gradient_and_next_squares)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h,
+                                    double k, double c, const void* next_s, const void* next_t, double* next_sums);
   void (*teacher_gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
                            double c);  // null for a quantised teacher
 };

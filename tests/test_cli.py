@@ -258,3 +258,15 @@ def test_an_unknown_command_is_refused_with_the_commands_there_are(capsys: pytes
 def test_help_imports_no_torch() -> None:
     code = "import sys; from ftfast.cli import main; main([]); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_a_missing_package_is_named_with_its_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.import_module", _without_rich)
+    assert main(["distill"]) == 2
+    assert "it needs the package rich; pip install 'ftfast[distill]'." in capsys.readouterr().err
+
+
+def _without_rich(name: str) -> None:
+    raise ModuleNotFoundError("No module named 'rich'", name="rich")

@@ -49,7 +49,11 @@ struct Row {
         ss[u] = multiply_add(x, x, ss[u]);
         tt[u] = multiply_add(y, y, tt[u]);
       }
-    for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t, int) {
+    finish_squares(s, t, i, size, ss, tt, sums);
+  }
+
+  static void finish_squares(const S* s, const T* t, int64_t from, int64_t size, Values* ss, Values* tt, double* sums) {
+    for_tail<C>(s, t, from, size, [&](const S* s_tail, const T* t_tail, int64_t, int) {
       const Values x = load(s_tail), y = load(t_tail);
       ss[0] = multiply_add(x, x, ss[0]);
       tt[0] = multiply_add(y, y, tt[0]);
@@ -81,6 +85,35 @@ struct Row {
     of(static_cast<const S*>(s), static_cast<const T*>(t), size, C(r), sums);
   }
 
+  // As squares, gradient and teacher_gradient in one walk: reading one sample hides behind writing the other's.
+  template <int P>
+  static void gradient_and_next_squares_of(const S* s, const T* t, S* out, int64_t size, C r, C h, C k, C c,
+                                           const S* next_s, const T* next_t, double* next_sums) {
+    const Values ratio = Values{} + r, along_d = Values{} + h, along_s = Values{} + k, whole = Values{} + c;
+    Values ss[unroll] = {}, tt[unroll] = {};
+    const int64_t stop = size / step * step;
+    for (int64_t i = 0; i < stop; i += step)
+      for (int u = 0; u < unroll; ++u) {
+        const int64_t at = i + u * lanes<C>;
+        const Values x = load(s + at), d = subtract_product(x, load(t + at), ratio);
+        const Values g = P == 1 ? signed_by<C>(d, along_d) : d * along_d;
+        store(out + at, subtract_product(g, x, along_s) * whole);
+        const Values next_x = load(next_s + at), next_y = load(next_t + at);
+        ss[u] = multiply_add(next_x, next_x, ss[u]);
+        tt[u] = multiply_add(next_y, next_y, tt[u]);
+      }
+    gradient_of<false, P, S>(s + stop, t + stop, out + stop, size - stop, r, h, k, c);
+    finish_squares(next_s, next_t, stop, size, ss, tt, next_sums);
+  }
+
+  static void gradient_and_next_squares(const void* s, const void* t, void* out, int64_t size, int p, double r,
+                                        double h, double k, double c, const void* next_s, const void* next_t,
+                                        double* next_sums) {
+    const auto of = p == 1 ? gradient_and_next_squares_of<1> : gradient_and_next_squares_of<2>;
+    of(static_cast<const S*>(s), static_cast<const T*>(t), static_cast<S*>(out), size, C(r), C(h), C(k), C(c),
+       static_cast<const S*>(next_s), static_cast<const T*>(next_t), next_sums);
+  }
+
   template <bool of_teacher, int P, class X>
   static void gradient_of(const S* s, const T* t, X* out, int64_t size, C r, C h, C k, C c) {
     const Values ratio = Values{} + r, along_d = Values{} + h, along_x = Values{} + k, whole = Values{} + c;
@@ -107,7 +140,7 @@ struct Row {
   }
 
   static RowKernels kernels() {
-    RowKernels all = {squares, distances, gradient<false, S>, nullptr};
+    RowKernels all = {squares, distances, gradient<false, S>, gradient_and_next_squares, nullptr};
     if constexpr (!std::is_same<T, int8_t>::value) all.teacher_gradient = gradient<true, T>;
     return all;
   }
