@@ -19,9 +19,11 @@ struct RowKernels {
   // has its dtype. Both sides see the same d, so that rounding cannot give them unlike signs.
   void (*gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
                    double c);
-  // gradient of this sample and squares of the next in one walk
+  // gradient of this sample and squares of the next in one walk: reading the one hides behind writing the other.
+  // past_caches: the gradients are too many to stay in cache until somebody reads them.
   void (*gradient_and_next_squares)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h,
-                                    double k, double c, const void* next_s, const void* next_t, double* next_sums);
+                                    double k, double c, const void* next_s, const void* next_t, double* next_sums,
+                                    bool past_caches);
   void (*teacher_gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
                            double c);  // null for a quantised teacher
 };
@@ -50,8 +52,8 @@ struct Problem {
 };
 
 // statistics: [5, N] of float or double: si = 1/max(|s|, eps), ti = 1/max(|t|, eps), <g, a>, -<g, b>, and for p=2
-// 1/l (0 where l is 0; 1 for p=1). The inner products are 0 where a norm is clamped. loss: one number, or [N]; both of the compute type. With problem.student_gradient, ds is
-// written for an upstream gradient of 1.
+// 1/l (0 where l is 0; 1 for p=1). The inner products are 0 where a norm is clamped. May be null. loss: one number, or
+// [N]. Both are of the compute type. With problem.student_gradient, ds is written for an upstream gradient of 1.
 void ft_loss_forward(const Problem& problem, void* loss, void* statistics);
 
 // upstream: one number (stride 0) or [N], of the compute type.

@@ -76,7 +76,9 @@ def _run_command(name: str, words: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("ftfast", "torch"):
             raise
-        print(f"{parser.prog}: error: it needs the package {error.name}; pip install 'ftfast[distill]'.", file=sys.stderr)
+        print(
+            f"{parser.prog}: error: it needs the package {error.name}; pip install 'ftfast[distill]'.", file=sys.stderr
+        )
         return BAD_INPUT
     except KeyboardInterrupt as interruption:
         advice = f": {interruption}." if str(interruption) else "."

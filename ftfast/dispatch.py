@@ -29,7 +29,6 @@ _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
 _log = logging.getLogger("ftfast")
 _said: set[str] = set()
-_chosen: dict[tuple[str, str, int | None, torch.dtype, torch.dtype], str] = {}
 
 
 class Support(NamedTuple):
@@ -115,16 +114,7 @@ def choose(backend: str, student_factor: Tensor, teacher_factor: Tensor) -> str:
         ValueError: an unknown backend.
         RuntimeError: an explicit backend that cannot run here, with the reason.
     """
-    device = student_factor.device
-    requested = resolve(backend)
-    key = (requested, device.type, device.index, student_factor.dtype, teacher_factor.dtype)
-    if torch.compiler.is_compiling():
-        return _choose(requested, device, student_factor.dtype, teacher_factor.dtype)
-    chosen = _chosen.get(key)
-    if chosen is None:
-        chosen = _choose(requested, device, student_factor.dtype, teacher_factor.dtype)
-        _chosen[key] = chosen
-    return chosen
+    return _choose(resolve(backend), student_factor.device, student_factor.dtype, teacher_factor.dtype)
 
 
 def _choose(requested: str, device: torch.device, student: torch.dtype, teacher: torch.dtype) -> str:

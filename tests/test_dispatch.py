@@ -11,13 +11,14 @@ import torch
 
 import ftfast
 from ftfast import dispatch
+from ftfast.ops import ft_loss as op
 
 FACTOR = torch.zeros(2, 8)
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
-    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(op, "_approved", {})
     monkeypatch.setattr(dispatch, "_said", set())
     monkeypatch.delenv("FTFAST_BACKEND", raising=False)
 

@@ -14,7 +14,8 @@ namespace ftfast {
 namespace FTFAST_INSTRUCTION_SET {
 namespace {
 
-constexpr int unroll = 4;  // independent sums, so that additions overlap
+constexpr int unroll = 4;             // independent sums, so that additions overlap
+constexpr int64_t prefetch_ahead = 512;  // elements; the processor's own prefetching stops at page boundaries
 
 template <class C>
 constexpr int lanes = vector_bytes / int(sizeof(C));
@@ -58,8 +59,8 @@ struct Row {
       ss[0] = multiply_add(x, x, ss[0]);
       tt[0] = multiply_add(y, y, tt[0]);
     });
-    sums[0] = sum<C>((ss[0] + ss[1]) + (ss[2] + ss[3]));
-    sums[1] = sum<C>((tt[0] + tt[1]) + (tt[2] + tt[3]));
+    sums[0] = sum((ss[0] + ss[1]) + (ss[2] + ss[3]));
+    sums[1] = sum((tt[0] + tt[1]) + (tt[2] + tt[3]));
   }
 
   template <int P>
@@ -76,8 +77,8 @@ struct Row {
       for (int u = 0; u < unroll; ++u) add(s + i + u * lanes<C>, t + i + u * lanes<C>, u);
     }
     for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t, int) { add(s_tail, t_tail, 0); });
-    sums[0] = sum<C>((ll[0] + ll[1]) + (ll[2] + ll[3]));
-    sums[1] = sum<C>((ss[0] + ss[1]) + (ss[2] + ss[3]));
+    sums[0] = sum((ll[0] + ll[1]) + (ll[2] + ll[3]));
+    sums[1] = sum((ss[0] + ss[1]) + (ss[2] + ss[3]));
   }
 
   static void distances(const void* s, const void* t, int64_t size, int p, double r, double* sums) {
@@ -85,31 +86,44 @@ struct Row {
     of(static_cast<const S*>(s), static_cast<const T*>(t), size, C(r), sums);
   }
 
-  // As squares, gradient and teacher_gradient in one walk: reading one sample hides behind writing the other's.
-  template <int P>
+  // Loads go ahead of the stores: a store holds up the loads after it that look like its own address in the low bits.
+  template <int P, bool streaming>
   static void gradient_and_next_squares_of(const S* s, const T* t, S* out, int64_t size, C r, C h, C k, C c,
                                            const S* next_s, const T* next_t, double* next_sums) {
     const Values ratio = Values{} + r, along_d = Values{} + h, along_s = Values{} + k, whole = Values{} + c;
-    Values ss[unroll] = {}, tt[unroll] = {};
+    Values ss[unroll] = {}, tt[unroll] = {}, results[unroll];
     const int64_t stop = size / step * step;
-    for (int64_t i = 0; i < stop; i += step)
+    for (int64_t i = 0; i < stop; i += step) {
       for (int u = 0; u < unroll; ++u) {
         const int64_t at = i + u * lanes<C>;
+        if (streaming) {
+          __builtin_prefetch(next_s + at + prefetch_ahead);
+          __builtin_prefetch(next_t + at + prefetch_ahead);
+        }
         const Values x = load(s + at), d = subtract_product(x, load(t + at), ratio);
         const Values g = P == 1 ? signed_by<C>(d, along_d) : d * along_d;
-        store(out + at, subtract_product(g, x, along_s) * whole);
+        results[u] = subtract_product(g, x, along_s) * whole;
         const Values next_x = load(next_s + at), next_y = load(next_t + at);
         ss[u] = multiply_add(next_x, next_x, ss[u]);
         tt[u] = multiply_add(next_y, next_y, tt[u]);
       }
+      for (int u = 0; u < unroll; ++u) {
+        if constexpr (streaming) stream(out + i + u * lanes<C>, results[u]);
+        else store(out + i + u * lanes<C>, results[u]);
+      }
+    }
+    if (streaming) fence_streams();
     gradient_of<false, P, S>(s + stop, t + stop, out + stop, size - stop, r, h, k, c);
     finish_squares(next_s, next_t, stop, size, ss, tt, next_sums);
   }
 
   static void gradient_and_next_squares(const void* s, const void* t, void* out, int64_t size, int p, double r,
                                         double h, double k, double c, const void* next_s, const void* next_t,
-                                        double* next_sums) {
-    const auto of = p == 1 ? gradient_and_next_squares_of<1> : gradient_and_next_squares_of<2>;
+                                        double* next_sums, bool past_caches) {
+    auto of = p == 1 ? gradient_and_next_squares_of<1, false> : gradient_and_next_squares_of<2, false>;
+    if constexpr (std::is_same<S, float>::value)
+      if (past_caches && reinterpret_cast<uintptr_t>(out) % vector_bytes == 0)
+        of = p == 1 ? gradient_and_next_squares_of<1, true> : gradient_and_next_squares_of<2, true>;
     of(static_cast<const S*>(s), static_cast<const T*>(t), static_cast<S*>(out), size, C(r), C(h), C(k), C(c),
        static_cast<const S*>(next_s), static_cast<const T*>(next_t), next_sums);
   }
@@ -123,8 +137,11 @@ struct Row {
       return subtract_product(g, of_teacher ? y : x, along_x) * whole;
     };
     int64_t i = 0;
-    for (; i + step <= size; i += step)
-      for (int u = 0; u < unroll; ++u) store(out + i + u * lanes<C>, at(s + i + u * lanes<C>, t + i + u * lanes<C>));
+    Values results[unroll];
+    for (; i + step <= size; i += step) {
+      for (int u = 0; u < unroll; ++u) results[u] = at(s + i + u * lanes<C>, t + i + u * lanes<C>);
+      for (int u = 0; u < unroll; ++u) store(out + i + u * lanes<C>, results[u]);
+    }
     for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t first, int valid) {
       X result[lanes<C>];
       store(result, at(s_tail, t_tail));

@@ -151,15 +151,37 @@ inline Floats add_signed<float>(Floats sum, Floats d, Floats x) {
 }
 #endif
 
-// In pairs, always the same ones.
-template <class C>
-inline C sum(typename Register<C>::Values values) {
-  constexpr int lanes = vector_bytes / sizeof(C);
-  C parts[lanes];
+// In halves, always the same ones.
+inline double sum(Doubles values) {
+  double total = 0;
+  for (int i = 0; i < vector_bytes / 8; ++i) total += values[i];
+  return total;
+}
+#if defined(__AVX512F__)
+inline float sum(Floats values) { return _mm512_reduce_add_ps((__m512)values); }
+#else
+inline float sum(Floats values) {
+  float parts[float_lanes];
   store(parts, values);
-  for (int half = lanes / 2; half > 0; half /= 2)
+  for (int half = float_lanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
   return parts[0];
+}
+#endif
+
+// Past the caches: for results that would not stay there anyway. The target is aligned to whole registers. fence_streams
+// comes before another thread may read them.
+#if defined(__AVX512F__)
+inline void stream(float* target, Floats values) { _mm512_stream_ps(target, (__m512)values); }
+#elif defined(__AVX2__)
+inline void stream(float* target, Floats values) { _mm256_stream_ps(target, (__m256)values); }
+#else
+inline void stream(float* target, Floats values) { store(target, values); }
+#endif
+inline void fence_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace FTFAST_INSTRUCTION_SET

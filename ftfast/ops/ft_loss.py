@@ -84,6 +84,11 @@ def check_factors(student_factor: Tensor, teacher_factor: Tensor, weight: float 
         )
 
 
+# Calls whose options, dtypes and devices were found good, and the backend that they run on: what does not change from
+# step to step is checked once.
+_approved: dict[tuple[Any, ...], str] = {}
+
+
 def run(
     student_factor: Tensor,
     teacher_factor: Tensor,
@@ -95,9 +100,7 @@ def run(
     backend: str,
 ) -> Tensor:
     """The loss on the chosen backend; see :func:`ftfast.ft_loss`."""
-    check_options(p=p, reduction=reduction, eps=eps, weight=weight, backend=backend)
-    check_factors(student_factor, teacher_factor, weight)
-    chosen = choose(backend, student_factor, teacher_factor)
+    chosen = _approve(student_factor, teacher_factor, p, reduction, eps, weight, backend)
     if chosen != "reference" and _transforming():
         if resolve(backend) != "auto":
             raise RuntimeError(
@@ -109,9 +112,28 @@ def run(
     if chosen == "reference" or student_factor.numel() == 0:
         return reference.ft_loss(student_factor, teacher_factor, p=p, reduction=reduction, eps=eps, weight=weight)
     if isinstance(weight, Tensor) and weight.requires_grad:
-        plain = Options(p, reduction, float(eps), 1.0)
-        return _run_kernels(student_factor, teacher_factor, plain, chosen) * weight
-    return _run_kernels(student_factor, teacher_factor, Options(p, reduction, float(eps), weight), chosen)
+        return _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, 1.0), chosen) * weight
+    return _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, weight), chosen)
+
+
+def _approve(
+    student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor, backend: str
+) -> str:
+    """The backend for these arguments; raises in one sentence on those that no backend takes."""
+    key = None
+    plain = type(student) is type(teacher) is Tensor and type(p) is int and type(eps) is type(weight) is float
+    if plain and not torch.compiler.is_compiling():
+        key = (p, reduction, eps, resolve(backend), student.dtype, student.device, student.layout)
+        key += (teacher.dtype, teacher.device, teacher.layout)
+        chosen = _approved.get(key)
+        if chosen and student.shape == teacher.shape and 2 <= student.dim() <= MAX_DIMS:
+            return chosen
+    check_options(p=p, reduction=reduction, eps=eps, weight=weight, backend=backend)
+    check_factors(student, teacher, weight)
+    chosen = choose(backend, student, teacher)
+    if key is not None:
+        _approved[key] = chosen
+    return chosen
 
 
 def _transforming() -> bool:
@@ -172,7 +194,7 @@ class FTLossFunction(torch.autograd.Function):
             and student.dtype == compute_dtype(student, teacher) == torch.float32
         )
         if ctx.holds_gradient:
-            loss, gradient = native.ft_loss_forward_with_gradient(student, teacher, **options._asdict())
+            loss, gradient = native.ft_loss_forward_with_gradient(student, teacher, *options)
             ctx.save_for_backward(gradient)
             return loss
         loss, statistics = _forward(student, teacher, options, backend)

@@ -3,6 +3,9 @@
 The arguments were checked by ftfast.ops.ft_loss; the extension trusts what it gets.
 """
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,13 @@ _DTYPE_CODES = {
 Described = tuple[int, int, tuple[int, ...]]
 
 
+@cache
+def _extension() -> ModuleType:
+    extension, _ = load_extension()
+    assert extension is not None
+    return extension
+
+
 def _describe(factor: Tensor) -> Described:
     return factor.data_ptr(), _DTYPE_CODES[factor.dtype], factor.stride()
 
@@ -34,48 +44,49 @@ def _scale(factor: Tensor, p: int, reduction: str, weight: float | Tensor) -> fl
 def _forward(
     student: Tensor,
     teacher: Tensor,
-    gradient: Tensor | None,
+    gradient: Described | None,
+    statistics: int,
     p: int,
     reduction: str,
     eps: float,
     weight: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    extension, _ = load_extension()
-    assert extension is not None
-    dtype = compute_dtype(student, teacher)
-    samples = student.shape[0]
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = student.shape
     per_sample = reduction == "none"
-    loss = torch.empty((samples,) if per_sample else (), dtype=dtype)
-    statistics = torch.empty((5, samples), dtype=dtype)
-    extension.ft_loss_forward(
-        student.shape,
+    loss = torch.empty(shape[:1] if per_sample else (), dtype=dtype)
+    _extension().ft_loss_forward(
+        shape,
         _describe(student),
         _describe(teacher),
-        None if gradient is None else _describe(gradient),
+        gradient,
         loss.data_ptr(),
-        statistics.data_ptr(),
+        statistics,
         p,
         not per_sample,
         eps,
         _scale(student, p, reduction, weight),
         torch.get_num_threads(),
     )
-    return loss, statistics
+    return loss
 
 
 def ft_loss_forward(
     student: Tensor, teacher: Tensor, *, p: int, reduction: str, eps: float, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(loss, statistics [5, N])`` of factors ``[N, ...]``."""
-    return _forward(student, teacher, None, p, reduction, eps, weight)
+    dtype = compute_dtype(student, teacher)
+    statistics = torch.empty((5, student.shape[0]), dtype=dtype)
+    return _forward(student, teacher, None, statistics.data_ptr(), p, reduction, eps, weight, dtype), statistics
 
 
 def ft_loss_forward_with_gradient(
-    student: Tensor, teacher: Tensor, *, p: int, reduction: str, eps: float, weight: float | Tensor
+    student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(loss, gradient)`` of float32 factors: the student's gradient for an upstream gradient of 1."""
     gradient = torch.empty_like(student)
-    return _forward(student, teacher, gradient, p, reduction, eps, weight)[0], gradient
+    loss = _forward(student, teacher, _describe(gradient), 0, p, reduction, eps, weight, torch.float32)
+    return loss, gradient
 
 
 def ft_loss_backward(
@@ -91,11 +102,9 @@ def ft_loss_backward(
     teacher_gradient: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients that are asked for, in their factor's dtype and strides; upstream is 0-d or ``[N]``."""
-    extension, _ = load_extension()
-    assert extension is not None
     for_student = torch.empty_like(student) if student_gradient else None
     for_teacher = torch.empty_like(teacher) if teacher_gradient else None
-    extension.ft_loss_backward(
+    _extension().ft_loss_backward(
         student.shape,
         _describe(student),
         _describe(teacher),
@@ -112,12 +121,10 @@ def ft_loss_backward(
 
 
 def scale_rows(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """``gradient[n] *= upstream[n]`` in place; nothing to do where upstream is 1, as it mostly is."""
-    if (upstream.item() == 1) if upstream.dim() == 0 else bool((upstream == 1).all()):
+    """``gradient[n] *= upstream[n]`` in place; nothing to do where it is a 1, as it mostly is."""
+    if upstream.dim() == 0 and upstream.item() == 1:
         return gradient
-    extension, _ = load_extension()
-    assert extension is not None
-    extension.ft_loss_scale_rows(
+    _extension().ft_loss_scale_rows(
         gradient.shape,
         _describe(gradient),
         upstream.data_ptr(),
