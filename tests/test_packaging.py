@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def run(*command, cwd, **environment):
     )
 
 
+def run_apart(*arguments, cwd, first):
+    """Python with ``first`` ahead of the installed packages, and without the finder of an editable install."""
+    path = os.pathsep.join([str(first), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]])
+    return run(sys.executable, "-S", *arguments, cwd=cwd, PYTHONPATH=path)
+
+
 def build_wheel(checkout, **environment):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "wheels"]
     return run(*command, cwd=checkout, **environment)
@@ -60,10 +67,10 @@ IMPORT_ALL = (
 
 
 def test_a_bare_checkout_imports(checkout):
-    done = run(sys.executable, "-c", IMPORT_ALL, cwd=checkout)
+    done = run_apart("-c", IMPORT_ALL, cwd=checkout, first=checkout)
     assert done.returncode == 0, done.stderr
     assert str(checkout) in done.stdout
-    info = run(sys.executable, "-m", "ftfast", "info", cwd=checkout)
+    info = run_apart("-m", "ftfast", "info", cwd=checkout, first=checkout)
     assert "has not been built" in info.stdout
 
 
@@ -76,9 +83,9 @@ def test_a_machine_without_a_compiler_installs_and_says_why(checkout):
         assert "no C++ compiler" in json.loads(archive.read("ftfast/_build_report.json"))["reason"]
         archive.extractall(checkout.parent / "site")
     site = checkout.parent / "site"
-    info = run(sys.executable, "-m", "ftfast", "info", cwd=site, PYTHONPATH=str(site))
+    info = run_apart("-m", "ftfast", "info", cwd=site, first=site)
     assert "no C++ compiler was found when ftfast was installed (apt-get install g++)" in info.stdout
-    assert run(sys.executable, "-c", IMPORT_ALL, cwd=site, PYTHONPATH=str(site)).returncode == 0
+    assert run_apart("-c", IMPORT_ALL, cwd=site, first=site).returncode == 0
 
 
 @pytest.mark.slow
@@ -107,8 +114,8 @@ def test_the_wheel_holds_everything_and_runs_its_kernels(checkout):
     assert sources <= names
     assert not [name for name in names if name.startswith(("kernels/", "bench/", "tests/"))]
     assert "ftfast/py.typed" in names
-    assert run(sys.executable, "-c", IMPORT_ALL, cwd=site, PYTHONPATH=str(site)).stdout.startswith(str(site))
-    checked = run(sys.executable, "-m", "ftfast", "check", "--backend", "native", cwd=site, PYTHONPATH=str(site))
+    assert run_apart("-c", IMPORT_ALL, cwd=site, first=site).stdout.startswith(str(site))
+    checked = run_apart("-m", "ftfast", "check", "--backend", "native", cwd=site, first=site)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -147,7 +154,7 @@ def test_cuda_sources_join_where_there_is_nvcc_and_load_where_there_is_no_gpu(ch
         archive.extractall(site)
     assert json.loads((site / "ftfast" / "_build_report.json").read_text())["cuda"] == ["sm_80", "sm_90", "sm_100"]
     script = "import torch, ctypes, ftfast._C as c; assert ctypes.CDLL(c.__file__).probe; print(c.instruction_set())"
-    loaded = run(sys.executable, "-c", script, cwd=site, PYTHONPATH=str(site))
+    loaded = run_apart("-c", script, cwd=site, first=site)
     assert loaded.returncode == 0, loaded.stderr
 
 

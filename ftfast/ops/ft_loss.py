@@ -120,11 +120,11 @@ def _approve(
     student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor, backend: str
 ) -> str:
     """The backend for these arguments; raises in one sentence on those that no backend takes."""
-    key = None
+    key: tuple[Any, ...] | None = None
     plain = type(student) is type(teacher) is Tensor and type(p) is int and type(eps) is type(weight) is float
     if plain and not torch.compiler.is_compiling():
-        key = (p, reduction, eps, resolve(backend), student.dtype, student.device, student.layout)
-        key += (teacher.dtype, teacher.device, teacher.layout)
+        sides = (student.dtype, student.device, student.layout, teacher.dtype, teacher.device, teacher.layout)
+        key = (p, reduction, eps, resolve(backend), *sides)
         chosen = _approved.get(key)
         if chosen and student.shape == teacher.shape and 2 <= student.dim() <= MAX_DIMS:
             return chosen
