@@ -27,7 +27,7 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*
 demo: $(VENV)/ready
 	@$(BIN)/ftfast check
 	@$(BIN)/ftfast distill --data digits --methods none,ft,kd,ft+kd --seeds 6 --output runs/demo --resume
-	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20
+	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20 --layouts nchw --peers eager,compile
 
 test: $(VENV)/ready
 	@$(BIN)/python -m pytest -q -n 2 -m "not slow" tests
