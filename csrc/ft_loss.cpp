@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -15,6 +14,7 @@
 #endif
 
 #include "dtype.h"
+#include "gather.h"
 
 namespace ftfast {
 namespace {
@@ -25,56 +25,6 @@ int64_t bytes_of(DType dtype) {
     case DType::float32: return 4;
     case DType::bfloat16: case DType::float16: return 2;
     default: return 1;
-  }
-}
-
-// source is dense along the outer of two dims where the result is dense along the inner one (channels_last against
-// NCHW, say). Tile by tile: whole cache lines are read, and few lines at a time, since equal distances that are powers
-// of two share a few places in the cache.
-template <class E>
-void transpose(E* dense, const E* source, int64_t outer, int64_t inner, int64_t inner_stride) {
-  constexpr int64_t tall = 16, wide = 64 / int64_t(sizeof(E));
-  E tile[tall][wide];
-  for (int64_t j = 0; j < inner; j += tall) {
-    const int64_t height = std::min(tall, inner - j);
-    // The processor does not see that the rows of the next tiles are one run of memory.
-    for (int64_t row = j + tall; row < std::min(j + 2 * tall, inner); ++row)
-      for (int64_t i = 0; i < outer; i += wide) __builtin_prefetch(source + row * inner_stride + i);
-    for (int64_t i = 0; i < outer; i += wide) {
-      const int64_t width = std::min(wide, outer - i);
-      E* corner = dense + i * inner + j;
-      for (int64_t row = 0; row < height; ++row)
-        std::memcpy(tile[row], source + i + (j + row) * inner_stride, size_t(width) * sizeof(E));
-      if (height == tall) {
-        for (int64_t column = 0; column < width; ++column)
-          for (int64_t row = 0; row < tall; ++row) corner[column * inner + row] = tile[row][column];
-      } else {
-        for (int64_t column = 0; column < width; ++column)
-          for (int64_t row = 0; row < height; ++row) corner[column * inner + row] = tile[row][column];
-      }
-    }
-  }
-}
-
-template <class E>
-void gather(E* dense, const E* source, const int64_t* sizes, const int64_t* strides, int dims) {
-  if (dims == 1) {
-    for (int64_t i = 0; i < sizes[0]; ++i) dense[i] = source[i * strides[0]];
-    return;
-  }
-  if (dims == 2 && strides[0] == 1) return transpose(dense, source, sizes[0], sizes[1], strides[1]);
-  int64_t inner = 1;
-  for (int d = 1; d < dims; ++d) inner *= sizes[d];
-  for (int64_t i = 0; i < sizes[0]; ++i) gather(dense + i * inner, source + i * strides[0], sizes + 1, strides + 1, dims - 1);
-}
-
-template <class E>
-void scatter(E* target, const E* dense, const int64_t* sizes, const int64_t* strides, int dims) {
-  int64_t inner = 1;
-  for (int d = 1; d < dims; ++d) inner *= sizes[d];
-  for (int64_t i = 0; i < sizes[0]; ++i) {
-    if (dims == 1) target[i * strides[0]] = dense[i];
-    else scatter(target + i * strides[0], dense + i * inner, sizes + 1, strides + 1, dims - 1);
   }
 }
 

@@ -87,8 +87,8 @@ def test_mixed_dtypes(backend, device, dtypes):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=name)
 def test_quantised_teacher_factors_need_no_scale(backend, device, dtype, stored):
-    student = torch.randn(4, 6, 5, 5).to(device, dtype)
-    teacher = (torch.randn(4, 6, 5, 5) * 40).clamp(-120, 120).to(stored).to(device)
+    student = torch.randn(4, 20, 5, 7).to(device, dtype)
+    teacher = (torch.randn(4, 20, 5, 7) * 40).clamp(-120, 120).to(stored).to(device)
     for layout in (torch.contiguous_format, torch.channels_last):
         assert_matches(student, teacher.contiguous(memory_format=layout), backend, torch.tensor(99.0))
     scaled = ftfast.ft_loss(student, teacher.to(dtype) / 64, backend=backend)
