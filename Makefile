@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-# An installation without native kernels is renewed once there is a compiler.
+# An installation without native kernels is renewed once they can be built.
+HEADERS := import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").is_file())
 $(shell test -f ftfast/_build_report.json && ! grep -q '"reason": ""' ftfast/_build_report.json \
-	&& command -v $${CXX:-c++} >/dev/null && rm -f $(VENV)/ready)
+	&& command -v $${CXX:-c++} >/dev/null && $(BIN)/python -c '$(HEADERS)' && rm -f $(VENV)/ready)
 
 .PHONY: help demo test lint bench clean
 help:
@@ -18,10 +19,10 @@ help:
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || echo "No C++ compiler, so no native kernels: apt-get install g++ python3-dev adds them." >&2
 	@echo "Setting up $(VENV); the first time takes a few minutes, most of them for torch."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@$(BIN)/python -c 'import json; reason = json.load(open("ftfast/_build_report.json"))["reason"]; reason and print(f"Note: {reason}.")'
 	@touch $@
 
 demo: $(VENV)/ready

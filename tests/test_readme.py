@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-import pytest
+import torch
 
 from ftfast.cli import COMMANDS
 from ftfast.distill.report import to_markdown
@@ -14,9 +14,13 @@ README = (ROOT / "README.md").read_text()
 DIGITS = ROOT / "docs" / "digits"
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_python_blocks_run(code):
-    exec(compile(code, "README.md", "exec"), {})
+def test_python_blocks_run_one_after_another():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), names)
+    assert len(blocks) >= 2
+    assert torch.isfinite(names["transfer"])
 
 
 def table_of(text):
