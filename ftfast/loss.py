@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ftfast.ops.ft_loss import check_options, run
+from ftfast.ops.ft_loss import run
+from ftfast.ops.ft_loss_check import check_options
 
 
 def ft_loss(
