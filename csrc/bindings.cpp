@@ -121,7 +121,6 @@ void scale_rows(const py::tuple& shape, const py::object& gradient, uintptr_t up
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Private kernels of ftfast; use ftfast.ft_loss.";
-  module.attr("max_dims") = ftfast::max_dims;
   module.def("instruction_set", &ftfast::instruction_set);
   module.def("ft_loss_forward", &ftfast::forward);
   module.def("ft_loss_backward", &ftfast::backward);

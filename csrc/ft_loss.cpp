@@ -88,15 +88,15 @@ class RowBuffer {
 
   // Where a kernel may write sample n; finish(n) puts it in its place.
   void* target(int64_t n) {
-    if (read_as_ != factor_.dtype) return converted_[0].get();
-    return factor_.dense ? sample(n) : gathered_[0].get();
+    if (read_as_ != factor_.dtype) return converted_[n & 1].get();
+    return factor_.dense ? sample(n) : gathered_[n & 1].get();
   }
 
   void finish(int64_t n) {
-    char* row = factor_.dense ? sample(n) : gathered_[0].get();
+    char* row = factor_.dense ? sample(n) : gathered_[n & 1].get();
     if (read_as_ != factor_.dtype)
       for (int64_t i = 0; i < problem_.size; ++i)
-        put_value(row, factor_.dtype, i, value_at(converted_[0].get(), read_as_, i));
+        put_value(row, factor_.dtype, i, value_at(converted_[n & 1].get(), read_as_, i));
     if (factor_.dense) return;
     with_element(factor_.dtype, [&](auto element) {
       using E = decltype(element);
@@ -179,11 +179,23 @@ struct Norm {
   }
 };
 
+// The numbers with which a row kernel writes the gradient of one side: x is that side, y the other.
+struct Direction {
+  double r, h, k, c;
+};
+
+Direction direction(int p, double xi, double yi, double product, double h, double scale) {
+  // A side whose norm overflowed has direction 0 and gradient 0; its units are of no use.
+  if (xi == 0) return {0, 0, product * 0, 0};
+  return {yi / xi, p == 1 ? 1 : h * xi, product * xi, scale * xi};
+}
+
 template <class C>
 void forward(const Problem& problem, C* loss, C* statistics) {
   const int64_t samples = problem.samples, size = problem.size;
   const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
   const RowKernels row = row_kernels(student_as, teacher_as), exchanged = row_kernels(teacher_as, student_as);
+  using limits = std::numeric_limits<C>;
   const bool with_gradient = problem.student_gradient.data != nullptr;
   const bool past_caches = samples * size * bytes_of(problem.student.dtype) >= past_caches_bytes;
   share_samples(problem, [&](int64_t first, int64_t last) {
@@ -199,18 +211,23 @@ void forward(const Problem& problem, C* loss, C* statistics) {
       }
       const Norm<C> s_norm(squares[0], problem.eps), t_norm(squares[1], problem.eps);
       const double si = s_norm.inverse, ti = t_norm.inverse;
-      // In units of the student's norm, unless its squares overflowed: a is then 0, as in the reference.
-      const bool overflowed = si == 0 && exchanged.distances != nullptr;
-      if (overflowed) exchanged.distances(t, s, size, problem.p, 0, sums);
-      else row.distances(s, t, size, problem.p, ti / si, sums);
-      const double unit = overflowed ? ti : si;
+      const double r = ti / si;
+      // In units of the student's norm, unless its square overflowed (a is then 0, as in the reference), or squares of
+      // differences would overflow or vanish in them.
+      const bool overflowed = si == 0;
+      const bool squares_fail = problem.p == 2 && (squares[0] > limits::max() / 8 || si > 1 / (16 * std::sqrt(limits::min())));
+      const bool exchange = (overflowed || squares_fail) && exchanged.distances != nullptr;
+      if (exchange) exchanged.distances(t, s, size, problem.p, si / ti, sums);
+      else row.distances(s, t, size, problem.p, r, sums);
+      const double unit = exchange ? ti : si;
       double value = sums[0] * unit, h = 1;
       if (problem.p == 2) {
         value = std::sqrt(sums[0]) * unit;
         h = value > 0 ? 1 / value : value;  // 0 stays 0, NaN stays NaN
       }
-      // <g, a> and, since l = <g, a - b>, -<g, b> from it
-      const double q = overflowed ? 0 : sums[1] * unit * (problem.p == 2 ? unit * h : 1);
+      // <g, a>, and -<g, b> from it, since l = <g, a - b>; exchanged sums hold -<g, b> first
+      const double first = sums[1] * unit * (problem.p == 2 ? unit * h : 1);
+      const double q = exchange ? value - first : first;
       const C student_product = s_norm.clamped ? C(0) : C(q);
       if (statistics) {
         statistics[n] = s_norm.inverse;
@@ -221,15 +238,14 @@ void forward(const Problem& problem, C* loss, C* statistics) {
       }
       loss[n] = C(value);
       if (with_gradient) {
-        const double r = ti / si, along_d = problem.p == 1 ? 1 : h * si, along_s = student_product * si;
-        const double c = problem.scale * si;
+        const Direction to = direction(problem.p, si, ti, student_product, h, problem.scale);
         if (n + 1 < last) {
           next_s = student.read(n + 1);
           next_t = teacher.read(n + 1);
-          row.gradient_and_next_squares(s, t, target.target(n), size, problem.p, r, along_d, along_s, c, next_s, next_t,
+          row.gradient_and_next_squares(s, t, target.target(n), size, problem.p, to.r, to.h, to.k, to.c, next_s, next_t,
                                         squares, past_caches);
         } else {
-          row.gradient(s, t, target.target(n), size, problem.p, r, along_d, along_s, c);
+          row.gradient(s, t, target.target(n), size, problem.p, to.r, to.h, to.k, to.c);
         }
         target.finish(n);
       }
@@ -256,7 +272,7 @@ void backward(const Problem& problem, const C* statistics, const C* upstream, in
   const int64_t samples = problem.samples, size = problem.size;
   const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
   const bool for_student = problem.student_gradient.data, for_teacher = problem.teacher_gradient.data;
-  const RowKernels row = row_kernels(student_as, teacher_as);
+  const RowKernels row = row_kernels(student_as, teacher_as), exchanged = row_kernels(teacher_as, student_as);
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
     RowBuffer student_target(problem, for_student ? problem.student_gradient : problem.student, student_as);
@@ -264,16 +280,19 @@ void backward(const Problem& problem, const C* statistics, const C* upstream, in
     for (int64_t n = first; n < last; ++n) {
       const void *s = student.read(n), *t = teacher.read(n);
       const double si = statistics[n], ti = statistics[samples + n], h = statistics[4 * samples + n];
-      const double c = problem.scale * upstream[n * upstream_stride];
-      const double along_d = problem.p == 1 ? 1 : h * si;
+      const double scale = problem.scale * upstream[n * upstream_stride];
+      const Direction to = direction(problem.p, si, ti, statistics[2 * samples + n], h, scale);
       if (for_student) {
-        row.gradient(s, t, student_target.target(n), size, problem.p, ti / si, along_d,
-                     statistics[2 * samples + n] * si, c * si);
+        row.gradient(s, t, student_target.target(n), size, problem.p, to.r, to.h, to.k, to.c);
         student_target.finish(n);
       }
-      if (for_teacher) {  // g has the other sign there
-        row.teacher_gradient(s, t, teacher_target.target(n), size, problem.p, ti / si, -along_d,
-                             statistics[3 * samples + n] * ti, c * ti);
+      if (for_teacher && si == 0) {  // in the teacher's own units
+        const Direction own = direction(problem.p, ti, si, statistics[3 * samples + n], h, scale);
+        exchanged.gradient(t, s, teacher_target.target(n), size, problem.p, own.r, own.h, own.k, own.c);
+        teacher_target.finish(n);
+      } else if (for_teacher) {  // g has the other sign there
+        row.teacher_gradient(s, t, teacher_target.target(n), size, problem.p, to.r, -to.h,
+                             statistics[3 * samples + n] * ti, scale * ti);
         teacher_target.finish(n);
       }
     }

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ftfast.reference import QUANTISED_DTYPES
+from ftfast.arguments import FACTOR_DTYPES, QUANTISED_DTYPES, check_factors
 
 BACKENDS = ("reference", "native", "triton")
 CHOICES = ("auto", *BACKENDS)
-FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BUILD_REPORT = Path(__file__).with_name("_build_report.json")
 
 # Fastest first; the reference runs everywhere and closes every list.
@@ -62,9 +61,7 @@ def interpreting() -> bool:
 def supports(backend: str, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
     """Whether ``backend`` computes factors of these dtypes on this device."""
     if student_dtype not in FACTOR_DTYPES or teacher_dtype not in FACTOR_DTYPES + QUANTISED_DTYPES:
-        if backend == "reference":
-            return Support(True, "plain PyTorch takes every dtype that torch computes with")
-        return Support(False, f"it has no kernel for {student_dtype} against {teacher_dtype}")
+        return Support(False, f"there is no loss of {student_dtype} against {teacher_dtype}")
     if backend == "reference":
         return Support(True, "plain PyTorch, on any device")
     if backend == "native":
@@ -144,13 +141,21 @@ def explain(student_factor: Tensor, teacher_factor: Tensor) -> str:
     """Which backend ``ft_loss(student_factor, teacher_factor)`` runs on, and why each other one does not.
 
     Returns:
-        One line for each backend; the one that runs comes first.
+        One line for each backend; the one that runs, or was asked for, comes first.
+
+    Raises:
+        TypeError, ValueError: factors that the loss refuses, or an unknown FTFAST_BACKEND.
     """
+    check_factors(student_factor, teacher_factor)
     device, dtypes = student_factor.device, (student_factor.dtype, teacher_factor.dtype)
     requested = resolve("auto")
-    chosen = choose("auto", student_factor, teacher_factor)
     source = "" if requested == "auto" else " (set by FTFAST_BACKEND)"
-    lines = [f"{chosen} runs{source}: {supports(chosen, device, *dtypes).reason}"]
+    if requested != "auto" and not (support := supports(requested, device, *dtypes)).ok:
+        lines = [f"{requested} was asked for{source} and cannot run: {support.reason}"]
+        chosen = requested
+    else:
+        chosen = choose("auto", student_factor, teacher_factor)
+        lines = [f"{chosen} runs{source}: {supports(chosen, device, *dtypes).reason}"]
     candidates = _PREFERENCE.get(device.type, ("reference",))
     for backend in BACKENDS:
         if backend == chosen:

@@ -1,5 +1,6 @@
 """FeatureTap: a model's output and one of its feature maps, the layer given by name."""
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ class FeatureTap(nn.Module):
 
     Args:
         model: any model, shared and not copied.
-        layer: the name of a submodule as ``model.named_modules()`` prints it, for example ``"layer4"``.
+        layer: the name of a submodule as ``model.named_modules()`` prints it, for example ``"layer4"``; of one that
+            runs several times, the last output is taken.
         features_only: return the features alone. Where torchvision's extractor can trace the model, nothing past
             the layer runs (a teacher's classifier, say); the mode is then set by ``tap.train()`` and ``tap.eval()``.
 
     Raises:
         ValueError: the model has no such layer.
+        RuntimeError: from a call in which the layer did not run.
     """
 
     def __init__(self, model: nn.Module, layer: str, *, features_only: bool = False) -> None:
@@ -35,7 +38,7 @@ class FeatureTap(nn.Module):
         self.model = model if cut is None else cut
         if cut is None:
             model.get_submodule(layer).register_forward_hook(self._keep)
-        self.train(model.training)
+        self.training = model.training
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self._listening:
@@ -46,19 +49,31 @@ class FeatureTap(nn.Module):
         if self.is_cut:
             return self.model(x)["features"]
         self._listening = True
-        output = self.model(x)
-        self._listening = False
-        features, self._features = self._features, None
+        try:
+            output = self.model(x)
+            features = self._features
+        finally:
+            self._listening, self._features = False, None
+        if features is None:
+            raise RuntimeError(f"layer {self.layer!r} did not run when the model was called; tap one that does.")
         return features if self.features_only else (output, features)
 
 
 def _cut_model(model: nn.Module, layer: str) -> nn.Module | None:
-    """The model up to the layer, sharing its parameters; None where fx cannot trace it."""
+    """The model up to the layer, sharing its parameters; None where fx cannot trace it to one place."""
     try:
-        from torchvision.models.feature_extraction import create_feature_extractor
+        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
     except ImportError:
         return None
+    modes = {module: module.training for module in model.modules()}
     try:
-        return create_feature_extractor(model, {layer: "features"})
+        if any(re.fullmatch(re.escape(layer) + r"_\d+", name) for name in get_graph_node_names(model)[0]):
+            return None  # the layer runs several times, and the extractor would take the first
+        cut = create_feature_extractor(model, {layer: "features"})
     except Exception:  # fx gives up on data-dependent forwards in many ways; the hook serves them all
         return None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    cut.training = model.training
+    return cut

@@ -21,6 +21,7 @@ class FactorTransfer(nn.Module):
         p, reduction, eps, weight, backend: as :class:`ftfast.FTLoss`.
 
     Raises:
+        TypeError: a paraphraser without ``encode``.
         ValueError: unlike ``factor_channels``, or an argument that FTLoss refuses.
     """
 
@@ -36,6 +37,11 @@ class FactorTransfer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if not hasattr(paraphraser, "encode"):
+            raise TypeError(
+                f"paraphraser is a {type(paraphraser).__name__}, which has no encode; the order is "
+                "FactorTransfer(paraphraser, translator)."
+            )
         if paraphraser.factor_channels != translator.factor_channels:
             raise ValueError(
                 f"translator makes factors of {translator.factor_channels} channels and the paraphraser of "

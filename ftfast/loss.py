@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from ftfast.arguments import check_options
+from ftfast.dispatch import resolve
 from ftfast.ops.ft_loss import run
-from ftfast.ops.ft_loss_check import check_options
 
 
 def ft_loss(
@@ -61,7 +62,8 @@ class FTLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_options(p=p, reduction=reduction, eps=eps, weight=weight, backend=backend)
+        check_options(p=p, reduction=reduction, eps=eps, weight=weight)
+        resolve(backend)
         self.p = p
         self.reduction = reduction
         self.eps = eps

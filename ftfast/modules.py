@@ -61,7 +61,7 @@ class Paraphraser(nn.Module):
         super().__init__()
         _check_channels("in_channels", in_channels)
         if factor_channels is None:
-            if not rate > 0:
+            if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
                 raise ValueError(f"rate is {rate!r}; it takes a positive number, 0.5 in the authors' code.")
             factor_channels = max(1, round(in_channels * rate))
         _check_channels("factor_channels", factor_channels)

@@ -4,12 +4,13 @@ Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Facto
 (arXiv 1802.04977). Everything here is differentiable as often as torch is, in any floating dtype.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The factor store keeps teacher factors in these: the loss sees only a factor's direction, so they need no scale.
-QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+from ftfast.arguments import check_factors, check_options
 
 
 def compute_dtype(student_factor: Tensor, teacher_factor: Tensor) -> torch.dtype:
@@ -33,8 +34,8 @@ def ft_loss(
     With ``a = s / max(|s|, eps)`` and ``b = t / max(|t|, eps)`` per sample, ``l_n`` is the p-norm of ``a_n - b_n``.
 
     Args:
-        student_factor: ``[N, ...]``, any floating dtype.
-        teacher_factor: the same shape, any floating dtype, int8 or float8_e4m3fn.
+        student_factor: ``[N, ...]``, float64, float32, bfloat16 or float16.
+        teacher_factor: the same shape, a dtype of these, int8 or float8_e4m3fn.
         p: 1 or 2.
         reduction: ``"mean"`` divides the sum of ``l_n`` by ``N * D`` for ``p=1`` (``nn.L1Loss``) and by ``N`` for
             ``p=2``; ``"batchmean"`` divides by ``N``; ``"sum"`` does not divide; ``"none"`` returns ``[N]``.
@@ -42,15 +43,31 @@ def ft_loss(
         weight: multiplies the result.
 
     Returns:
-        A 0-d tensor, or ``[N]`` for ``reduction="none"``, float32 (float64 where an input is float64).
+        A 0-d tensor, or ``[N]`` for ``reduction="none"``, float32 (float64 where a factor is float64).
+
+    Raises:
+        TypeError, ValueError: as :func:`ftfast.ft_loss`.
     """
+    check_options(p=p, reduction=reduction, eps=eps, weight=weight)
+    check_factors(student_factor, teacher_factor, weight)
     dtype = compute_dtype(student_factor, teacher_factor)
-    with torch.autocast(student_factor.device.type, enabled=False):
+    with _no_autocast(student_factor.device.type):
         student_direction = F.normalize(student_factor.to(dtype).flatten(1), dim=1, eps=eps)
         teacher_direction = F.normalize(teacher_factor.to(dtype).flatten(1), dim=1, eps=eps)
         difference = student_direction - teacher_direction
         per_sample = difference.abs().sum(1) if p == 1 else torch.linalg.vector_norm(difference, dim=1)
-        return reduce_per_sample(per_sample, difference.shape[1], p=p, reduction=reduction) * weight
+        return reduce_per_sample(per_sample, difference.shape[1], p=p, reduction=reduction) * scalar(weight, dtype)
+
+
+def scalar(weight: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """The weight, such that it does not change the loss's dtype."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def reduce_per_sample(per_sample: Tensor, factor_size: int, *, p: int, reduction: str) -> Tensor:

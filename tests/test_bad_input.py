@@ -24,7 +24,11 @@ def sentence(error):
         ({"eps": float("nan")}, ["eps is nan"]),
         ({"reduction": "avg"}, ["reduction is 'avg'", "N*D for p=1", "N for p=2", "batchmean"]),
         ({"backend": "cuda"}, ["backend is 'cuda'", "auto", "native"]),
-        ({"weight": torch.ones(2)}, ["weight has shape (2,)", "0-d"]),
+        ({"p": 1.0}, ["p is 1.0"]),
+        ({"p": torch.tensor([1, 2])}, ["p is tensor"]),
+        ({"reduction": ["mean"]}, ["reduction is ['mean']"]),
+        ({"weight": torch.ones(2)}, ["shape (2,)", "0-d"]),
+        ({"weight": torch.tensor(1j)}, ["complex64", "0-d"]),
     ],
 )
 def test_unknown_options(options, words):
@@ -55,6 +59,48 @@ def test_factors_that_cannot_be_compared(student, teacher, kind, words):
     assert all(word in sentence(error) for word in words)
 
 
+@pytest.mark.parametrize("options", [{"p": 3}, {"reduction": "bogus"}, {"eps": -1}])
+def test_the_reference_refuses_the_same(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ftfast.reference.ft_loss(GOOD, GOOD, **options)
+    with pytest.raises(ValueError, match="shape"):
+        ftfast.reference.ft_loss(GOOD, GOOD[:1])
+
+
+def test_factors_without_memory_go_through_torch():
+    """Fake and meta tensors have shapes and no numbers; a kernel that took their addresses would crash."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert ftfast.ft_loss(torch.zeros(2, 3), torch.zeros(2, 3)).shape == ()
+    assert ftfast.ft_loss(GOOD.to("meta"), GOOD.to("meta")).device.type == "meta"
+
+
+def test_tracers_see_the_loss():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    student, teacher = torch.randn(3, 8), torch.randn(3, 8)
+    traced = make_fx(lambda s, t: ftfast.ft_loss(s, t))(student, teacher)
+    other = torch.randn(3, 8)
+    torch.testing.assert_close(traced(other, teacher), ftfast.ft_loss(other, teacher))
+
+
+def test_forward_mode_keeps_its_tangent():
+    import torch.autograd.forward_ad as forward_ad
+
+    student, teacher, tangent = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8)
+    with forward_ad.dual_level():
+        dual = ftfast.ft_loss(forward_ad.make_dual(student, tangent), teacher)
+        got = forward_ad.unpack_dual(dual).tangent
+    (gradient,) = torch.autograd.grad(ftfast.ft_loss(student.requires_grad_(), teacher), student)
+    torch.testing.assert_close(got, (gradient * tangent).sum())
+
+
+def test_a_lazily_negated_factor_is_read_as_what_it_is():
+    student, teacher = torch.randn(3, 8, dtype=torch.complex64).conj().imag, torch.randn(3, 8)
+    torch.testing.assert_close(ftfast.ft_loss(student, teacher), ftfast.ft_loss(student.clone(), teacher))
+
+
 def test_a_dtensor_is_refused_by_name(monkeypatch):
     class DTensor(torch.Tensor):
         pass
@@ -82,8 +128,11 @@ def test_auto_inside_a_transform_takes_the_reference():
 
 
 def test_modules_name_the_argument():
-    with pytest.raises(ValueError, match="rate is 0"):
-        ftfast.Paraphraser(8, 0)
+    for rate in (0, float("inf"), "0.5"):
+        with pytest.raises(ValueError, match=f"rate is {rate!r}"):
+            ftfast.Paraphraser(8, rate)
+    with pytest.raises(TypeError, match="no encode"):
+        ftfast.FactorTransfer(ftfast.Translator(4, 4), ftfast.Paraphraser(8))
     with pytest.raises(ValueError, match="in_channels is 0"):
         ftfast.Translator(0, 4)
     with pytest.raises(ValueError, match=r"norm is 'layer'; it takes None"):

@@ -68,3 +68,33 @@ def test_under_compile(model):
     compiled = torch.compile(tap, backend="eager", fullgraph=True)
     for got, expected in zip(compiled(x), tap(x), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_the_models_own_modes_stay(model):
+    model.train()
+    model.bn1.eval()
+    for features_only in (False, True):
+        ftfast.FeatureTap(model, "layer4", features_only=features_only)
+        assert model.layer1.training
+        assert not model.bn1.training
+
+
+def test_of_a_layer_that_runs_twice_the_last_output_is_taken(model):
+    x = torch.randn(1, 3, 64, 64)
+    seen = []
+    model.get_submodule("layer4.1.relu").register_forward_hook(lambda _m, _i, output: seen.append(output.clone()))
+    model(x)
+    for features_only in (False, True):
+        found = ftfast.FeatureTap(model, "layer4.1.relu", features_only=features_only)(x)
+        assert torch.equal(found if features_only else found[1], seen[-1])
+
+
+def test_a_layer_that_does_not_run_is_named_and_nothing_is_kept(model):
+    model.unused = nn.Linear(1, 1)
+    tap = ftfast.FeatureTap(model, "unused")
+    with pytest.raises(RuntimeError, match="layer 'unused' did not run"):
+        tap(torch.randn(1, 3, 32, 32))
+    tap = ftfast.FeatureTap(model, "layer1")
+    with pytest.raises(RuntimeError, match="channels"):
+        tap(torch.randn(1, 7, 32, 32))
+    copy.deepcopy(tap)

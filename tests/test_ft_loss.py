@@ -115,7 +115,7 @@ def test_any_strides(backend, device, data):
 
     shape = data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
     student, teacher = draw_factor(shape).to(device), draw_factor(shape).to(device)
-    assert_matches(student, teacher, backend, torch.tensor(10.0), teacher_too=True)
+    assert_matches(student, teacher, backend, torch.tensor(10.0), teacher_too=data.draw(st.booleans()))
 
 
 def test_expanded_factors(backend, device):
@@ -125,9 +125,18 @@ def test_expanded_factors(backend, device):
 
 
 def test_samples_of_any_stride(backend, device):
-    student = torch.randn(8, 4, 3, 3)[::2].to(device)
-    teacher = torch.randn(4, 3, 3, 4).permute(3, 0, 1, 2).to(device)
+    student = torch.randn(8, 4, 3, 3).to(device)[::2]
+    teacher = torch.randn(4, 3, 3, 4).to(device).permute(3, 0, 1, 2)
     assert_matches(student, teacher, backend)
+    assert_matches(teacher, student, backend)
+
+
+def test_a_student_whose_samples_interleave_under_another_upstream_gradient(backend, device):
+    """Every second row of the scaled gradient was that of another sample."""
+    student, teacher = torch.randn(64, 6).to(device).t(), torch.randn(6, 64).to(device)
+    assert_matches(student, teacher, backend, torch.tensor(2.0))
+    student = torch.randn(3, 5, 4).to(device).transpose(0, 1)
+    assert_matches(student, torch.randn(5, 3, 4).to(device), backend, torch.randn(5).to(device), reduction="none")
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -175,24 +184,36 @@ def test_clamped_norms_are_constants(backend, device):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("p", [1, 2])
-def test_nan_and_inf_come_through_as_in_the_reference(backend, device, p, value):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_come_through_as_in_the_reference(backend, device, dtype, p, value):
     for side in range(2):
-        factors = [torch.randn(3, 10).to(device), torch.randn(3, 10).to(device)]
+        factors = [torch.randn(3, 10).to(device, dtype), torch.randn(3, 10).to(device, dtype)]
         factors[side][1, 4] = value
         got = gradients(ftfast.ft_loss, *factors, p=p, reduction="none", backend=backend)
-        exact = gradients(reference.ft_loss, *factors, p=p, reduction="none")
-        assert torch.equal(torch.isnan(got[0]), torch.isnan(exact[0]))
-        assert torch.equal(torch.isnan(got[1]).any(1), torch.isnan(exact[1]).any(1))
+        exact = gradients(reference.ft_loss, *(factor.float() for factor in factors), p=p, reduction="none")
+        for mine, right in zip(got, exact, strict=True):
+            torch.testing.assert_close(mine.float(), right, rtol=1e-2, atol=1e-6, equal_nan=True)
 
 
-def test_a_norm_beyond_float32_sends_the_direction_to_zero_as_in_the_reference(backend, device):
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("teacher_too", [False, True])
+def test_a_norm_beyond_float32_sends_the_direction_to_zero_as_in_the_reference(backend, device, p, teacher_too):
     for side in range(2):
         factors = [torch.randn(3, 10).to(device), torch.randn(3, 10).to(device)]
         factors[side][1] *= 1e25
-        got = gradients(ftfast.ft_loss, *factors, reduction="none", backend=backend)
-        exact = gradients(reference.ft_loss, *factors, reduction="none")
-        assert relative_error(got[0], exact[0].double()) < 1e-6
-        assert relative_error(got[1], exact[1].double()) < 1e-6
+        options = {"p": p, "reduction": "none", "teacher_too": teacher_too}
+        got = gradients(ftfast.ft_loss, *factors, backend=backend, **options)
+        exact = gradients(reference.ft_loss, *factors, **options)
+        for mine, right in zip(got, exact, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-7)  # p=2 against direction 0 has gradient 0
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_sizes_near_the_ends_of_float32(backend, device, p):
+    for student_size, teacher_size, eps in ((4e18, 1.0, 1e-12), (1.0, 4e18, 1e-12), (0.0, 1.0, 1e-30), (1e-3, 1e15, 0)):
+        student, teacher = torch.randn(3, 10).to(device) * student_size, torch.randn(3, 10).to(device) * teacher_size
+        loss = ftfast.ft_loss(student, teacher, p=p, eps=eps, backend=backend)
+        assert relative_error(loss, reference.ft_loss(student.double(), teacher.double(), p=p, eps=eps)) < 1e-6
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -273,6 +294,45 @@ def test_weight_tensor_may_require_a_gradient(backend, device):
     student, teacher = torch.randn(3, 50).to(device), torch.randn(3, 50).to(device)
     ftfast.ft_loss(student, teacher, weight=weight, backend=backend).backward()
     assert relative_error(weight.grad, reference.ft_loss(student.double(), teacher.double())) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_a_weight_changed_after_the_call_does_not_reach_its_gradient(backend, device, dtype):
+    student, teacher = torch.randn(3, 50).to(device, dtype).requires_grad_(), torch.randn(3, 50).to(device, dtype)
+    weight = torch.tensor(1.0)
+    loss = ftfast.ft_loss(student, teacher, weight=weight, backend=backend)
+    (expected,) = torch.autograd.grad(ftfast.ft_loss(student, teacher, backend=backend), student)
+    weight.fill_(100.0)
+    (got,) = torch.autograd.grad(loss, student)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_a_teacher_factor_made_under_inference_mode(backend, device, dtype):
+    student = torch.randn(3, 50).to(device, dtype).requires_grad_()
+    with torch.inference_mode():
+        teacher = torch.randn(3, 50).to(device, dtype) * 1
+    (got,) = torch.autograd.grad(ftfast.ft_loss(student, teacher, backend=backend), student)
+    (expected,) = torch.autograd.grad(ftfast.ft_loss(student, teacher.clone(), backend=backend), student)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name)
+def test_batched_gradients(backend, device, dtype):
+    student, teacher = torch.randn(3, 50).to(device, dtype).requires_grad_(), torch.randn(3, 50).to(device, dtype)
+    loss = ftfast.ft_loss(student, teacher, reduction="none", backend=backend)
+    upstreams = torch.eye(3, device=device, dtype=loss.dtype)
+    (got,) = torch.autograd.grad(loss, student, upstreams, is_grads_batched=True, retain_graph=True)
+    for row, upstream in zip(got, upstreams, strict=True):
+        (expected,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+        torch.testing.assert_close(row, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_a_float64_weight_does_not_change_the_losss_dtype(backend, device):
+    student, teacher = torch.randn(3, 50).to(device), torch.randn(3, 50).to(device)
+    for weight in (torch.tensor(2.0).double(), torch.tensor(2.0).double().requires_grad_()):
+        assert ftfast.ft_loss(student, teacher, weight=weight, backend=backend).dtype == torch.float32
+        assert reference.ft_loss(student, teacher, weight=weight).dtype == torch.float32
 
 
 def test_loss_is_never_rounded_to_16_bits_under_autocast(backend, device):

@@ -121,12 +121,12 @@ inline typename Register<C>::Values absolute(typename Register<C>::Values x) {
   return reinterpret_cast<typename Register<C>::Values>(reinterpret_cast<Bits>(x) & ~Register<C>::sign_bit);
 }
 
-// x * sign(d) with sign(0) = 0, in bit operations
+// x * sign(d) with sign(0) = sign(NaN) = 0, in bit operations
 template <class C>
 inline typename Register<C>::Values signed_by(typename Register<C>::Values d, typename Register<C>::Values x) {
   using Bits = typename Register<C>::Bits;
   const Bits flipped = reinterpret_cast<Bits>(x) ^ (reinterpret_cast<Bits>(d) & Register<C>::sign_bit);
-  return reinterpret_cast<typename Register<C>::Values>(flipped & (d != 0));
+  return reinterpret_cast<typename Register<C>::Values>(flipped & ((d < 0) | (d > 0)));
 }
 // sum + x * sign(d)
 template <class C>
@@ -140,14 +140,14 @@ inline __m512 flip_by(Floats d, Floats x) {
   const __m512i sign_bit = _mm512_set1_epi32(INT32_MIN);
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32((__m512i)x, (__m512i)d, sign_bit, 0x78));
 }
-inline __mmask16 not_zero(Floats d) { return _mm512_cmp_ps_mask((__m512)d, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+inline __mmask16 has_sign(Floats d) { return _mm512_cmp_ps_mask((__m512)d, _mm512_setzero_ps(), _CMP_NEQ_OQ); }
 template <>
 inline Floats signed_by<float>(Floats d, Floats x) {
-  return (Floats)_mm512_maskz_mov_ps(not_zero(d), flip_by(d, x));
+  return (Floats)_mm512_maskz_mov_ps(has_sign(d), flip_by(d, x));
 }
 template <>
 inline Floats add_signed<float>(Floats sum, Floats d, Floats x) {
-  return (Floats)_mm512_mask_add_ps((__m512)sum, not_zero(d), (__m512)sum, flip_by(d, x));
+  return (Floats)_mm512_mask_add_ps((__m512)sum, has_sign(d), (__m512)sum, flip_by(d, x));
 }
 #endif
 

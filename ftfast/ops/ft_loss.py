@@ -3,15 +3,16 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ftfast import reference
+from ftfast.arguments import MAX_DIMS, check_factors, check_options
 from ftfast.dispatch import choose, resolve
 from ftfast.ops import ft_loss_compiled
 from ftfast.ops import ft_loss_native as native
-from ftfast.ops.ft_loss_check import MAX_DIMS, check_factors, check_options
 from ftfast.ops.ft_loss_launch import Options, backward, forward
-from ftfast.reference import compute_dtype
+from ftfast.reference import compute_dtype, scalar
 
 # Calls whose options, dtypes and devices were found good, and the backend that they run on: what does not change from
 # step to step is checked once.
@@ -30,18 +31,19 @@ def run(
 ) -> Tensor:
     """The loss on the chosen backend; see :func:`ftfast.ft_loss`."""
     chosen = _approve(student_factor, teacher_factor, p, reduction, eps, weight, backend)
-    if chosen != "reference" and _transforming():
+    if chosen != "reference" and (reason := _needs_torch_operators(student_factor, teacher_factor)):
         if resolve(backend) != "auto":
-            raise RuntimeError(
-                f'backend "{chosen}" cannot run inside a torch.func transform; use backend="auto", which takes the '
-                "reference there."
-            )
+            raise RuntimeError(f'backend "{chosen}" cannot run {reason}; use backend="reference".')
         chosen = "reference"
     # An empty factor has no kernel to launch; the reference gives what torch's mean and sum give.
     if chosen == "reference" or student_factor.numel() == 0:
         return reference.ft_loss(student_factor, teacher_factor, p=p, reduction=reduction, eps=eps, weight=weight)
-    if isinstance(weight, Tensor) and weight.requires_grad:
-        return _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, 1.0), chosen) * weight
+    if isinstance(weight, Tensor):
+        if weight.requires_grad:
+            loss = _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, 1.0), chosen)
+            return loss * scalar(weight, loss.dtype)
+        if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+            weight = weight.item()  # now, so that a later change of it does not reach this loss's backward
     return _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, weight), chosen)
 
 
@@ -51,13 +53,13 @@ def _approve(
     """The backend for these arguments; raises in one sentence on those that no backend takes."""
     key: tuple[Any, ...] | None = None
     plain = type(student) is type(teacher) is Tensor and type(p) is int and type(eps) is type(weight) is float
-    if plain and not torch.compiler.is_compiling():
+    if plain and type(reduction) is str and not torch.compiler.is_compiling():
         sides = (student.dtype, student.device, student.layout, teacher.dtype, teacher.device, teacher.layout)
         key = (p, reduction, eps, resolve(backend), *sides)
         chosen = _approved.get(key)
         if chosen and student.shape == teacher.shape and 2 <= student.dim() <= MAX_DIMS:
             return chosen
-    check_options(p=p, reduction=reduction, eps=eps, weight=weight, backend=backend)
+    check_options(p=p, reduction=reduction, eps=eps, weight=weight)
     check_factors(student, teacher, weight)
     chosen = choose(backend, student, teacher)
     if key is not None:
@@ -65,8 +67,22 @@ def _approve(
     return chosen
 
 
-def _transforming() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _needs_torch_operators(*factors: Tensor) -> str:
+    """Why only torch's own operators will do: somebody watches them, or a factor's numbers do not lie in its memory."""
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._are_functorch_transforms_active():
+        return "inside a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "under forward-mode differentiation"
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return "under a tracer or a dispatch mode"
+    for factor in factors:
+        if type(factor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(factor):
+            return f"on a {type(factor).__name__}"
+        if factor.is_neg():
+            return "on a lazily negated view"
+    return ""
 
 
 def _run_kernels(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Tensor:
@@ -98,12 +114,18 @@ class FTLossFunction(torch.autograd.Function):
             ctx.save_for_backward(gradient)
             return loss
         loss, statistics = forward(student, teacher, options, backend)
-        ctx.save_for_backward(student, teacher, statistics)
+        # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
+        ctx.inference_teacher = teacher if teacher.is_inference() else None
+        weights = (options.weight,) if isinstance(options.weight, Tensor) else ()
+        ctx.save_for_backward(student, statistics, *weights, *(() if teacher.is_inference() else (teacher,)))
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         differentiable = torch.is_grad_enabled()
+        batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
+            upstream
+        )
         if ctx.holds_gradient:
             if differentiable:
                 raise RuntimeError(
@@ -111,14 +133,20 @@ class FTLossFunction(torch.autograd.Function):
                     'backend="reference", or float64 factors.'
                 )
             (gradient,) = ctx.saved_tensors
+            if batched:
+                rows = upstream.reshape(upstream.shape + (1,) * (gradient.dim() - 1)) if upstream.dim() else upstream
+                return gradient * rows, None, None, None
             if torch._C._autograd._get_current_graph_task_keep_graph():
                 gradient = gradient.clone()  # the graph may be run again, and whoever receives this may write to it
             return native.scale_rows(gradient, upstream), None, None, None
-        student, teacher, statistics = ctx.saved_tensors
+        student, statistics, *rest = ctx.saved_tensors
+        teacher = rest.pop() if ctx.inference_teacher is None else ctx.inference_teacher
+        options = ctx.options._replace(weight=rest[0]) if rest else ctx.options
         needed = ctx.needs_input_grad[:2]
-        if differentiable:
-            return (*_differentiable_backward(student, teacher, upstream, ctx.options, needed), None, None)
-        return (*backward(student, teacher, statistics, upstream, ctx.options, ctx.backend, needed), None, None)
+        if differentiable or batched:
+            with torch.enable_grad():
+                return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
+        return (*backward(student, teacher, statistics, upstream, options, ctx.backend, needed), None, None)
 
 
 def _differentiable_backward(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftfast.ops.ft_loss_launch import Options, backward, forward
-from ftfast.reference import compute_dtype
+from ftfast.reference import compute_dtype, scalar
 
 
 @torch.library.custom_op("ftfast::ft_loss_forward", mutates_args=())
@@ -88,4 +88,5 @@ _forward_op.register_autograd(_op_backward, setup_context=_save_for_op_backward)
 def ft_loss(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Tensor:
     """The loss through the operators."""
     p, reduction, eps, weight = options
-    return torch.ops.ftfast.ft_loss_forward(student, teacher, p, reduction, eps, backend)[0] * weight
+    loss = torch.ops.ftfast.ft_loss_forward(student, teacher, p, reduction, eps, backend)[0]
+    return loss * scalar(weight, loss.dtype)
