@@ -7,6 +7,7 @@ in ``ftfast/_build_report.json``; with them, a compile error fails the install.
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,12 +34,13 @@ X86_INSTRUCTION_SETS = {
 }
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler's path: CXX, else the first of the usual names."""
-    for name in os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]:
-        if found := shutil.which(name):
-            return found
-    return None
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: the words of CXX, else the first of the usual names; empty where there is none."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    for command in [words] if words else [["c++"], ["g++"], ["clang++"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    return []
 
 
 def find_nvcc() -> str | None:
@@ -51,7 +53,11 @@ def find_nvcc() -> str | None:
 
 def missing_tool() -> str | None:
     """Why the extension cannot be built here, in a sentence for users; None where it can."""
-    if find_compiler() is None:
+    if os.environ.get("CXX") and not find_compiler():
+        return (
+            f"CXX was {os.environ['CXX']!r} when ftfast was installed, which is no command, so it has no native kernels"
+        )
+    if not find_compiler():
         return "no C++ compiler was found when ftfast was installed (apt-get install g++), so it has no native kernels"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         return (
@@ -60,12 +66,12 @@ def missing_tool() -> str | None:
     return None
 
 
-def openmp_flags(compiler: str) -> list[str]:
+def openmp_flags(compiler: list[str]) -> list[str]:
     """``-fopenmp`` where the compiler links it; without it the kernels run on one thread."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [compiler, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        command = [*compiler, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
         return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
 
 
@@ -75,7 +81,6 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     from ninja import ninja_syntax
 
     compiler, nvcc = find_compiler(), find_nvcc()
-    assert compiler is not None
     openmp = openmp_flags(compiler)
     includes = [
         f"-I{ROOT / 'csrc'}",
@@ -96,19 +101,19 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
             ninja.build([name], rule, [str(source)], variables={"flags": " ".join(flags or [])})
             objects.append(name)
 
-        command = f"{compiler} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out"
+        command = f"{shlex.join([*compiler, *flags])} -MMD -MF $out.d $flags -c $in -o $out"
         ninja.rule("cpp", command, depfile="$out.d", deps="gcc")
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
             compile_with("cpp", source, f"{source.stem}.o")
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for name, extra in instruction_sets.items():
                 compile_with("cpp", source, f"{source.stem}.{name}.o", [f"-DFTFAST_INSTRUCTION_SET={name}", *extra])
-        link = [compiler, "-shared", *openmp]
+        link = [*compiler, "-shared", *openmp]
         if cuda_sources:
             assert nvcc is not None
             codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in NVCC_TARGETS]
             codes.append(f"-gencode=arch=compute_{NVCC_TARGETS[-1]},code=compute_{NVCC_TARGETS[-1]}")
-            command = " ".join([nvcc, "-ccbin", compiler, *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"])
+            command = shlex.join([nvcc, "-ccbin", compiler[-1], *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"])
             ninja.rule("nvcc", f"{command} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for source in cuda_sources:
                 compile_with("nvcc", source, f"{source.stem}.cuda.o")
@@ -116,17 +121,17 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
             link = [
                 nvcc,
                 "-ccbin",
-                compiler,
+                compiler[-1],
                 "-shared",
                 "-cudart",
                 "static",
-                *(f"-Xcompiler {flag}" for flag in openmp),
+                *(word for flag in openmp for word in ("-Xcompiler", flag)),
             ]
-        ninja.rule("link", f"{' '.join(link)} -o $out $in")
+        ninja.rule("link", f"{shlex.join(link)} -o $out $in")
         ninja.build([str(target)], "link", objects)
     return {
         "reason": "",
-        "compiler": compiler,
+        "compiler": shlex.join(compiler),
         "openmp": bool(openmp),
         "instruction_sets": list(instruction_sets),
         "cuda": [f"sm_{code}" for code in NVCC_TARGETS] if cuda_sources else [],

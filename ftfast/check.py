@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ LOSS_BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, 
 GRADIENT_BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 LAYOUTS = ("nchw", "channels_last", "unlike strides", "slice")
 SHAPE = (6, 24, 7, 7)
+LONG_SHAPE = (2, 352, 7, 7)  # D = 17248: past what the Triton kernels keep in registers
+STORED = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,12 @@ class Outcome:
     backend: str
     device: str
     dtype: str
+    teacher: str
     p: int
     layout: str
     loss_error: float
     student_error: float
-    teacher_error: float
+    teacher_error: float | None
     ok: bool
 
 
@@ -54,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         elif backend == "triton" and not interpreting() and "not installed" not in support.reason:
             outcomes += _check_interpreted()
         else:
-            skipped.append(f"{backend} cannot run here: {support.reason}")
+            skipped.append(f"{backend} cannot run here: {support.reason}.")
+    if args.backend and skipped:
+        print(f"ftfast check: error: {skipped[0]}", file=sys.stderr)
+        return 2
     wrong = [outcome for outcome in outcomes if not outcome.ok]
     if args.json:
         print(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes], "skipped": skipped}, indent=1))
@@ -62,28 +69,58 @@ def run(args: argparse.Namespace) -> int:
         _print_table(outcomes)
         for line in skipped:
             print(line)
-        print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} kernels agree with the float64 reference.")
+        print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} cases agree with the float64 reference.")
     return 1 if wrong else 0
 
 
 def check_backend(backend: str, device: torch.device) -> list[Outcome]:
-    """Every dtype, p and layout of one backend on one device."""
-    cases = itertools.product(GRADIENT_BOUNDS, (1, 2), LAYOUTS)
-    return [check_case(backend, device, dtype, p, layout) for dtype, p, layout in cases]
+    """Every dtype, p and layout of one backend on one device, with a trained and with a frozen teacher's side."""
+    cases: list[dict[str, Any]] = []
+    for dtype, p in itertools.product(GRADIENT_BOUNDS, (1, 2)):
+        cases += [{"dtype": dtype, "p": p, "layout": layout} for layout in LAYOUTS]
+        cases += [{"dtype": dtype, "p": p, "layout": layout, "frozen": True} for layout in ("nchw", "unlike strides")]
+        cases += [{"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "stored": stored} for stored in STORED]
+        cases.append({"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "shape": LONG_SHAPE})
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        cases = [case for case in cases if case.get("stored") != torch.float8_e4m3fn]
+    return [check_case(backend, device, **case) for case in cases]
 
 
-def check_case(backend: str, device: torch.device, dtype: torch.dtype, p: int, layout: str) -> Outcome:
-    """Loss and both gradients, under an upstream gradient that brings mean-form gradients to O(1)."""
-    student, teacher = (factor.to(device) for factor in make_factors(dtype, layout))
-    loss, gradients = _loss_and_gradients(student, teacher, p, backend)
-    exact_loss, exact_gradients = _loss_and_gradients(student.double(), teacher.double(), p, "reference")
+def check_case(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    p: int,
+    layout: str,
+    *,
+    frozen: bool = False,
+    stored: torch.dtype | None = None,
+    shape: tuple[int, int, int, int] = SHAPE,
+) -> Outcome:
+    """Loss and gradients, under an upstream gradient that brings mean-form gradients to O(1).
+
+    Args:
+        frozen: the teacher's factor requires no gradient, as in training.
+        stored: the dtype in which a frozen teacher's factor is kept, where it is not ``dtype``.
+    """
+    student, teacher = (factor.to(device) for factor in make_factors(dtype, layout, shape))
+    if stored is not None:
+        teacher = (teacher * 40).clamp(-120, 120).to(stored)
+    loss, gradients = _loss_and_gradients(student, teacher, p, backend, frozen)
+    exact_loss, exact_gradients = _loss_and_gradients(student.double(), teacher.double(), p, "reference", frozen)
     loss_error = relative_error(loss, exact_loss)
-    student_error = relative_error(gradients[0], exact_gradients[0])
-    teacher_error = relative_error(gradients[1], exact_gradients[1])
-    ok = loss_error <= LOSS_BOUNDS[dtype] and max(student_error, teacher_error) <= GRADIENT_BOUNDS[dtype]
+    errors = [relative_error(got, exact) for got, exact in zip(gradients, exact_gradients, strict=True)]
+    ok = loss_error <= LOSS_BOUNDS[dtype] and max(errors) <= GRADIENT_BOUNDS[dtype]
     where = "interpreter" if backend == "triton" and device.type == "cpu" else device.type
-    name = str(dtype).removeprefix("torch.")
-    return Outcome(backend, where, name, p, layout, loss_error, student_error, teacher_error, ok)
+    teacher_name = "frozen " * frozen + _name(stored or dtype)
+    if shape != SHAPE:
+        layout = f"{layout}, long"
+    teacher_error = None if frozen else errors[1]
+    return Outcome(backend, where, _name(dtype), teacher_name, p, layout, loss_error, errors[0], teacher_error, ok)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def make_factors(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int] = SHAPE) -> tuple[Tensor, Tensor]:
@@ -108,14 +145,16 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return error / size if size > 0 and error == error else float("inf")
 
 
-def _loss_and_gradients(student: Tensor, teacher: Tensor, p: int, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+def _loss_and_gradients(
+    student: Tensor, teacher: Tensor, p: int, backend: str, frozen: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    student = student.detach().requires_grad_()
+    inputs = [student] if frozen else [student, teacher := teacher.detach().requires_grad_()]
     if backend == "reference":
         loss = reference.ft_loss(student, teacher, p=p)
     else:
         loss = ft_loss(student, teacher, p=p, backend=backend)
-    upstream = torch.full_like(loss, student.numel())
-    return loss, torch.autograd.grad(loss, (student, teacher), upstream)
+    return loss, torch.autograd.grad(loss, inputs, torch.full_like(loss, student.numel()))
 
 
 def _check_interpreted() -> list[Outcome]:
@@ -128,9 +167,13 @@ def _check_interpreted() -> list[Outcome]:
 
 
 def _print_table(outcomes: list[Outcome]) -> None:
-    head = f"{'backend':<9}{'on':<13}{'dtype':<10}{'p':<3}{'layout':<16}{'loss':>9}{'d student':>11}{'d teacher':>11}"
-    print(head)
+    widths = (9, 13, 10, 21, 3, 16)
+    names = ("backend", "on", "student", "teacher", "p", "layout")
+    head = "".join(f"{name:<{width}}" for name, width in zip(names, widths, strict=True))
+    print(f"{head}{'loss':>9}{'d student':>11}{'d teacher':>11}")
     for it in outcomes:
-        errors = f"{it.loss_error:>9.1e}{it.student_error:>11.1e}{it.teacher_error:>11.1e}"
+        cells = (it.backend, it.device, it.dtype, it.teacher, it.p, it.layout)
+        case = "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        teacher_error = f"{it.teacher_error:>11.1e}" if it.teacher_error is not None else " " * 11
         verdict = "" if it.ok else "  WRONG"
-        print(f"{it.backend:<9}{it.device:<13}{it.dtype:<10}{it.p:<3}{it.layout:<16}{errors}{verdict}")
+        print(f"{case}{it.loss_error:>9.1e}{it.student_error:>11.1e}{teacher_error}{verdict}")

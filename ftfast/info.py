@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{device['device']}: {device['name']}")
         for backend, support in device["backends"].items():
             print(f"  {backend:<10} {'runs' if support['ok'] else 'does not run'}: {support['reason']}")
-        print(f"  auto       takes {device['auto']}")
+        print(f"  auto       {device['auto']}")
     return 0
 
 
@@ -70,5 +70,8 @@ def _describe(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     factor = torch.empty(1, 1, device=device)
     backends = {backend: supports(backend, device, torch.float32, torch.float32)._asdict() for backend in BACKENDS}
-    auto = explain(factor, factor).splitlines()[0].split()[0]
+    try:
+        auto = explain(factor, factor).splitlines()[0]
+    except ValueError as error:  # an unknown FTFAST_BACKEND
+        auto = str(error)
     return {"device": str(device), "name": name, "backends": backends, "auto": auto}

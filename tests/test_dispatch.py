@@ -111,6 +111,24 @@ def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
     assert run("-m", "ftfast", "check", "--backend", "native").returncode == 0
 
 
+def test_check_of_a_backend_that_cannot_run_exits_with_2(tmp_path):
+    script = (
+        "from ftfast import check, dispatch; from ftfast.cli import main\n"
+        "check.supports = lambda *a: dispatch.Support(False, 'no C++ compiler was found')\n"
+        "raise SystemExit(main(['check', '--backend', 'native']))"
+    )
+    done = run("-c", script)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "ftfast check: error: native cannot run here: no C++ compiler was found."
+
+
+@pytest.mark.parametrize(("wanted", "words"), [("triton", "cannot run"), ("bogus", "backend is 'bogus'")])
+def test_info_explains_a_backend_that_the_environment_cannot_have(wanted, words):
+    done = run("-m", "ftfast", "info", FTFAST_BACKEND=wanted)
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout
+
+
 def test_import_is_quick_and_needs_neither_triton_nor_the_compiler():
     script = (
         "import sys, torch; before = set(sys.modules); import ftfast; ftfast.FTLoss\n"

@@ -52,6 +52,25 @@ def test_a_wrong_backward_is_seen(monkeypatch, backend, device, p, dtype, wrong)
     assert not check_case(backend, torch.device(device), dtype, p, "nchw").ok
 
 
+@pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])
+@pytest.mark.parametrize("launcher", ["ft_loss_forward_with_gradient", "scale_rows"])
+def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, backend, device, launcher, wrong):
+    """float32 on the CPU with a frozen teacher: forward writes the gradient, backward scales it."""
+    if backend != "native":
+        pytest.skip("this way is the native backend's")
+    right = getattr(ft_loss_native, launcher)
+
+    def replaced(*args):
+        if launcher == "scale_rows":
+            return wrong([right(*args)])[0]
+        loss, gradient = right(*args)
+        return loss, wrong([gradient])[0]
+
+    assert check_case(backend, torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
+    monkeypatch.setattr(ft_loss_native, launcher, replaced)
+    assert not check_case(backend, torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device, p):
     kernels = kernels_of(backend)

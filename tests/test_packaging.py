@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("packaging")
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what a clone holds, so that no build touches this one's products."""
-    target = tmp_path / "checkout"
+    target = tmp_path / "check out"
     target.mkdir()
     for name in ("ftfast", "kernels", "csrc"):
         shutil.copytree(
