@@ -29,7 +29,9 @@ def measure(chosen: dict[str, Bench], settings: Settings, arguments: list[str], 
     errors = Console(stderr=True)
     others = quiet.Others()
     rows = []
-    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as progress:
+    with Progress(
+        *columns, console=errors, disable=not (errors.is_terminal and sys.stderr.isatty()), transient=True
+    ) as progress:
         for bench in chosen.values():
             task = progress.add_task("", total=bench.size(settings))
 

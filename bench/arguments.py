@@ -13,6 +13,7 @@ from bench.peers import PEERS
 from bench.records import RecordError, load
 from bench.registry import Bench, Settings
 from bench.shapes import DEFAULT_SHAPES, QUICK_SHAPES, SHAPES, parse_shape
+from ftfast import dispatch
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,6 +71,17 @@ def positive(text: str) -> int:
     return value
 
 
+def seed_number(text: str) -> int:
+    """An argparse type: an integer from 0 to 2**32."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to {2**32}.")
+    return value
+
+
 def peer_names(text: str) -> tuple[str, ...]:
     """An argparse type: peers between commas, or none."""
     if text == "none":
@@ -108,7 +120,9 @@ def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, help="torch's threads, default: the cores that may be used")
     parser.add_argument("--blocks", type=positive, help=f"blocks of each candidate, default: {Plan.blocks}")
-    parser.add_argument("--seed", type=int, default=0, help="of the factors and of the order of blocks, default: 0")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the factors and of the order of blocks, default: 0"
+    )
     parser.add_argument("--quick", action="store_true", help="few calls on a small shape, to see that it runs")
     parser.add_argument("--json", action="store_true", help="print the record on standard output, and no tables")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the record to FILE")
@@ -143,6 +157,11 @@ def settings_from(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        probe = torch.empty(2, 1, device=device)
+        dispatch.choose("auto", probe, probe)
+    except (ValueError, RuntimeError) as error:
+        parser.error(f"FTFAST_BACKEND cannot be met: {error}")
     plan = QUICK_PLAN if options.quick else Plan()
     names = QUICK_SHAPES if options.quick else DEFAULT_SHAPES
     dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)

@@ -65,13 +65,17 @@ def summarise(blocks: Sequence[Sequence[float]]) -> Timing:
 def measure_group(group: Group, clock: Clock, plan: Plan, advance: Callable[[str], None] = lambda _: None) -> list[Row]:
     """Gate and time the candidates of a group.
 
-    A candidate that raises or fails its gate gets a row with the reason and without a figure.
+    A candidate that raises or fails its gate gets a row with the reason and without a figure; a group that cannot be
+    built, for want of memory say, gets one such row.
 
     Args:
         advance: called with a candidate's name before its gate and before each of its blocks, ``1 + plan.blocks``
             times each, whatever comes of it.
     """
-    candidates = group.build()
+    try:
+        candidates = group.build()
+    except Exception as error:  # The other groups are still to be measured.
+        return [Row(group.bench, group.name, "all", "build", None, reason=_raised(error), details=dict(group.details))]
     verdicts: list[tuple[Gate | None, str]] = []
     for candidate in candidates:
         advance(candidate.name)
@@ -106,6 +110,11 @@ def measure_group(group: Group, clock: Clock, plan: Plan, advance: Callable[[str
     return rows
 
 
+def _raised(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"it raises {type(error).__name__}: {first_line}"
+
+
 def _verdict(candidate: Candidate) -> tuple[Gate | None, str]:
     """The gate's finding and why the candidate is not timed, empty where it is."""
     try:
@@ -113,8 +122,7 @@ def _verdict(candidate: Candidate) -> tuple[Gate | None, str]:
         candidate.prepare()
         candidate.step()
     except Exception as error:  # A peer that cannot run must not end the others' measurement.
-        first_line = str(error).strip().partition("\n")[0]
-        return None, f"it raises {type(error).__name__}: {first_line}"
+        return None, _raised(error)
     if gate is not None and not gate.passed:
         return gate, f"gate is red: {gate.reason}"
     return gate, ""

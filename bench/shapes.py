@@ -28,7 +28,7 @@ class FactorShape(NamedTuple):
 SHAPES = {
     shape.name: shape
     for shape in (
-        FactorShape("digits-r20-r8", 32, 8, 4, 4),
+        FactorShape("digits-r20-r8", 32, 32, 2, 2),
         FactorShape("cifar-r56-r20", 128, 32, 8, 8),
         FactorShape("cifar-wrn40x2-wrn16x2", 128, 64, 8, 8),
         FactorShape("imagenet-r34-r18", 256, 256, 7, 7),

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -65,7 +66,9 @@ def _run_command(name: str, words: list[str]) -> int:
     try:
         module = importlib.import_module(home)
         module.add_arguments(parser)
-        return int(module.run(parser.parse_args(words)))
+        status = int(module.run(parser.parse_args(words)))
+        sys.stdout.flush()  # a full disk is met here, where it can still be said
+        return status
     except ValueError as error:
         from ftfast.distill.errors import DistillError
 
@@ -85,5 +88,32 @@ def _run_command(name: str, words: list[str]) -> int:
         print(f"{parser.prog}: interrupted{advice}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has had enough (ftfast ... | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 0
+    except OSError as error:
+        where = f"{os.fspath(error.filename)!s}: " if isinstance(error.filename, str | os.PathLike) else ""
+        print(f"{parser.prog}: error: {where}{(error.strerror or str(error)).rstrip('.')}.", file=sys.stderr)
+        if error.filename is None:
+            _discard_stdout()
+        return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        size = f": it {asked[0].lower()}" if asked else ""
+        print(
+            f"{parser.prog}: error: the memory does not suffice{size}; take smaller models or batches.", file=sys.stderr
+        )
+        return BAD_INPUT
+
+
+def _discard_stdout() -> None:
+    """What is still buffered for standard output would fail again at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name: torch's own class would import torch, and its CPU allocator raises a plain RuntimeError.
+    signs = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(sign in str(error) for sign in signs)

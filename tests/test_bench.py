@@ -25,6 +25,8 @@ from bench.measuring import QUICK_PLAN, Plan, measure_group
 from bench.records import Record, RecordError, Row, Timing
 from bench.registry import Settings
 from bench.shapes import parse_shape
+from ftfast.dispatch import interpreting
+from ftfast.distill.settings import Settings as DistillSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TINY = "6x8x4x4"
@@ -159,6 +161,24 @@ def test_a_candidate_that_raises_leaves_the_others_their_figures() -> None:
     assert [row.reason for row in rows] == ["it raises RuntimeError: no such kernel", ""]
     assert rows[0].timing is None
     assert rows[1].timing is not None
+
+
+def test_a_group_that_cannot_be_built_gets_a_row_with_the_reason() -> None:
+    def build() -> list[Candidate]:
+        raise RuntimeError("not enough memory\nsecond line")
+
+    (row,) = measure_group(Group("bench", "group", {"shape": "large"}, build), CpuClock(), QUICK_PLAN)
+    assert row.timing is None
+    assert row.reason == "it raises RuntimeError: not enough memory"
+    assert row.details == {"shape": "large"}
+
+
+def test_the_shape_of_the_digits_pair_is_that_of_its_factors() -> None:
+    settings = DistillSettings()
+    samples, channels, height, width = parse_shape("digits-r20-r8").dims
+    assert samples == settings.batch_size
+    assert channels * height * width == settings.factor_size()
+    assert (channels, height, width) == (32, 2, 2)
 
 
 def test_the_yardstick_copies_no_gradient() -> None:
@@ -336,6 +356,8 @@ def test_quick_run_from_the_command_line_gives_a_valid_record(tmp_path: Path) ->
         (["--peers", "someone"], "someone"),
         (["--threads", "0"], "0"),
         (["--blocks", "many"], "many"),
+        (["--seed", "-1"], "-1"),
+        (["--seed", "99999999999999999999"], "4294967296"),
         (["--out", "/no/such/folder/record.json"], "/no/such/folder"),
         (["plot", "/no/such/record.json"], "/no/such/record.json"),
         (["readme", "--readme", "/no/such/README.md"], "/no/such/README.md"),
@@ -348,6 +370,21 @@ def test_bad_input_is_one_sentence(arguments: list[str], named: str, capsys: pyt
     error = capsys.readouterr().err.strip().rpartition("error: ")[2]
     assert named in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("bogus", "backend is 'bogus'"), ("triton", 'backend "triton" cannot run')]
+)
+def test_a_backend_that_cannot_be_had_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    if name == "triton" and interpreting():
+        pytest.skip("Triton's interpreter runs on the CPU")
+    monkeypatch.setenv("FTFAST_BACKEND", name)
+    with pytest.raises(SystemExit) as stop:
+        main(["ft_loss", "--quick", "--device", "cpu"])
+    assert stop.value.code == 2
+    assert f"FTFAST_BACKEND cannot be met: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])

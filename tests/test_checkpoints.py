@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_a_changed_byte_is_refused(tmp_path: Path, name: str) -> None:
         checkpoint.load(tmp_path / "kept")
 
 
+@pytest.mark.parametrize(
+    "change", [{"kind": "teacher"}, {"accuracy": 99.0}, {"sha256": []}, {"sha256": {}}, {"sha256": None}]
+)
+def test_a_changed_description_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    save_small(tmp_path / "kept")
+    path = tmp_path / "kept" / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for read in (checkpoint.load, checkpoint.read_description):
+        with pytest.raises(CheckpointError, match=r"settings\.json is cut short or changed"):
+            read(tmp_path / "kept")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "settings.json"])
 def test_missing_files_are_refused(tmp_path: Path, name: str) -> None:
     save_small(tmp_path / "kept")
@@ -171,6 +184,43 @@ def test_files_without_a_model_are_refused(tmp_path: Path, content: object) -> N
     torch.save(content, tmp_path / "teacher.pt")
     with pytest.raises(CheckpointError, match="holds no model"):
         checkpoint.load_tensors(tmp_path / "teacher.pt")
+
+
+@pytest.mark.parametrize("name", [3, None, ("stem", "weight")])
+def test_tensors_without_names_are_refused(tmp_path: Path, name: object) -> None:
+    torch.save({**small_model().state_dict(), name: torch.zeros(1)}, tmp_path / "teacher.pt")
+    with pytest.raises(CheckpointError, match="holds no model"):
+        checkpoint.load_tensors(tmp_path / "teacher.pt")
+
+
+@pytest.mark.parametrize("form", ["sparse", "meta", "int8", "complex", "nan", "infinite in float32"])
+def test_weights_that_no_trained_model_has_are_refused(tmp_path: Path, form: str) -> None:
+    tensors = small_model().state_dict()
+    weight = tensors["stem.weight"]
+    tensors["stem.weight"] = {
+        "sparse": weight.to_sparse(),
+        "meta": weight.to("meta"),
+        "int8": weight.to(torch.int8),
+        "complex": weight.to(torch.complex64),
+        "nan": weight * float("nan"),
+        "infinite in float32": torch.full_like(weight, 1e300, dtype=torch.float64),
+    }[form]
+    path = tmp_path / "teacher.pt"
+    torch.save(tensors, path)
+    with pytest.raises(CheckpointError, match=r"teacher\.pt holds 'stem\.weight'"):
+        checkpoint.fill(small_model(), checkpoint.load_tensors(path)[0], path, "small")
+
+
+def test_torch_files_with_changed_bytes_are_refused_or_read(tmp_path: Path) -> None:
+    """Whatever a byte does to a file without a hash, it is no traceback."""
+    path = tmp_path / "teacher.pt"
+    for zipped in (True, False):
+        torch.save({"weight": torch.zeros(2)}, path, _use_new_zipfile_serialization=zipped)
+        content = path.read_bytes()
+        for position in range(0, len(content), 3):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+            with suppress(CheckpointError):
+                checkpoint.load_tensors(path)
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:

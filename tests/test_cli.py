@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 import ftfast
 from ftfast.cli import COMMANDS, main
+from ftfast.dispatch import interpreting
 from ftfast.distill import checkpoint
 from ftfast.distill.settings import Settings
 
@@ -141,6 +143,11 @@ def test_evaluate_refuses_what_is_no_classifier(
         (["--device", "tpu"], "device is 'tpu'; it takes auto, cpu, cuda"),
         (["--checkpoint-seconds", "soon"], "checkpoint_seconds is 'soon'"),
         (["--colour", "red"], "--colour"),
+        (["--student-images", "20"], "at least 40"),
+        (
+            ["--seed", "99999999999999999999"],
+            "seed is 99999999999999999999; it takes a number of at least 0 and at most",
+        ),
         (["--beta", "1,2", "--alpha", "0.1,0.2,0.3"], "one value or equally many"),
     ],
 )
@@ -149,6 +156,71 @@ def test_bad_settings_are_refused_before_anything_is_written(
 ) -> None:
     assert message in refused(capsys, "distill", "--output", str(tmp_path / "run"), *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bogus", "backend is 'bogus'; it takes"), ("triton", 'backend "triton" cannot run')],
+)
+def test_a_backend_that_cannot_be_had_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    if name == "triton" and interpreting():
+        pytest.skip("Triton's interpreter runs on the CPU")
+    monkeypatch.setenv("FTFAST_BACKEND", name)
+    found = refused(capsys, *TINY, "--output", str(tmp_path / "run"))
+    assert "FTFAST_BACKEND cannot be met" in found
+    assert message in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_too_long_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "File name too long." in refused(capsys, *TINY, "--output", str(tmp_path / ("a" * 300)))
+
+
+def test_a_folder_where_a_file_should_be_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run/results.json").unlink()
+    (tmp_path / "run/results.json").mkdir()
+    assert main([*TINY, "--output", str(tmp_path / "run"), "--resume"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ftfast distill: error: ")
+    assert last.endswith("results.json: Is a directory.")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_standard_output_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "ftfast", "distill", "--print-settings"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 2
+    assert ended.stderr == "ftfast distill: error: No space left on device.\n"
+
+
+def test_a_model_that_memory_does_not_hold_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = [*TINY, "--output", str(tmp_path / "run"), "--teacher-channels", "4000000"]
+    assert "the memory does not suffice" in refused(capsys, *words)
+
+
+def test_resuming_a_run_that_is_not_there_says_that_it_starts_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ended = run_command(*TINY, "--methods", "none", "--resume", "--output", str(folder))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.splitlines()[0] == f"{folder} holds no run yet: --resume starts a new run"
+
+
+def test_forced_colours_put_no_bars_into_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    ended = run_command(*TINY, "--methods", "none", "--output", str(tmp_path / "run"))
+    assert ended.returncode == 0, ended.stderr
+    assert "images/s" not in ended.stderr
+    assert "\r" not in ended.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -1,9 +1,14 @@
 """The parts of a distillation run, each by itself: models, data, methods, settings, the paraphraser's phase."""
 
+import csv
 import json
+import statistics
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +17,15 @@ from rich.console import Console
 
 from ftfast import FactorTransfer, FeatureTap, Paraphraser, Translator, reference
 from ftfast.distill import data, models
-from ftfast.distill.engine import Precision, Schedule, Training, evaluate
+from ftfast.distill.checkpoint import Checkpoint
+from ftfast.distill.curves import curve_rows
+from ftfast.distill.engine import DivergedError, Epoch, Precision, Schedule, Training, evaluate
 from ftfast.distill.errors import ParaphraserError, SettingsError
 from ftfast.distill.methods import METHODS, Outputs, Weights
 from ftfast.distill.paraphrase import build_paraphraser, diagnose, train_paraphraser
 from ftfast.distill.progress import Progress
-from ftfast.distill.results import paired_gain
+from ftfast.distill.report import write_report
+from ftfast.distill.results import collect, paired_gain, student_result
 from ftfast.distill.selection import Trial, best, candidates, selection_epochs, try_weights
 from ftfast.distill.settings import Settings
 from ftfast.distill.students import Guides
@@ -210,6 +218,11 @@ def test_settings_of_another_kind_are_refused(changes: dict[str, object], messag
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"alpha": (1.5,)}, "at least 0 and at most 1"),
         ({"alpha": (0.5, 0.6), "beta": (1.0, 2.0, 3.0)}, "one value or equally many"),
+        ({"student_images": 20}, "student_images is 20; to choose weights on 4 folds it takes at least 40"),
+        ({"student_images": 35}, "at least 40"),
+        ({"seed": 10**20}, "seed is 1(0){20}; it takes a number of at least 0 and at most 4294967296"),
+        ({"seed": 10**400}, "at most 4294967296"),
+        ({"paraphraser_batch_size": 10**20}, "at most 4294967296"),
         ({"student_images": 995}, "student_images is 995; it takes 10 to 990"),
         ({"student": "resnet9"}, "resnet8"),
     ],
@@ -217,6 +230,19 @@ def test_settings_of_another_kind_are_refused(changes: dict[str, object], messag
 def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         small_settings(**changes)
+
+
+def test_few_images_suffice_where_nothing_is_chosen() -> None:
+    assert small_settings(student_images=20, beta=(1.0,), alpha=(0.5,)).student_images == 20
+
+
+@pytest.mark.parametrize("folds", [2, 4, 10])
+def test_the_fewest_images_that_are_taken_fill_every_fold(digits: tuple[data.Split, data.Split], folds: int) -> None:
+    fewest = 10 * folds
+    assert small_settings(student_images=fewest, validation_folds=folds).student_images == fewest
+    with warnings.catch_warnings(action="error"):
+        cuts = [cut for count in range(fewest, fewest + 12) for cut in digits[0].cut(count)[0].folds(folds)]
+    assert all(len(validated.labels.unique()) == 10 for _, validated in cuts)
 
 
 def test_all_training_images_may_be_the_students() -> None:
@@ -239,6 +265,7 @@ def test_a_trained_paraphraser_explains_features_and_an_untrained_one_does_not()
     assert before.explained_variance < 0.1
     assert before.warning is not None
     assert "0.5" in before.warning
+    assert "in a new --output, with --teacher-checkpoint" in before.warning
     assert after.explained_variance > 0.8
     assert after.warning is None
 
@@ -266,7 +293,9 @@ def test_a_collapsed_paraphraser_stops_the_run_and_names_the_remedy(bias: float,
     paraphraser = build_paraphraser(small_settings(teacher_channels=4))
     with torch.no_grad():
         paraphraser.encoder[2].bias.fill_(bias)
-    with pytest.raises(ParaphraserError, match=f"{message}.*--paraphraser-learning-rate.*--paraphraser-steps.*adam"):
+    with pytest.raises(
+        ParaphraserError, match=f"{message}.*--paraphraser-learning-rate.*--paraphraser-steps.*adam.*new --output"
+    ):
         diagnose(paraphraser, features_of_low_rank(50), FLOAT32)
 
 
@@ -276,6 +305,57 @@ def test_paired_gain_of_known_numbers() -> None:
     assert gain["standard_error"] == pytest.approx(1 / 3**0.5)
     assert (gain["seeds_up"], gain["seeds"]) == (2, 3)
     assert paired_gain([2.0], [1.0])["standard_error"] is None
+
+
+def student_of(seed: int, *accuracies: float) -> dict[str, Any]:
+    return student_result(seed, [Epoch(number + 1, {}, value, 60, 0.1) for number, value in enumerate(accuracies)])
+
+
+def test_the_statistics_of_known_accuracies() -> None:
+    """Every number by hand: over seeds, and between students of the same seed."""
+    none, ft = (50.0, 80.0, 60.0, 71.0), (54.0, 81.0, 59.0, 77.0)
+    methods = {
+        name: (Weights(), [student_of(seed, 10.0 * seed, value) for seed, value in enumerate(accuracies)])
+        for name, accuracies in (("none", none), ("ft", ft))
+    }
+    settings = small_settings(methods=("none", "ft"), seeds=4).resolved()
+    teacher = Checkpoint({}, {"history": []}, {"accuracy": 90.0})
+    results = collect(settings, teacher, None, {"none": [], "ft": []}, methods, 1.0)
+    for name, accuracies in (("none", none), ("ft", ft)):
+        found = results["methods"][name]
+        assert found["mean"] == pytest.approx(sum(accuracies) / 4)
+        assert found["standard_deviation"] == pytest.approx(statistics.stdev(accuracies))
+        rows = [row for row in curve_rows(results) if row["method"] == name]
+        assert [row["epoch"] for row in rows] == [1, 2]
+        assert rows[1]["accuracy_mean"] == pytest.approx(sum(accuracies) / 4, abs=1e-4)
+        assert rows[0]["accuracy_standard_deviation"] == pytest.approx(statistics.stdev([0, 10, 20, 30]), abs=1e-4)
+        assert rows[1]["accuracy_standard_deviation"] == pytest.approx(statistics.stdev(accuracies), abs=1e-4)
+    gain = results["methods"]["ft"]["gain"]
+    assert gain["mean"] == pytest.approx(2.5)
+    assert gain["standard_error"] == pytest.approx(statistics.stdev([4, 1, -1, 6]) / 2)
+    assert (gain["seeds_up"], gain["seeds"]) == (3, 4)
+
+
+def test_one_seed_has_no_deviation_anywhere(tmp_path: Path) -> None:
+    methods = {"none": (Weights(), [student_of(0, 50.0, 60.0)])}
+    settings = small_settings(methods=("none",), seeds=1).resolved()
+    teacher = Checkpoint({}, {"history": []}, {"accuracy": 90.0})
+    results = collect(settings, teacher, None, {"none": []}, methods, 1.0)
+    assert results["methods"]["none"]["standard_deviation"] is None
+    write_report(tmp_path, results)
+    rows = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    assert [row["accuracy_standard_deviation"] for row in rows] == ["", ""]
+
+
+def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(digits: tuple[data.Split, data.Split]) -> None:
+    split, _ = digits[0].cut(20)
+    model = torch.nn.Linear(1, 1)
+
+    def terms(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"labels": model(images.new_ones(1)).sum() * float("nan")}
+
+    with pytest.raises(DivergedError, match=r"--learning-rate.*in a new --output, with --teacher-checkpoint"):
+        Training(model, terms, split, Schedule(1, 16, 0.05, 0.9, 0.0), FLOAT32, seed=0).run()
 
 
 def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(digits: tuple[data.Split, data.Split]) -> None:
@@ -323,10 +403,22 @@ def test_evaluate_leaves_the_models_mode_and_counts_right_answers(digits: tuple[
     assert loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_bars_are_drawn_on_terminals_alone_and_lines_everywhere(terminal: bool) -> None:
-    written = StringIO()
-    with Progress(100, Console(file=written, force_terminal=terminal, width=100)) as progress:
+class Screen(StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+# FORCE_COLOR makes rich take any file for a terminal, as force_terminal does.
+@pytest.mark.parametrize(
+    ("kind", "forced", "terminal"), [(Screen, True, True), (StringIO, True, False), (StringIO, None, False)]
+)
+def test_bars_are_drawn_on_terminals_alone_and_lines_everywhere(
+    kind: type[StringIO], forced: bool | None, terminal: bool
+) -> None:
+    written = kind()
+    with Progress(100, Console(file=written, force_terminal=forced, width=100)) as progress:
         progress.begin("students of ft", 100)
         progress.advance(40)
         progress.end()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,8 @@ import torch
 
 from ftfast.distill import checkpoint, data, resumable
 from ftfast.distill.curves import STYLES
-from ftfast.distill.errors import DistillError, RunFolderError, SettingsError
+from ftfast.distill.errors import CheckpointError, DistillError, RunFolderError, SettingsError
+from ftfast.distill.folder import check_run_folder
 from ftfast.distill.methods import METHODS
 from ftfast.distill.report import write_report
 from ftfast.distill.run import run
@@ -43,6 +45,7 @@ SMALL = Settings(
     dtype="float32",
     threads=1,
 )
+SMALL_FIXED = replace(SMALL, beta=(60.0,), alpha=(0.5,))
 
 
 def what_counts(results: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +244,86 @@ def test_a_changed_checkpoint_of_the_run_is_refused(tmp_path: Path, whole: tuple
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DistillError, match=r"model\.safetensors is cut short or changed"):
         run(SMALL, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "message"),
+    [
+        (
+            "students/ft/seed0",
+            "teacher",
+            "is not this run's student: kind is 'teacher', not 'student'; remove the folder",
+        ),
+        ("students/ft/seed0", "students/ft/seed1", "seed is 1, not 0"),
+        ("students/kd/seed0", "students/ft/seed0", "method is 'ft', not 'kd'"),
+        ("teacher", "students/ft/seed0", "is not this run's teacher: kind is 'student', not 'teacher'"),
+        ("paraphraser", "teacher", "is not this run's paraphraser: kind is 'teacher'"),
+        ("students/ft/seed0", "paraphraser", "is not this run's student: kind is 'paraphraser'"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]], target: str, source: str, message: str
+) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / target)
+    shutil.copytree(whole[0] / source, tmp_path / "run" / target)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        run(SMALL, tmp_path / "run", resume=True)
+
+
+def test_an_unfinished_checkpoint_of_another_training_is_refused(
+    tmp_path: Path, kill_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_after(6)  # teacher 3, paraphraser 1, two of the three epochs of the first student
+    with pytest.raises(Killed):
+        run(SMALL_FIXED, tmp_path / "run", checkpoint_seconds=0)
+    monkeypatch.undo()
+    students = tmp_path / "run/students/none"
+    (students / "seed0.unfinished").rename(students / "seed1.unfinished")
+    with pytest.raises(CheckpointError, match="is not this run's unfinished student: seed is 0, not 1"):
+        run(SMALL_FIXED, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"accuracy": "91"}, {"accuracy": None}, {"accuracy": float("nan")}, {"loss": True}, {"beta": 7.0}]
+)
+def test_changed_trials_are_refused(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]], change: dict[str, object]
+) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    path = tmp_path / "run/selection.json"
+    trials = json.loads(path.read_text())
+    trials["ft"][0].update(change)
+    path.write_text(json.dumps(trials))
+    with pytest.raises(RunFolderError, match=r"selection\.json is not as it was written; remove it"):
+        run(SMALL, tmp_path / "run", resume=True)
+
+
+def test_one_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[RunFolderError] = []
+
+    class Rival(Exception):
+        """Ends the first run when the second one has been refused."""
+
+    def second_run(*_: object) -> None:
+        with pytest.raises(RunFolderError) as refusal:
+            run(SMALL, tmp_path / "run", resume=True)
+        said.append(refusal.value)
+        raise Rival
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "load", second_run)
+        with pytest.raises(Rival):
+            run(SMALL, tmp_path / "run")
+        with pytest.raises(Rival):  # an ended run holds nothing any more
+            run(SMALL, tmp_path / "run", resume=True)
+    assert all("another process is writing to it; wait for it or choose another --output" in str(one) for one in said)
+    assert len(said) == 2
+
+
+def test_a_folder_with_a_lock_alone_is_as_good_as_empty(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    check_run_folder(tmp_path, SMALL, resume=False)
 
 
 @pytest.mark.parametrize("form", ["folder", "safetensors"])

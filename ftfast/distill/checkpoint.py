@@ -57,6 +57,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     content = {MODEL_FILE: model, STATE_FILE: buffer.getvalue()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
     description = {"format": FORMAT, "version": VERSION, **checkpoint.description, "sha256": hashes}
+    hashes[SETTINGS_FILE] = _hash_description(description)
     with files.new_folder(folder) as aside:
         for name, data in content.items():
             (aside / name).write_bytes(data)
@@ -73,7 +74,7 @@ def load(folder: Path) -> Checkpoint:
     content = {}
     for name in (MODEL_FILE, STATE_FILE):
         content[name] = _read_bytes(folder / name)
-        if hashlib.sha256(content[name]).hexdigest() != description.get("sha256", {}).get(name):
+        if hashlib.sha256(content[name]).hexdigest() != description["sha256"].get(name):
             raise CheckpointError(
                 f"{folder / name} is cut short or changed: its hash is not the one in {SETTINGS_FILE}."
             )
@@ -86,7 +87,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The settings.json of a checkpoint folder.
 
     Raises:
-        CheckpointError: no checkpoint, or a newer format.
+        CheckpointError: no checkpoint, a newer format, or not as it was written.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -102,7 +103,15 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} has checkpoint format version {description.get('version')!r}; "
             f"this ftfast reads version {VERSION}."
         )
+    hashes = description.get("sha256")
+    if not isinstance(hashes, dict) or hashes.get(SETTINGS_FILE) != _hash_description(description):
+        raise CheckpointError(f"{path} is cut short or changed: its hash is not the one that it holds.")
     return description
+
+
+def _hash_description(description: dict[str, Any]) -> str:
+    rest = {name: value for name, value in description.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -123,8 +132,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not named or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds no model: it takes a dictionary of tensors by name.")
+    for name, value in content.items():
+        if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
+            raise CheckpointError(f"{path} holds {name!r} as a sparse, nested or empty tensor; it takes dense ones.")
     return content, {}
 
 
@@ -132,7 +145,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, model_title: 
     """Copies tensors into a model that has exactly these.
 
     Raises:
-        CheckpointError: another model's tensors, with the first that does not fit.
+        CheckpointError: another model's tensors, with the first that does not fit, or weights that are not finite.
     """
     own = model.state_dict()
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
@@ -147,6 +160,12 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, model_title: 
         problem = f"{name!r} is {list(tensors[name].shape)} there and {list(own[name].shape)} in the model"
     if problem:
         raise CheckpointError(f"{path} is a checkpoint of another model than {model_title}: {problem}.")
+    for name, tensor in tensors.items():
+        if own[name].is_floating_point() != tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized:
+            kind = "floating-point numbers" if own[name].is_floating_point() else "integers"
+            raise CheckpointError(f"{path} holds {name!r} in {tensor.dtype}; it takes {kind}.")
+        if not torch.isfinite(tensor.to(own[name].dtype)).all():
+            raise CheckpointError(f"{path} holds {name!r} with values that are not finite; it takes a trained model.")
     model.load_state_dict(tensors)
 
 
@@ -160,15 +179,15 @@ def _read_bytes(path: Path) -> bytes:
 def _parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return load_safetensors(content)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the latter for dtypes that torch lacks
         raise CheckpointError(f"{path} is cut short or no safetensors file ({error}).") from None
 
 
 def _parse_torch(content: bytes, path: Path) -> Any:
     cut = f"{path} is cut short or no torch file."
-    if content.startswith(b"PK") and not zipfile.is_zipfile(BytesIO(content)):
-        raise CheckpointError(cut)
     try:
+        if content.startswith(b"PK") and not zipfile.is_zipfile(BytesIO(content)):
+            raise CheckpointError(cut)
         with warnings.catch_warnings(action="ignore"):  # torch's remark on a pickle's protocol
             return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -176,5 +195,5 @@ def _parse_torch(content: bytes, path: Path) -> Any:
             f"{path} is no file of plain tensors, may hold code, and was not opened; "
             "save the model's state_dict() alone."
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError):  # zip and pickle readers differ
+    except Exception:  # what the zip and pickle readers raise for broken bytes has no common class
         raise CheckpointError(cut) from None

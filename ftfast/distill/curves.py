@@ -14,18 +14,18 @@ STYLES = {
 
 
 def curve_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Test accuracy after each epoch: one row a method and epoch, mean and standard deviation over seeds."""
+    """Test accuracy after each epoch: one row a method and epoch, mean and standard deviation (None for one seed)."""
     rows = []
     for name, method in results["methods"].items():
         for records in zip(*(student["history"] for student in method["students"]), strict=True):
             values = [record["accuracy"] for record in records]
-            deviation = stdev(values) if len(values) > 1 else 0.0
+            deviation = round(stdev(values), 4) if len(values) > 1 else None
             rows.append(
                 {
                     "method": name,
                     "epoch": records[0]["epoch"],
                     "accuracy_mean": round(fmean(values), 4),
-                    "accuracy_standard_deviation": round(deviation, 4),
+                    "accuracy_standard_deviation": deviation,
                     "seeds": len(values),
                 }
             )
@@ -45,8 +45,8 @@ def draw_curves(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str
         colour, line = STYLES[name]
         own = [row for row in rows if row["method"] == name]
         epochs = [row["epoch"] for row in own]
-        low = [row["accuracy_mean"] - row["accuracy_standard_deviation"] for row in own]
-        high = [row["accuracy_mean"] + row["accuracy_standard_deviation"] for row in own]
+        low = [row["accuracy_mean"] - (row["accuracy_standard_deviation"] or 0) for row in own]
+        high = [row["accuracy_mean"] + (row["accuracy_standard_deviation"] or 0) for row in own]
         curves.plot(epochs, [row["accuracy_mean"] for row in own], line, color=colour, label=name, marker=".")
         curves.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
         accuracies = [student["accuracy"] for student in results["methods"][name]["students"]]

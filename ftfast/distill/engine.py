@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.distill.data import Split, draw_batches, steps_per_epoch
-from ftfast.distill.errors import DistillError
+from ftfast.distill.errors import IN_A_NEW_RUN, DistillError
 from ftfast.distill.methods import Terms
 
 EVALUATION_BATCH_SIZE = 1000
@@ -128,7 +128,8 @@ class Training:
         seconds = time.perf_counter() - start
         if not math.isfinite(sum(losses.values())):
             raise DivergedError(
-                f"the loss is not finite after epoch {epoch + 1}; lower --learning-rate or the weights of the loss."
+                f"the loss is not finite after epoch {epoch + 1}; lower --learning-rate or the weights of the loss "
+                f"{IN_A_NEW_RUN} once that is there."
             )
         accuracy = self._accuracy() if self._accuracy is not None else None
         return Epoch(epoch + 1, losses, accuracy, len(self._split), seconds)

@@ -1,5 +1,8 @@
 """The errors that end a command with one sentence and exit status 2."""
 
+# Ends advice to change a setting: --resume goes on with the same settings alone.
+IN_A_NEW_RUN = "in a new --output, with --teacher-checkpoint <this --output>/teacher"
+
 
 class DistillError(ValueError):
     """A request that cannot be met, said in one sentence."""

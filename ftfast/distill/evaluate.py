@@ -38,7 +38,8 @@ def _check_description(description: dict[str, Any], folder: Path) -> None:
     model = description.get("model")
     kinds = {"name": str, "channels": int, "shortcut": str}
     named = {"data", "dtype"} <= description.keys() and isinstance(model, dict) and model.keys() == kinds.keys()
-    if not named or not all(isinstance(value, kinds[key]) for key, value in dict(model or {}).items()):
+    typed = named and all(isinstance(value, kinds[key]) for key, value in dict(model or {}).items())
+    if not typed or description["model"]["channels"] < 1:
         raise CheckpointError(f"{folder} does not say what its model is: its {SETTINGS_FILE} was changed.")
 
 

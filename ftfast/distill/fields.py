@@ -8,6 +8,8 @@ from typing import Any
 
 from ftfast.distill.errors import SettingsError
 
+_LARGEST = 2**32  # of whole numbers: more than any recipe has, and every library below takes it
+
 
 def setting(
     default: Any,
@@ -43,11 +45,14 @@ def check(item: "Field[Any]", hint: Any, value: Any) -> None:
 
 def _check_range(item: "Field[Any]", value: float) -> None:
     least, most, positive = (item.metadata[key] for key in ("least", "most", "positive"))
-    if math.isfinite(value) and least <= value <= most and (value > 0 or not positive):
+    if isinstance(value, int):
+        most = min(most, _LARGEST)
+    # Compared first: math.isfinite takes no integer that is too large for a float.
+    if least <= value <= most and math.isfinite(value) and (value > 0 or not positive):
         return
     lower = "more than 0" if positive else f"at least {least:g}"
-    upper = f" and at most {most:g}" if math.isfinite(most) else ""
-    raise SettingsError(f"{item.name} is {value:g}; it takes a number of {lower}{upper}.")
+    upper = f" and at most {most:.12g}" if math.isfinite(most) else ""
+    raise SettingsError(f"{item.name} is {value}; it takes a number of {lower}{upper}.")
 
 
 def plain_type(hint: Any) -> type:

@@ -1,7 +1,10 @@
 """The run folder: where each result lies, and who may write there."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 from ftfast.distill import files
 from ftfast.distill.errors import RunFolderError, SettingsError
 from ftfast.distill.settings import Settings
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,38 @@ class RunFolder:
         return self.path / "students" / method / f"seed{seed}"
 
 
-def open_run_folder(path: Path, settings: Settings, *, resume: bool) -> RunFolder:
-    """A folder for this run: a new one, or with ``resume`` that of a run with the same settings.
+@contextmanager
+def open_run_folder(path: Path, settings: Settings, *, resume: bool) -> Iterator[RunFolder]:
+    """A folder for this run alone: a new one, or with ``resume`` that of a run with the same settings.
 
     Raises:
-        RunFolderError: the folder holds something else, or cannot be written.
+        RunFolderError: the folder holds something else, cannot be written, or another process writes to it.
         SettingsError: the run to be resumed has other settings; the message names the first that differs.
     """
     folder = RunFolder(path)
     check_run_folder(path, settings, resume=resume)
+    lock = -1
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not folder.settings.exists():
-            files.write_json(folder.settings, settings.to_json())
-    except OSError as error:
-        raise RunFolderError(f"output {path} cannot be written ({error.strerror}); choose another --output.") from None
-    return folder
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            check_run_folder(path, settings, resume=resume)  # another process may have filled it meanwhile
+            if not folder.settings.exists():
+                files.write_json(folder.settings, settings.to_json())
+        except BlockingIOError:
+            raise RunFolderError(
+                f"output {path} cannot be used: another process is writing to it; "
+                "wait for it or choose another --output."
+            ) from None
+        except OSError as error:
+            raise RunFolderError(
+                f"output {path} cannot be written ({error.strerror}); choose another --output."
+            ) from None
+        yield folder
+    finally:
+        if lock >= 0:
+            os.close(lock)  # which gives the lock back, as a kill does
 
 
 def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
@@ -70,7 +91,8 @@ def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
         raise RunFolderError(f"output {path} cannot be a folder: {nearest} is a file; choose another --output.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RunFolderError(f"output {path} cannot be written: no permission for {nearest}; choose another --output.")
-    found = [entry for entry in path.iterdir() if not files.is_left_over(entry)] if path.exists() else []
+    entries = list(path.iterdir()) if path.exists() else []
+    found = [entry for entry in entries if entry.name != _LOCK and not files.is_left_over(entry)]
     holds_run = RunFolder(path).settings.is_file()
     if found and not resume:
         held = "a run already; continue it with --resume" if holds_run else "other files"

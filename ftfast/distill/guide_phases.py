@@ -8,7 +8,7 @@ import torch
 
 from ftfast.distill import checkpoint, resumable
 from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.engine import Epoch, Schedule, Training, evaluate
+from ftfast.distill.engine import Schedule, Training, evaluate
 from ftfast.distill.methods import METHODS
 from ftfast.distill.paraphrase import build_paraphraser, diagnose, teacher_features, train_paraphraser
 from ftfast.distill.setup import Setup
@@ -20,14 +20,16 @@ def prepare_teacher(setup: Setup) -> tuple[Teacher, Checkpoint]:
     """The frozen teacher and its checkpoint, trained or read back or taken from ``teacher_checkpoint``."""
     settings, path = setup.settings, setup.folder.teacher
     setup.progress.begin("teacher", settings.teacher_epochs * len(setup.train))
-    description = teacher_description(settings)
-    model = build(description, settings.data, seed=settings.seed, device=setup.precision.device)
+    source = settings.teacher_checkpoint
+    origin: dict[str, Any] = {"seed": settings.seed} if source is None else {"source": source}
+    description = setup.describe("teacher", teacher_description(settings), **origin)
+    model = build(description["model"], settings.data, seed=settings.seed, device=setup.precision.device)
     start = time.perf_counter()
-    finished = resumable.read_finished(path)
-    if finished is None and settings.teacher_checkpoint is not None:
+    finished = resumable.read_finished(path, description)
+    if finished is None and source is not None:
         model.load_state_dict(read_teacher_checkpoint(settings))
         accuracy = evaluate(model, setup.test, setup.precision)[0]
-        kept = setup.describe("teacher", description, accuracy=accuracy, source=settings.teacher_checkpoint)
+        kept = {**description, "accuracy": accuracy}
         checkpoint.save(path, Checkpoint(model.state_dict(), {"history": []}, kept))
     elif finished is None:
         _train_teacher(setup, model, description)
@@ -57,11 +59,7 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
         seed=settings.seed,
         accuracy=lambda: evaluate(model, setup.test, setup.precision)[0],
     )
-
-    def describe(history: list[Epoch]) -> dict[str, Any]:
-        return setup.describe("teacher", description, accuracy=history[-1].accuracy, seed=settings.seed)
-
-    setup.finish(training, setup.folder.teacher, describe)
+    setup.finish(training, setup.folder.teacher, description)
 
 
 def prepare_paraphraser(setup: Setup, teacher: Teacher) -> tuple[Paraphraser | None, dict[str, Any] | None]:
@@ -76,16 +74,17 @@ def prepare_paraphraser(setup: Setup, teacher: Teacher) -> tuple[Paraphraser | N
     progress.begin("paraphraser", settings.paraphraser_steps * settings.paraphraser_batch_size)
     start = time.perf_counter()
     paraphraser = build_paraphraser(settings)
-    finished = resumable.read_finished(path)
+    model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
+    description = setup.describe("paraphraser", model)
+    finished = resumable.read_finished(path, description)
     if finished is None:
         held_out, fitted = setup.train.cut(settings.paraphraser_held_out)
         features = teacher_features(teacher, fitted, setup.precision)
         train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
         diagnosis = diagnose(paraphraser, teacher_features(teacher, held_out, setup.precision), setup.precision)
         judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": diagnosis.warning}
-        model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
-        description = setup.describe("paraphraser", model, diagnosis=judged)
-        checkpoint.save(path, Checkpoint(paraphraser.state_dict(), {}, description))
+        kept = {**description, "diagnosis": judged}
+        checkpoint.save(path, Checkpoint(paraphraser.state_dict(), {}, kept))
     finished = finished or checkpoint.load(path)
     checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
     progress.end()

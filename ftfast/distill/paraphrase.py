@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ftfast.distill.data import Split
 from ftfast.distill.engine import Precision, cosine, run_in_batches
-from ftfast.distill.errors import ParaphraserError
+from ftfast.distill.errors import IN_A_NEW_RUN, ParaphraserError
 from ftfast.distill.models import place, seeded
 from ftfast.distill.settings import Settings
 from ftfast.distill.teacher import Teacher
@@ -45,7 +45,8 @@ class Diagnosis:
             return None
         return (
             f"the paraphraser explains {self.explained_variance:.2f} of the variance of held-out features, less than "
-            f"{LEAST_EXPLAINED_VARIANCE}: give it more steps (--paraphraser-steps) or another learning rate."
+            f"{LEAST_EXPLAINED_VARIANCE}: give it more steps (--paraphraser-steps) or another "
+            f"learning rate, {IN_A_NEW_RUN}."
         )
 
 
@@ -105,7 +106,10 @@ def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision) -
     with torch.no_grad(), precision.autocast():
         factors = paraphraser.encode(features).float()
         reconstruction = paraphraser.decode(factors).float()
-    remedy = "lower --paraphraser-learning-rate, raise --paraphraser-steps, or take --paraphraser-optimiser adam."
+    remedy = (
+        "lower --paraphraser-learning-rate, raise --paraphraser-steps, or take --paraphraser-optimiser adam, "
+        f"{IN_A_NEW_RUN}."
+    )
     if not bool(torch.isfinite(factors).all() & torch.isfinite(reconstruction).all()):
         raise ParaphraserError(f"the paraphraser's factors are not finite; {remedy}")
     diagnosis = Diagnosis(_explained_variance(features, reconstruction), _spread(factors))

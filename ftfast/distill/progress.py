@@ -20,7 +20,7 @@ class Progress:
 
     Args:
         images: how many images all phases draw, for the outer bar.
-        console: where to write; rich honours NO_COLOR, and there are no bars where it is no terminal.
+        console: where to write; there are no bars where its file is no terminal, whatever FORCE_COLOR says of colours.
     """
 
     def __init__(self, images: int, console: Console | None = None) -> None:
@@ -33,7 +33,7 @@ class Progress:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not (self.console.is_terminal and self.console.file.isatty()),
         )
         self._all = self._bars.add_task("the run", total=images)
         self._left = 0

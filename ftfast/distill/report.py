@@ -96,7 +96,6 @@ def to_markdown(results: dict[str, Any]) -> str:
         ),
         "",
         f"Arithmetic in {settings['dtype']}; {results['seconds']:.0f} s for the call that finished the run. "
-        ""
         "Images/s: in training, first epochs left out and evaluation excluded.",
         "",
         "All settings: [settings.json](settings.json). All numbers: [results.json](results.json).",

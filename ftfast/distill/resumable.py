@@ -9,6 +9,7 @@ from typing import Any
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.engine import Epoch, Training
+from ftfast.distill.errors import CheckpointError
 
 _MODEL_PREFIX = "model."
 
@@ -18,9 +19,28 @@ def unfinished_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.unfinished")
 
 
-def read_finished(folder: Path) -> Checkpoint | None:
-    """The checkpoint of a training that has ended, or None where it has not."""
-    return checkpoint.load(folder) if folder.exists() else None
+def read_finished(folder: Path, expected: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint of a training that has ended, or None where it has not.
+
+    Args:
+        expected: what its description has to say: ``"kind"``, ``"model"``, ``"data"``, ...
+
+    Raises:
+        CheckpointError: not as it was written, or of something else.
+    """
+    return _load_expected(folder, expected) if folder.exists() else None
+
+
+def _load_expected(folder: Path, expected: dict[str, Any]) -> Checkpoint:
+    found = checkpoint.load(folder)
+    for name, value in expected.items():
+        other = found.description.get(name)
+        if other != value:
+            raise CheckpointError(
+                f"{folder} is not this run's {expected['kind']}: {name} is {other!r}, not {value!r}; "
+                "remove the folder to have it made again."
+            )
+    return found
 
 
 def history_of(finished: Checkpoint) -> list[Epoch]:
@@ -31,7 +51,7 @@ def history_of(finished: Checkpoint) -> list[Epoch]:
 def finish(
     training: Training,
     folder: Path,
-    describe: Callable[[list[Epoch]], dict[str, Any]],
+    description: dict[str, Any],
     *,
     checkpoint_seconds: float,
     after_epoch: Callable[[Epoch], None] = lambda _: None,
@@ -39,14 +59,18 @@ def finish(
     """Runs a training to its end, from its last checkpoint where there is one, and leaves its checkpoint at ``folder``.
 
     Args:
-        describe: the finished checkpoint's description, from the epochs' records.
+        description: what is trained, ``"kind"`` among it; the last epoch's ``"accuracy"`` is added at the end.
         checkpoint_seconds: the time between two checkpoints on the way; 0 keeps one after every epoch.
         after_epoch: called after each epoch that runs now.
+
+    Raises:
+        CheckpointError: the last checkpoint is not as it was written, or of another training.
     """
     on_the_way = unfinished_folder(folder)
+    unfinished = {**description, "kind": f"unfinished {description['kind']}"}
     kept = sorted(on_the_way.glob("epoch*"))
     if kept:
-        training.load_state(_state_of(checkpoint.load(kept[-1])))
+        training.load_state(_state_of(_load_expected(kept[-1], unfinished)))
     last_saved = time.monotonic()
 
     def save_on_the_way(training: Training) -> None:
@@ -55,13 +79,13 @@ def finish(
         if time.monotonic() - last_saved < checkpoint_seconds:
             return
         number = len(training.history)
-        checkpoint.save(on_the_way / f"epoch{number:05}", _checkpoint_of(training, {"kind": "unfinished"}))
+        checkpoint.save(on_the_way / f"epoch{number:05}", _checkpoint_of(training, unfinished))
         for older in sorted(on_the_way.glob("epoch*"))[:-1]:
             shutil.rmtree(older)
         last_saved = time.monotonic()
 
     history = training.run(save_on_the_way)
-    checkpoint.save(folder, _checkpoint_of(training, describe(history)))
+    checkpoint.save(folder, _checkpoint_of(training, {**description, "accuracy": history[-1].accuracy}))
     shutil.rmtree(on_the_way, ignore_errors=True)
     return history
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
+from ftfast import dispatch
 from ftfast.distill import data, files
 from ftfast.distill.data import DATASETS
-from ftfast.distill.errors import RunFolderError
+from ftfast.distill.errors import RunFolderError, SettingsError
 from ftfast.distill.folder import RunFolder, check_run_folder, open_run_folder
 from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
 from ftfast.distill.methods import METHODS
 from ftfast.distill.progress import Progress
 from ftfast.distill.results import collect
 from ftfast.distill.selection import candidates, trial_images
-from ftfast.distill.settings import Settings
+from ftfast.distill.settings import DTYPES, Settings
 from ftfast.distill.setup import Setup, precision_of
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
@@ -39,9 +40,17 @@ def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_se
     check_run_folder(output, settings, resume=resume)
     if settings.teacher_checkpoint is not None:
         read_teacher_checkpoint(settings)
-    folder = open_run_folder(output, settings, resume=resume)
+    _check_backend(settings)
+    is_new = not RunFolder(output).settings.exists()
+    with open_run_folder(output, settings, resume=resume) as folder:
+        return _run_in(folder, settings, checkpoint_seconds, starts_anew=resume and is_new)
+
+
+def _run_in(folder: RunFolder, settings: Settings, checkpoint_seconds: float, *, starts_anew: bool) -> dict[str, Any]:
     start = time.perf_counter()
     with _reproducible(settings), Progress(_planned_images(settings)) as progress:
+        if starts_anew:
+            progress.say(f"{folder.path} holds no run yet: --resume starts a new run")
         train, test = data.load(settings.data, torch.device(settings.device))
         students, _ = train.cut(settings.student_images)
         setup = Setup(settings, precision_of(settings), folder, progress, checkpoint_seconds, train, students, test)
@@ -54,6 +63,17 @@ def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_se
     results.update(_earlier_record(folder))
     files.write_json(folder.results, results)
     return results
+
+
+def _check_backend(settings: Settings) -> None:
+    """FTFAST_BACKEND is met now, or the run ends before it has begun."""
+    if not any(METHODS[method].uses_factors for method in settings.methods):
+        return
+    factor = torch.empty(2, 1, device=settings.device, dtype=DTYPES[settings.dtype])
+    try:
+        dispatch.choose("auto", factor, factor)
+    except (ValueError, RuntimeError) as error:
+        raise SettingsError(f"FTFAST_BACKEND cannot be met: {error}") from None
 
 
 def _earlier_record(folder: RunFolder) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Settings:
     momentum: float = setting(0.9, "of SGD", positive=True, most=0.9999)
     weight_decay: float = setting(5e-4, "of SGD", least=0)
 
-    rate: float = setting(0.5, "the paraphraser's k: factor channels over feature channels", positive=True)
+    rate: float = setting(0.5, "the paraphraser's k: factor channels over feature channels", positive=True, most=64)
     paraphraser_steps: int = setting(500, "steps of the paraphraser", least=1)
     paraphraser_batch_size: int = setting(128, "feature maps in a step of the paraphraser", least=1)
     paraphraser_optimiser: str = setting("adam", "optimiser of the paraphraser", choices=OPTIMISERS)
@@ -69,7 +69,7 @@ class Settings:
     alpha: tuple[float, ...] = setting(
         (), "weight of the soft labels, 0 to 1; of several, one is chosen", least=0, most=1
     )
-    temperature: float = setting(4.0, "of the soft labels", positive=True)
+    temperature: float = setting(4.0, "of the soft labels", positive=True, most=1e4)
     validation_folds: int = setting(
         4, "parts of the students' images, each in turn kept apart to judge weights on", least=2, most=10
     )
@@ -81,7 +81,7 @@ class Settings:
         "auto", "of the models' arithmetic (default: bfloat16 where the hardware has it)", choices=("auto", *DTYPES)
     )
     threads: int = setting(
-        1, "threads on the CPU, 0 for torch's choice; digits are too small for more than one", least=0
+        1, "threads on the CPU, 0 for torch's choice; digits are too small for more than one", least=0, most=4096
     )
 
     def __post_init__(self) -> None:
@@ -95,8 +95,16 @@ class Settings:
             raise SettingsError(f"methods is empty; it takes some of {', '.join(METHODS)}, separated by commas.")
         for name in (self.teacher, self.student):
             models.parse_depth(name)
-        self.weight_grid()
         self._check_image_counts()
+        self._check_folds()
+
+    def _check_folds(self) -> None:
+        fewest = DATASETS[self.data].classes * self.validation_folds
+        if len(self.weight_grid()) > 1 and self.student_images < fewest:
+            raise SettingsError(
+                f"student_images is {self.student_images}; to choose weights on {self.validation_folds} folds it takes "
+                f"at least {fewest}: give more images, a lower --validation-folds, or one --beta and one --alpha."
+            )
 
     def _check_image_counts(self) -> None:
         dataset = DATASETS[self.data]

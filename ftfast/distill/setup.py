@@ -1,6 +1,5 @@
 """What every phase of a run works with, and how a phase trains."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class Setup:
     def describe(self, kind: str, model: dict[str, Any], **rest: Any) -> dict[str, Any]:
         return {"kind": kind, "model": model, "data": self.settings.data, "dtype": self.settings.dtype, **rest}
 
-    def finish(self, training: Training, path: Path, describe: Callable[[list[Epoch]], dict[str, Any]]) -> None:
+    def finish(self, training: Training, path: Path, description: dict[str, Any]) -> None:
         """Trains to the end, with progress, logs and checkpoints, and leaves the checkpoint at ``path``."""
         with EpochLog(self.folder.tensorboard / path.relative_to(self.folder.path)) as log:
 
@@ -45,5 +44,5 @@ class Setup:
                 log.add(record)
 
             resumable.finish(
-                training, path, describe, checkpoint_seconds=self.checkpoint_seconds, after_epoch=after_epoch
+                training, path, description, checkpoint_seconds=self.checkpoint_seconds, after_epoch=after_epoch
             )

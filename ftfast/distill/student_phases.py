@@ -1,14 +1,14 @@
 """The phases of the students: the choice of each method's weights, then one student for each seed."""
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ftfast.distill import checkpoint, files, resumable, selection
-from ftfast.distill.engine import Epoch
-from ftfast.distill.errors import DistillError, RunFolderError
+from ftfast.distill.errors import IN_A_NEW_RUN, DistillError, RunFolderError
 from ftfast.distill.methods import Weights
 from ftfast.distill.results import method_line, student_result
 from ftfast.distill.settings import Settings
@@ -21,7 +21,7 @@ def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Tri
     """Every method's trials; they are kept one by one, so that a kill loses one at most."""
     settings, progress = setup.settings, setup.progress
     path = setup.folder.selection
-    kept = _read_trials(path)
+    kept = _read_trials(path, settings)
     for method in settings.methods:
         candidates = selection.candidates(settings, method)
         trials = kept.setdefault(method, [])
@@ -41,14 +41,31 @@ def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Tri
     return kept
 
 
-def _read_trials(path: Path) -> dict[str, list[selection.Trial]]:
+def _read_trials(path: Path, settings: Settings) -> dict[str, list[selection.Trial]]:
     if not path.exists():
         return {}
     try:
         rows = json.loads(path.read_text())
-        return {method: [selection.Trial(**row) for row in trials] for method, trials in rows.items()}
+        kept = {method: [selection.Trial(**row) for row in trials] for method, trials in rows.items()}
+        written = all(_are_trials_of(settings, method, trials) for method, trials in kept.items())
     except (ValueError, TypeError, AttributeError):
-        raise RunFolderError(f"{path} is not as it was written; remove it to choose the weights anew.") from None
+        written = False
+    if not written:
+        raise RunFolderError(f"{path} is not as it was written; remove it to choose the weights anew.")
+    return kept
+
+
+def _are_trials_of(settings: Settings, method: str, trials: list[selection.Trial]) -> bool:
+    if method not in settings.methods:
+        return False
+    planned = [(weights.beta, weights.alpha) for weights in selection.candidates(settings, method)]
+    if [(trial.beta, trial.alpha) for trial in trials] != planned[: len(trials)]:
+        return False
+    scores = [(trial.accuracy, trial.loss) for trial in trials]
+    return all(
+        score == (None, None) or all(isinstance(value, float) and math.isfinite(value) for value in score)
+        for score in scores
+    )
 
 
 def _chosen_line(trials: list[selection.Trial]) -> str:
@@ -69,7 +86,9 @@ def chosen_weights(settings: Settings, method: str, trials: list[selection.Trial
         return selection.candidates(settings, method)[0]
     chosen = selection.best(trials)
     if chosen is None:
-        raise DistillError(f"every weight tried for {method} diverged; lower --learning-rate, --beta or --alpha.")
+        raise DistillError(
+            f"every weight tried for {method} diverged; lower --learning-rate, --beta or --alpha {IN_A_NEW_RUN}."
+        )
     return Weights(chosen.beta, chosen.alpha, settings.temperature)
 
 
@@ -84,7 +103,9 @@ def train_students(
     results = []
     for seed in range(settings.seeds):
         path = setup.folder.student(method, seed)
-        finished = resumable.read_finished(path)
+        named = {"method": method, "seed": seed, "weights": asdict(weights)}
+        description = setup.describe("student", student_description(settings), **named)
+        finished = resumable.read_finished(path, description)
         if finished is None:
             training = student_training(
                 settings,
@@ -96,12 +117,7 @@ def train_students(
                 seed=seed,
                 watched=setup.test,
             )
-            named = {"method": method, "seed": seed, "weights": asdict(weights)}
-
-            def describe(history: list[Epoch], named: dict[str, Any] = named) -> dict[str, Any]:
-                return setup.describe("student", student_description(settings), **named, accuracy=history[-1].accuracy)
-
-            setup.finish(training, path, describe)
+            setup.finish(training, path, description)
             finished = checkpoint.load(path)
         else:
             progress.advance(settings.student_epochs * len(setup.students))

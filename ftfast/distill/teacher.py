@@ -62,6 +62,8 @@ def read_teacher_checkpoint(settings: Settings) -> dict[str, Tensor]:
     expected = teacher_description(settings)
     title = f"a {settings.teacher} with {settings.teacher_channels} channels and {settings.shortcut} shortcuts"
     found = description.get("model", expected)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not say what its model is: its settings.json was changed.")
     if found != expected:
         raise CheckpointError(
             f"{path} is a checkpoint of another model than {title}: a {found.get('name')} with "
