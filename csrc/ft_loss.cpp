@@ -307,10 +307,12 @@ void scale_rows(const Problem& problem, const C* upstream, int64_t upstream_stri
       C* values = static_cast<C*>(const_cast<void*>(row.read(n)));
       const C factor = upstream[n * upstream_stride];
       constexpr int64_t line = 64 / int64_t(sizeof(C)), ahead = 32 * line;
-      for (int64_t i = 0; i < problem.size; i += line) {
+      int64_t i = 0;
+      for (; i + line <= problem.size; i += line) {
         __builtin_prefetch(values + i + ahead, 1);
-        for (int64_t j = i; j < std::min(i + line, problem.size); ++j) values[j] *= factor;
+        for (int64_t j = 0; j < line; ++j) values[i + j] *= factor;
       }
+      for (; i < problem.size; ++i) values[i] *= factor;
       row.finish(n);
     }
   });
