@@ -36,11 +36,10 @@ void simplify(Problem& problem, std::vector<int64_t> sizes) {
   std::vector<Factor*> factors;
   for (Factor* factor : {&problem.student, &problem.teacher, &problem.student_gradient, &problem.teacher_gradient})
     if (factor->data) factors.push_back(factor);
-  const Factor& lead = problem.student.data ? problem.student : problem.student_gradient;
   std::vector<int> order;
   for (int d = 0; d < int(sizes.size()); ++d)
     if (sizes[d] != 1) order.push_back(d);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return lead.strides[a] > lead.strides[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return problem.student.strides[a] > problem.student.strides[b]; });
 
   const std::vector<Factor> before = [&] {
     std::vector<Factor> copies;
@@ -108,14 +107,6 @@ void backward(const py::tuple& shape, const py::object& student, const py::objec
   ft_loss_backward(problem, reinterpret_cast<void*>(statistics), reinterpret_cast<void*>(upstream), upstream_stride);
 }
 
-void scale_rows(const py::tuple& shape, const py::object& gradient, uintptr_t upstream, int64_t upstream_stride,
-                int threads) {
-  Problem problem = problem_of(shape, py::none(), py::none(), gradient, py::none(), threads);
-  problem.student.dtype = problem.student_gradient.dtype;
-  py::gil_scoped_release release;
-  ft_loss_scale_rows(problem, reinterpret_cast<void*>(upstream), upstream_stride);
-}
-
 }  // namespace
 }  // namespace ftfast
 
@@ -124,5 +115,4 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_set", &ftfast::instruction_set);
   module.def("ft_loss_forward", &ftfast::forward);
   module.def("ft_loss_backward", &ftfast::backward);
-  module.def("ft_loss_scale_rows", &ftfast::scale_rows);
 }

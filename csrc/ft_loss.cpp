@@ -299,25 +299,6 @@ void backward(const Problem& problem, const C* statistics, const C* upstream, in
   });
 }
 
-template <class C>
-void scale_rows(const Problem& problem, const C* upstream, int64_t upstream_stride) {
-  share_samples(problem, [&](int64_t first, int64_t last) {
-    RowBuffer row(problem, problem.student_gradient, problem.student_gradient.dtype);
-    for (int64_t n = first; n < last; ++n) {
-      C* values = static_cast<C*>(const_cast<void*>(row.read(n)));
-      const C factor = upstream[n * upstream_stride];
-      constexpr int64_t line = 64 / int64_t(sizeof(C)), ahead = 32 * line;
-      int64_t i = 0;
-      for (; i + line <= problem.size; i += line) {
-        __builtin_prefetch(values + i + ahead, 1);
-        for (int64_t j = 0; j < line; ++j) values[i + j] *= factor;
-      }
-      for (; i < problem.size; ++i) values[i] *= factor;
-      row.finish(n);
-    }
-  });
-}
-
 }  // namespace
 
 void ft_loss_forward(const Problem& problem, void* loss, void* statistics) {
@@ -330,11 +311,6 @@ void ft_loss_backward(const Problem& problem, const void* statistics, const void
     backward(problem, static_cast<const double*>(statistics), static_cast<const double*>(upstream), upstream_stride);
   else
     backward(problem, static_cast<const float*>(statistics), static_cast<const float*>(upstream), upstream_stride);
-}
-
-void ft_loss_scale_rows(const Problem& problem, const void* upstream, int64_t upstream_stride) {
-  if (in_double(problem)) scale_rows(problem, static_cast<const double*>(upstream), upstream_stride);
-  else scale_rows(problem, static_cast<const float*>(upstream), upstream_stride);
 }
 
 }  // namespace ftfast

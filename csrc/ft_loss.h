@@ -59,9 +59,6 @@ void ft_loss_forward(const Problem& problem, void* loss, void* statistics);
 // upstream: one number (stride 0) or [N], of the compute type.
 void ft_loss_backward(const Problem& problem, const void* statistics, const void* upstream, int64_t upstream_stride);
 
-// rows[n] *= upstream[n] in place, for the gradient that forward wrote; float32 or float64.
-void ft_loss_scale_rows(const Problem& problem, const void* upstream, int64_t upstream_stride);
-
 // The row kernels of the best instruction set of this machine; all null for a pair of dtypes that has none.
 RowKernels row_kernels(DType student, DType teacher);
 const char* instruction_set();

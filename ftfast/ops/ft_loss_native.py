@@ -121,14 +121,7 @@ def ft_loss_backward(
 
 
 def scale_rows(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """``gradient[n] *= upstream[n]`` in place; nothing to do where it is a 1, as it mostly is."""
-    if upstream.dim() == 0 and upstream.item() == 1:
-        return gradient
-    _extension().ft_loss_scale_rows(
-        gradient.shape,
-        _describe(gradient),
-        upstream.data_ptr(),
-        upstream.stride(0) if upstream.dim() else 0,
-        torch.get_num_threads(),
-    )
-    return gradient
+    """``gradient[n] *= upstream[n]`` in place; nothing to do where upstream is a 1, as it mostly is."""
+    if upstream.dim():
+        return gradient.mul_(upstream.reshape(-1, *(1,) * (gradient.dim() - 1)))
+    return gradient if upstream.item() == 1 else gradient.mul_(upstream)
