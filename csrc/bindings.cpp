@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "ft_head.h"
 #include "ft_loss.h"
 
 namespace py = pybind11;
@@ -107,6 +108,33 @@ void backward(const py::tuple& shape, const py::object& student, const py::objec
   ft_loss_backward(problem, reinterpret_cast<void*>(statistics), reinterpret_cast<void*>(upstream), upstream_stride);
 }
 
+// sums and output may be 0
+void slope(uintptr_t gradient, uintptr_t output, int dtype, int64_t rows, int64_t channels, float slope, uintptr_t sums,
+           int threads) {
+  py::gil_scoped_release release;
+  leaky_relu_backward(reinterpret_cast<void*>(gradient), reinterpret_cast<void*>(output), DType(dtype), rows, channels,
+                      slope, reinterpret_cast<float*>(sums), threads);
+}
+
+void unfold(uintptr_t from, uintptr_t to, int64_t element_bytes, int64_t samples, int64_t height, int64_t width,
+            int64_t channels, int threads) {
+  py::gil_scoped_release release;
+  unfold_3x3(reinterpret_cast<void*>(from), reinterpret_cast<void*>(to), element_bytes, samples, height, width,
+             channels, threads);
+}
+
+void taps_first(uintptr_t from, uintptr_t to, int dtype, int64_t outputs, int64_t channels, int threads) {
+  py::gil_scoped_release release;
+  weight_taps_first(reinterpret_cast<float*>(from), reinterpret_cast<void*>(to), DType(dtype), outputs, channels,
+                    threads);
+}
+
+void taps_last(uintptr_t from, uintptr_t to, int dtype, int64_t outputs, int64_t channels, float scale, int threads) {
+  py::gil_scoped_release release;
+  weight_taps_last(reinterpret_cast<void*>(from), reinterpret_cast<float*>(to), DType(dtype), outputs, channels, scale,
+                   threads);
+}
+
 }  // namespace
 }  // namespace ftfast
 
@@ -115,4 +143,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_set", &ftfast::instruction_set);
   module.def("ft_loss_forward", &ftfast::forward);
   module.def("ft_loss_backward", &ftfast::backward);
+  module.def("leaky_relu_backward", &ftfast::slope);
+  module.def("unfold_3x3", &ftfast::unfold);
+  module.def("weight_taps_first", &ftfast::taps_first);
+  module.def("weight_taps_last", &ftfast::taps_last);
 }

@@ -2,19 +2,23 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "ft_head.h"
 #include "ft_loss.h"
 
 namespace ftfast {
 
 namespace baseline {
 RowKernels row_kernels(DType student, DType teacher);
+HeadKernels head_kernels(DType dtype);
 }
 #if defined(FTFAST_X86)
 namespace avx2 {
 RowKernels row_kernels(DType student, DType teacher);
+HeadKernels head_kernels(DType dtype);
 }
 namespace avx512 {
 RowKernels row_kernels(DType student, DType teacher);
+HeadKernels head_kernels(DType dtype);
 }
 #endif
 
@@ -23,6 +27,7 @@ namespace {
 struct InstructionSet {
   const char* name;
   RowKernels (*row_kernels)(DType, DType);
+  HeadKernels (*head_kernels)(DType);
 };
 
 InstructionSet detect() {
@@ -33,10 +38,10 @@ InstructionSet detect() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (allowed("avx512") && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {"avx512", avx512::row_kernels};
-  if (allowed("avx2") && has_avx2) return {"avx2", avx2::row_kernels};
+    return {"avx512", avx512::row_kernels, avx512::head_kernels};
+  if (allowed("avx2") && has_avx2) return {"avx2", avx2::row_kernels, avx2::head_kernels};
 #endif
-  return {"baseline", baseline::row_kernels};
+  return {"baseline", baseline::row_kernels, baseline::head_kernels};
 }
 
 const InstructionSet& current() {
@@ -47,6 +52,7 @@ const InstructionSet& current() {
 }  // namespace
 
 RowKernels row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
+HeadKernels head_kernels(DType dtype) { return current().head_kernels(dtype); }
 const char* instruction_set() { return current().name; }
 
 }  // namespace ftfast

@@ -67,3 +67,71 @@ def check_factors(student_factor: Tensor, teacher_factor: Tensor, weight: float 
         raise ValueError(
             f"weight is on {weight.device} and the factors on {student_factor.device}; keep it there or on the CPU."
         )
+
+
+def check_features(
+    student_features: Tensor,
+    teacher_features: Tensor | None,
+    teacher_factor: Tensor | None,
+    *,
+    student_channels: int,
+    teacher_channels: int,
+    factor_channels: int,
+    parameter: Tensor,
+) -> None:
+    """Raises ValueError or TypeError on features that a head of these channels cannot compare.
+
+    Args:
+        parameter: one of the translator's.
+    """
+    sides = [("student_features", student_features, "translator", student_channels)]
+    if teacher_features is not None:
+        sides.append(("teacher_features", teacher_features, "paraphraser", teacher_channels))
+    if teacher_factor is not None:
+        sides.append(("teacher_factor", teacher_factor, "", factor_channels))
+    for name, features, module, channels in sides:
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} is a {type(features).__name__}; it takes a tensor [N, {channels}, H, W].")
+        if features.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(features.shape)}; it takes a map [N, {channels}, H, W].")
+        if name != "teacher_factor" and not features.is_floating_point():
+            raise TypeError(f"{name} has dtype {features.dtype}; it takes floating-point features.")
+        if features.shape[1] != channels:
+            remedy = (
+                f"build it as {module.capitalize()}({features.shape[1]}, ...)"
+                if module
+                else "the factor must be of the head's own paraphraser"
+            )
+            taken = f"the {module} takes {channels}" if module else f"the head compares {channels}"
+            raise ValueError(f"{name} has {features.shape[1]} channels and {taken}; {remedy}.")
+        if 0 in features.shape[2:]:
+            raise ValueError(f"{name} has shape {tuple(features.shape)}, a map without pixels; it takes H, W >= 1.")
+        if features.device != student_features.device:
+            raise ValueError(
+                f"{name} is on {features.device} and student_features on {student_features.device}; move one of them."
+            )
+        if features.shape[0] != student_features.shape[0]:
+            raise ValueError(
+                f"{name} has {features.shape[0]} samples and student_features {student_features.shape[0]}; both "
+                "sides must see the same batch."
+            )
+        if features.shape[2:] != student_features.shape[2:]:
+            raise ValueError(
+                f"{name} has maps of {features.shape[2]}x{features.shape[3]} and student_features of "
+                f"{student_features.shape[2]}x{student_features.shape[3]}; tap layers of the same map size, or pool "
+                "one side."
+            )
+    if parameter.device != student_features.device:
+        raise ValueError(
+            f"student_features are on {student_features.device} and the translator's parameters on "
+            f"{parameter.device}; move the head with .to({str(student_features.device)!r})."
+        )
+
+
+def check_map_dtype(dtype: torch.dtype, parameter: Tensor) -> None:
+    """Raises TypeError where features of this dtype meet parameters of another outside autocast."""
+    if parameter.dtype != dtype:
+        raise TypeError(
+            f"student_features are {dtype} and the translator's parameters {parameter.dtype}; run the head under "
+            "torch.autocast or convert one of them."
+        )

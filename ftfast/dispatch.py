@@ -53,6 +53,14 @@ def load_extension() -> tuple[ModuleType | None, str]:
 
 
 @cache
+def extension() -> ModuleType:
+    """The compiled extension, where it is known to be here."""
+    found, _ = load_extension()
+    assert found is not None
+    return found
+
+
+@cache
 def interpreting() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -5,8 +5,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ftfast.arguments import check_features, check_map_dtype, check_options
 from ftfast.loss import FTLoss
-from ftfast.modules import Paraphraser, Translator
+from ftfast.modules import Paraphraser, Translator, convolution_stack
+from ftfast.ops.convolution_stack import Stack
+from ftfast.ops.ft_head import run
+from ftfast.ops.ft_head_plan import SEPARATE, Plan, describe, plan_head
+from ftfast.ops.ft_loss_launch import Options
+from ftfast.ops.maps import autocasts
 
 
 class FactorTransfer(nn.Module):
@@ -71,13 +77,52 @@ class FactorTransfer(nn.Module):
             teacher_features: ``[N, C_teacher, H, W]``; the paraphraser runs on them without a graph.
             teacher_factor: a known factor ``[N, factor_channels, H, W]``, floating, int8 or float8_e4m3fn.
         """
-        if (teacher_features is None) == (teacher_factor is None):
-            raise ValueError(
-                "FactorTransfer takes exactly one of teacher_features and teacher_factor; "
-                f"it got {'neither' if teacher_features is None else 'both'}."
-            )
+        plan, translator, paraphraser = self._plan(student_features, teacher_features, teacher_factor)
+        if plan.kernel != SEPARATE:
+            assert isinstance(translator, Stack)
+            known = paraphraser if isinstance(paraphraser, Stack) else None
+            return run(student_features, teacher_features, teacher_factor, plan, translator, known, self._options())
         if teacher_factor is None:
             assert teacher_features is not None
             with torch.no_grad():
                 teacher_factor = self.paraphraser.encode(teacher_features)
         return self.loss(self.translator(student_features), teacher_factor)
+
+    def explain(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor | None = None,
+        *,
+        teacher_factor: Tensor | None = None,
+    ) -> str:
+        """How :meth:`forward` computes these features, and why so, in one line; under autocast as it stands here."""
+        plan, _, _ = self._plan(student_features, teacher_features, teacher_factor)
+        return describe(plan, self.loss.backend)
+
+    def _options(self) -> Options:
+        return Options(self.loss.p, self.loss.reduction, self.loss.eps, self.loss.weight)
+
+    def _plan(
+        self, student_features: Tensor, teacher_features: Tensor | None, teacher_factor: Tensor | None
+    ) -> tuple[Plan, Stack | str, Stack | str]:
+        if (teacher_features is None) == (teacher_factor is None):
+            raise ValueError(
+                "FactorTransfer takes exactly one of teacher_features and teacher_factor; "
+                f"it got {'neither' if teacher_features is None else 'both'}."
+            )
+        parameter = next(self.translator.parameters())
+        check_features(
+            student_features,
+            teacher_features,
+            teacher_factor,
+            student_channels=self.translator.in_channels,
+            teacher_channels=self.paraphraser.in_channels,
+            factor_channels=self.paraphraser.factor_channels,
+            parameter=parameter,
+        )
+        if not autocasts(student_features):
+            check_map_dtype(student_features.dtype, parameter)
+        check_options(**self._options()._asdict())
+        translator, paraphraser = convolution_stack(self.translator), convolution_stack(self.paraphraser)
+        plan = plan_head(student_features, teacher_features, teacher_factor, translator, paraphraser, self.loss.backend)
+        return plan, translator, paraphraser

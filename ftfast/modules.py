@@ -8,6 +8,10 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ftfast.ops.conv3x3 import conv3x3_leaky_relu, takes
+from ftfast.ops.convolution_stack import BatchNorm, Stack
 
 NORMS = (None, "batch")
 
@@ -23,8 +27,23 @@ def _norm_layers(norm: str | None, channels: list[int]) -> nn.ModuleList | None:
     return nn.ModuleList(nn.BatchNorm2d(count) for count in channels) if norm == "batch" else None
 
 
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody expects the layer itself to be called: it was replaced, or has hooks."""
+    if type(layer) not in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, Translator):
+        return True
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
+
+
 def _run_layers(x: Tensor, layers: nn.ModuleList, norm: nn.ModuleList | None, negative_slope: float) -> Tensor:
     for index, layer in enumerate(layers):
+        if norm is None and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not _is_watched(layer):
+            transposed = isinstance(layer, nn.ConvTranspose2d)
+            if layer.bias is not None and takes(x, layer.weight, negative_slope, transposed=transposed):
+                x = conv3x3_leaky_relu(x, layer.weight, layer.bias, negative_slope, transposed=transposed)
+                continue
         x = layer(x)
         if norm is not None:
             x = norm[index](x)
@@ -34,6 +53,41 @@ def _run_layers(x: Tensor, layers: nn.ModuleList, norm: nn.ModuleList | None, ne
 
 def _convolutions(channels: list[int]) -> nn.ModuleList:
     return nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels))
+
+
+def convolution_stack(network: "Paraphraser | Translator") -> Stack | str:
+    """The convolutions of a paraphraser's encoder or a translator, or why they must run as torch modules.
+
+    A head computed whole calls no module, so it may not pass by a subclass's own code, a hook or a replaced layer.
+    """
+    side = "the paraphraser" if isinstance(network, Paraphraser) else "the translator"
+    for owner, method in ((Paraphraser, "encode"), (Translator, "forward")):
+        if isinstance(network, owner) and getattr(type(network), method) is not getattr(owner, method):
+            return f"{side} has a {method} of its own"
+    if not isinstance(network, Paraphraser | Translator):
+        return f"the {type(network).__name__} is not of ftfast's own classes"
+    if any(_is_watched(layer) for layer in (*network.encoder, *(network.norm or ()))):
+        return f"a layer of {side} was replaced, parametrised or has hooks"
+    if isinstance(network, Translator):
+        if _is_watched(network):
+            return "the translator has module hooks"
+        if network.norm is not None:
+            return 'the translator has norm="batch", which torch computes; the loss alone is ours'
+    if not network.negative_slope > 0:
+        return f"a negative_slope of {network.negative_slope} hides the sign that backward reads"
+    weights, biases, norms = [], [], []
+    for layer in network.encoder:
+        assert isinstance(layer, nn.Conv2d)
+        if layer.bias is None:
+            return f"a convolution of {side} has no bias"
+        weights.append(layer.weight)
+        biases.append(layer.bias)
+    for norm in network.norm or ():
+        assert isinstance(norm, nn.BatchNorm2d)
+        if norm.training or norm.running_mean is None or norm.running_var is None:
+            return f"a batch norm of {side} takes its statistics from the batch"
+        norms.append(BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps))
+    return Stack(tuple(weights), tuple(biases), float(network.negative_slope), tuple(norms))
 
 
 class Paraphraser(nn.Module):

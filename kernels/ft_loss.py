@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arrival_counter, device_guard
+from .launch import arrival_counters, device_guard
 from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers without a spill.
@@ -294,7 +294,7 @@ def ft_loss_forward(
             teacher,
             loss,
             statistics,
-            statistics if per_sample else arrival_counter(device),
+            statistics if per_sample else arrival_counters(device),
             statistics if weight_tensor is None else weight_tensor,
             walk.rows[0],
             walk.rows[1],

@@ -1,11 +1,16 @@
-"""What every launch needs from its device: a guard, and a counter for the program that arrives last."""
+"""What every launch needs from its device: a guard, and counters for the program that arrives last."""
 
 import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
+
+# The interpreter's tl.dot is wrong for 16-bit operands; kernels convert them to float32 where this is set.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -13,26 +18,26 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
-def arrival_counter(device: torch.device) -> Tensor:
-    """A zero that the last program of a launch sets back to zero, one for each device and stream.
+def arrival_counters(device: torch.device, count: int = 1) -> Tensor:
+    """``count`` zeros that the last programs of a launch set back to zero, one buffer for each device and stream.
 
     A launch under graph capture gets one of its own, zeroed by a node of the graph: graphs captured on one stream may
     be replayed side by side.
     """
     if device.type != "cuda":
-        key = (device, 0)
+        key = (device, 0, count)
     elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     else:
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
-    counter = _counters.get(key)
-    if counter is None:
-        # Memory pools are routed by thread: from a thread of its own the counter is out of the pool of a graph that
+        key = (device, torch.cuda.current_stream(device).cuda_stream, count)
+    counters = _counters.get(key)
+    if counters is None:
+        # Memory pools are routed by thread: from a thread of its own the buffer is out of the pool of a graph that
         # torch.compile is warming up for, and outlives it.
         with ThreadPoolExecutor(max_workers=1) as pool:
-            counter = pool.submit(lambda: torch.empty(1, dtype=torch.int32, device=device)).result()
-        _counters[key] = counter.zero_()
-    return counter
+            counters = pool.submit(lambda: torch.empty(count, dtype=torch.int32, device=device)).result()
+        _counters[key] = counters.zero_()
+    return counters

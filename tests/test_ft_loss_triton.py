@@ -383,7 +383,7 @@ def test_counters_return_to_zero() -> None:
     student, teacher = _normal(5, 40), _normal(5, 40, seed=1)
     for _ in range(2):
         kernels.ft_loss_forward(student, teacher, p=1, reduction="mean", eps=1e-12, weight=1.0)
-        assert int(launch.arrival_counter(DEVICE)) == 0
+        assert int(launch.arrival_counters(DEVICE)) == 0
 
 
 def _loss_and_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

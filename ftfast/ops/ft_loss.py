@@ -31,20 +31,26 @@ def run(
 ) -> Tensor:
     """The loss on the chosen backend; see :func:`ftfast.ft_loss`."""
     chosen = _approve(student_factor, teacher_factor, p, reduction, eps, weight, backend)
-    if chosen != "reference" and (reason := _needs_torch_operators(student_factor, teacher_factor)):
+    if chosen != "reference" and (reason := needs_torch_operators(student_factor, teacher_factor)):
         if resolve(backend) != "auto":
             raise RuntimeError(f'backend "{chosen}" cannot run {reason}; use backend="reference".')
         chosen = "reference"
     # An empty factor has no kernel to launch; the reference gives what torch's mean and sum give.
     if chosen == "reference" or student_factor.numel() == 0:
         return reference.ft_loss(student_factor, teacher_factor, p=p, reduction=reduction, eps=eps, weight=weight)
+    weight, multiplier = separate_weight(weight)
+    loss = _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, weight), chosen)
+    return loss if multiplier is None else loss * scalar(multiplier, loss.dtype)
+
+
+def separate_weight(weight: float | Tensor) -> tuple[float | Tensor, Tensor | None]:
+    """The weight as the kernels take it, and what is left to multiply the loss with, where autograd must see that."""
     if isinstance(weight, Tensor):
         if weight.requires_grad:
-            loss = _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, 1.0), chosen)
-            return loss * scalar(weight, loss.dtype)
+            return 1.0, weight
         if weight.device.type == "cpu" and not torch.compiler.is_compiling():
-            weight = weight.item()  # now, so that a later change of it does not reach this loss's backward
-    return _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, weight), chosen)
+            return weight.item(), None  # now, so that a later change of it does not reach this loss's backward
+    return weight, None
 
 
 def _approve(
@@ -67,7 +73,7 @@ def _approve(
     return chosen
 
 
-def _needs_torch_operators(*factors: Tensor) -> str:
+def needs_torch_operators(*factors: Tensor) -> str:
     """Why only torch's own operators will do: somebody watches them, or a factor's numbers do not lie in its memory."""
     if torch.compiler.is_compiling():
         return ""

@@ -3,13 +3,10 @@
 The arguments were checked by ftfast.ops.ft_loss; the extension trusts what it gets.
 """
 
-from functools import cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import load_extension
+from ftfast.dispatch import extension
 from ftfast.reference import compute_dtype, reduction_divisor
 
 _DTYPE_CODES = {
@@ -22,13 +19,6 @@ _DTYPE_CODES = {
 }
 
 Described = tuple[int, int, tuple[int, ...]]
-
-
-@cache
-def _extension() -> ModuleType:
-    extension, _ = load_extension()
-    assert extension is not None
-    return extension
 
 
 def _describe(factor: Tensor) -> Described:
@@ -54,8 +44,8 @@ def _forward(
 ) -> Tensor:
     shape = student.shape
     per_sample = reduction == "none"
-    loss = torch.empty(shape[:1] if per_sample else (), dtype=dtype)
-    _extension().ft_loss_forward(
+    loss = torch.empty(shape[:1] if per_sample else (), dtype=dtype, device=student.device)
+    extension().ft_loss_forward(
         shape,
         _describe(student),
         _describe(teacher),
@@ -76,14 +66,14 @@ def ft_loss_forward(
 ) -> tuple[Tensor, Tensor]:
     """``(loss, statistics [5, N])`` of factors ``[N, ...]``."""
     dtype = compute_dtype(student, teacher)
-    statistics = torch.empty((5, student.shape[0]), dtype=dtype)
+    statistics = torch.empty((5, student.shape[0]), dtype=dtype, device=student.device)
     return _forward(student, teacher, None, statistics.data_ptr(), p, reduction, eps, weight, dtype), statistics
 
 
 def ft_loss_forward_with_gradient(
     student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``(loss, gradient)`` of float32 factors: the student's gradient for an upstream gradient of 1."""
+    """``(loss, gradient)`` of factors of up to 32 bits: the student's gradient for an upstream gradient of 1."""
     gradient = torch.empty_like(student)
     loss = _forward(student, teacher, _describe(gradient), 0, p, reduction, eps, weight, torch.float32)
     return loss, gradient
@@ -104,7 +94,7 @@ def ft_loss_backward(
     """The gradients that are asked for, in their factor's dtype and strides; upstream is 0-d or ``[N]``."""
     for_student = torch.empty_like(student) if student_gradient else None
     for_teacher = torch.empty_like(teacher) if teacher_gradient else None
-    _extension().ft_loss_backward(
+    extension().ft_loss_backward(
         student.shape,
         _describe(student),
         _describe(teacher),

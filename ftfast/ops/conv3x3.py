@@ -1,0 +1,116 @@
+"""One 3x3 convolution, transposed or not, with its LeakyReLU, as autograd sees it: for paraphrasers in training and
+wherever a translator runs by itself.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftfast.dispatch import interpreting, resolve, supports
+from ftfast.ops import conv3x3_native
+from ftfast.ops.ft_loss import needs_torch_operators
+from ftfast.ops.maps import as_map, map_dtype, no_autocast
+
+
+def takes(x: Tensor, weight: Tensor, negative_slope: float, *, transposed: bool) -> bool:
+    """Whether this layer is computed by kernels of ours here; torch's own modules take the others."""
+    if torch.compiler.is_compiling() or not negative_slope > 0 or not x.is_floating_point():
+        return False
+    dtype = map_dtype(x)
+    if x.dim() != 4 or x.numel() == 0 or x.device != weight.device or (x.dtype == dtype != weight.dtype):
+        return False
+    if x.shape[1] != weight.shape[0 if transposed else 1] or needs_torch_operators(x, weight):
+        return False
+    backend = _backend(x.device)
+    if not backend or not supports(backend, x.device, dtype, dtype).ok:
+        return False
+    if backend == "native":
+        return dtype in (torch.float32, torch.bfloat16)
+    from ftfast.ops import conv3x3_triton
+
+    inputs, outputs = (0, 1) if transposed else (1, 0)
+    return conv3x3_triton.takes(dtype, x.shape, weight.shape[inputs], weight.shape[outputs], x.device)
+
+
+def _backend(device: torch.device) -> str:
+    """Whose kernels compute layers on this device, or "" for torch's."""
+    wanted, own = resolve("auto"), "native" if device.type == "cpu" else "triton"
+    if wanted == "triton" and interpreting():
+        return "triton"
+    return own if wanted in ("auto", own) else ""
+
+
+def _kernels(device: torch.device) -> Any:
+    if _backend(device) == "native":
+        return conv3x3_native
+    from ftfast.ops import conv3x3_triton
+
+    return conv3x3_triton
+
+
+def conv3x3_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, *, transposed: bool) -> Tensor:
+    """``leaky_relu(conv2d(x, weight, bias, padding=1), negative_slope)``, or with ``conv_transpose2d``.
+
+    Args:
+        x: ``[N, C, H, W]``, any strides.
+        weight: ``[K, C, 3, 3]``, or ``[C, K, 3, 3]`` where transposed.
+        bias: ``[K]``.
+
+    Returns:
+        ``[N, K, H, W]`` channels_last, in autocast's dtype inside it, else in that of ``x``.
+    """
+    return Conv3x3Function.apply(x, weight, bias, negative_slope, transposed)
+
+
+class Conv3x3Function(torch.autograd.Function):
+    """Saves its input, its output, which has the activation's sign, and the weight as it was computed with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, transposed: bool) -> Tensor:
+        dtype = map_dtype(x)
+        with no_autocast(x.device.type):
+            kernels = _kernels(x.device)
+            features = as_map(x, dtype)
+            y = kernels.layer(features, weight, bias, negative_slope, transposed=transposed)
+        ctx.save_for_backward(x, weight, bias, features, y)
+        ctx.negative_slope, ctx.transposed = negative_slope, transposed
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, features, y = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        batched = torch._C._functorch.is_batchedtensor(upstream)
+        if torch.is_grad_enabled() or batched:
+            return (*_differentiable_backward(ctx, x, weight, bias, upstream, y.dtype), None, None)
+        with no_autocast(x.device.type):
+            dz = upstream.contiguous(memory_format=torch.channels_last)
+            if dz is upstream or dz.data_ptr() == upstream.data_ptr():
+                dz = dz.clone(memory_format=torch.channels_last)
+            kernels = _kernels(x.device)
+            for_bias = kernels.leaky_relu_backward_(dz, y, ctx.negative_slope)
+            for_input, for_weight = kernels.gradients(
+                features, dz, weight, need_input=needed[0], need_weight=needed[1], transposed=ctx.transposed
+            )
+        return (
+            None if for_input is None else for_input.to(x.dtype),
+            for_weight,
+            for_bias.to(bias.dtype) if needed[2] else None,
+            None,
+            None,
+        )
+
+
+def _differentiable_backward(
+    ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Under create_graph the layer is computed again by torch, which can differentiate it twice."""
+    convolve = F.conv_transpose2d if ctx.transposed else F.conv2d
+    inputs = [tensor for tensor, need in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True) if need]
+    with torch.enable_grad():
+        z = convolve(x.to(dtype), weight.to(dtype), bias.to(dtype), padding=1)
+        y = F.leaky_relu(z, ctx.negative_slope)
+        found = iter(torch.autograd.grad(y, inputs, upstream, create_graph=torch.is_grad_enabled()))
+    return tuple(next(found) if need else None for need in ctx.needs_input_grad[:3])

@@ -1,0 +1,165 @@
+"""3x3 convolutions with LeakyReLU on the CPU: oneDNN's through torch, and C++ of our own for what lies between them.
+
+Maps are channels_last ``[N, C, H, W]`` in the compute dtype, float32 or bfloat16. Nothing is checked here.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftfast.choices import Work, choose_kernel
+from ftfast.dispatch import extension
+from ftfast.ops.maps import as_map
+
+_CODES = {torch.float32: 1, torch.bfloat16: 2}
+CANDIDATES = ("library", "unfolded")
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[K, C, 3, 3]`` in the compute dtype and channels_last, in one pass."""
+    if weight.dtype == torch.float32 and weight.is_contiguous():
+        outputs, channels = weight.shape[:2]
+        packed = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=torch.channels_last)
+        extension().weight_taps_first(
+            weight.data_ptr(), packed.data_ptr(), _CODES[dtype], outputs, channels, torch.get_num_threads()
+        )
+        return packed
+    return as_map(weight, dtype)
+
+
+def freeze_weight(weight: Tensor, dtype: torch.dtype, samples: int, height: int, width: int) -> Tensor:
+    """The weight reordered once for maps of ``[samples, C, height, width]``."""
+    cast = as_map(weight, dtype)
+    try:
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            cast, [1, 1], [1, 1], [1, 1], 1, [samples, weight.shape[1], height, width]
+        )
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return cast
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, *, transposed: bool = False) -> Tensor:
+    """``leaky_relu(conv(x))``; weight from :func:`cast_weight`, or not transposed from :func:`freeze_weight`."""
+    bias = bias.to(x.dtype)
+    if weight.is_mkldnn:
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, [1, 1], [1, 1], [1, 1], 1, "leaky_relu", [negative_slope], ""
+        )
+        return y.contiguous(memory_format=torch.channels_last)
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    y = convolve(x, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
+    return F.leaky_relu_(y, negative_slope)
+
+
+def layer(x: Tensor, parameter: Tensor, bias: Tensor, negative_slope: float, *, transposed: bool) -> Tensor:
+    """:func:`forward` with the weight as it stands in its module."""
+    return forward(x, cast_weight(parameter, x.dtype), bias, negative_slope, transposed=transposed)
+
+
+def leaky_relu_backward_(gradient: Tensor, output: Tensor | None, negative_slope: float) -> Tensor:
+    """Multiplies by LeakyReLU's derivative, read from its output, in place; returns each channel's sum, float32."""
+    samples, channels, height, width = gradient.shape
+    sums = torch.empty(channels, dtype=torch.float32, device=gradient.device)
+    extension().leaky_relu_backward(
+        gradient.data_ptr(),
+        0 if output is None else output.data_ptr(),
+        _CODES[gradient.dtype],
+        samples * height * width,
+        channels,
+        negative_slope,
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sums
+
+
+def weight_gradient_kernel(x: Tensor, outputs: int) -> str:
+    """Which kernel computes the weight gradient of maps ``x`` towards ``outputs`` channels."""
+    samples, channels, height, width = x.shape
+    dtype = str(x.dtype).removeprefix("torch.")
+    work = Work("weight_gradient", dtype, samples, height, width, channels, outputs)
+    return choose_kernel(work, x.device, CANDIDATES, "library").kernel
+
+
+def gradients(
+    x: Tensor,
+    dz: Tensor,
+    parameter: Tensor,
+    *,
+    need_input: bool = True,
+    need_weight: bool = True,
+    transposed: bool = False,
+    kernel: str | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of one convolution, given that of its result before the activation.
+
+    Args:
+        x: the convolution's input.
+        dz: the gradient of its result before the activation, channels_last.
+        parameter: the weight, uncast; its gradient takes its dtype and strides.
+        need_input, need_weight: which gradients are wanted.
+        transposed: the convolution was; its weight's gradient is that of a convolution from ``dz`` to ``x``, and its
+            input's gradient that convolution's result.
+        kernel: one of CANDIDATES for the weight's gradient; by default the one measured fastest.
+
+    Returns:
+        The input's gradient, channels_last, and the weight's; None for what is not wanted.
+    """
+    weight = cast_weight(parameter, dz.dtype)
+    for_input = F.conv2d(dz, weight, padding=1) if transposed and need_input else None
+    if transposed:
+        x, dz = dz, x
+    unfolded = need_weight and (kernel or weight_gradient_kernel(x, dz.shape[1])) == "unfolded"
+    mask = [need_input and not transposed, need_weight and not unfolded, False]
+    for_weight = None
+    if any(mask):
+        found, for_weight, _ = torch.ops.aten.convolution_backward(
+            dz, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+        )
+        for_input = found if mask[0] else for_input
+    if unfolded:
+        for_weight = _unfolded_weight_gradient(x, dz)
+    return (
+        for_input.contiguous(memory_format=torch.channels_last) if for_input is not None else None,
+        None if for_weight is None else _as_parameter(for_weight, parameter),
+    )
+
+
+def _unfolded_weight_gradient(x: Tensor, dz: Tensor) -> Tensor:
+    """One matrix product over all pixels with the neighbourhoods written out; ``[K, C, 3, 3]`` channels_last."""
+    samples, channels, height, width = x.shape
+    outputs = dz.shape[1]
+    neighbourhoods = torch.empty(samples * height * width, 9 * channels, dtype=x.dtype, device=x.device)
+    extension().unfold_3x3(
+        x.data_ptr(),
+        neighbourhoods.data_ptr(),
+        x.element_size(),
+        samples,
+        height,
+        width,
+        channels,
+        torch.get_num_threads(),
+    )
+    product = dz.permute(0, 2, 3, 1).reshape(-1, outputs).t() @ neighbourhoods
+    return product.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
+
+
+def _as_parameter(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient with the parameter's dtype and layout, so that autograd keeps it without a copy."""
+    if like.is_contiguous() and like.dtype == torch.float32:
+        if gradient.dtype == torch.float32 and gradient.is_contiguous():
+            return gradient
+        if gradient.is_contiguous(memory_format=torch.channels_last):
+            outputs, channels = like.shape[:2]
+            placed = torch.empty_like(like)
+            extension().weight_taps_last(
+                gradient.data_ptr(),
+                placed.data_ptr(),
+                _CODES[gradient.dtype],
+                outputs,
+                channels,
+                1.0,
+                torch.get_num_threads(),
+            )
+            return placed
+    return torch.empty_like(like).copy_(gradient)

@@ -1,0 +1,83 @@
+"""The whole head as autograd sees it: one autograd.Function over a backend's kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftfast.ops import ft_head_native
+from ftfast.ops.convolution_stack import Stack
+from ftfast.ops.ft_head_plan import Head, Plan
+from ftfast.ops.ft_loss import separate_weight
+from ftfast.ops.ft_loss_launch import Options
+from ftfast.ops.maps import no_autocast
+from ftfast.reference import scalar
+
+
+def run(
+    student: Tensor,
+    teacher: Tensor | None,
+    teacher_factor: Tensor | None,
+    plan: Plan,
+    translator: Stack,
+    paraphraser: Stack | None,
+    options: Options,
+) -> Tensor:
+    """The loss of a head that ``plan`` gives to our kernels."""
+    weight, multiplier = separate_weight(options.weight)
+    head = Head(plan, translator, paraphraser, options._replace(weight=weight))
+    parameters = [part for pair in zip(translator.weights, translator.biases, strict=True) for part in pair]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (student, *parameters)):
+        loss = FTHeadFunction.apply(student, teacher, teacher_factor, head, *parameters)
+    else:
+        with no_autocast(student.device.type):
+            loss, _ = _backend(plan).ft_head_forward(student, teacher, teacher_factor, head, keep=False)
+    return loss if multiplier is None else loss * scalar(multiplier, loss.dtype)
+
+
+def _backend(plan: Plan) -> Any:
+    if plan.backend == "native":
+        return ft_head_native
+    from ftfast.ops import ft_head_triton
+
+    return ft_head_triton
+
+
+class FTHeadFunction(torch.autograd.Function):
+    """Over the student's features and the translator's parameters; the paraphraser has no graph.
+
+    Keeps the inputs of the translator's convolutions, the gradient at their end, and the weights as packed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        teacher_factor: Tensor | None,
+        head: Head,
+        *parameters: Tensor,
+    ) -> Tensor:
+        with no_autocast(student.device.type):
+            loss, kept = _backend(head.plan).ft_head_forward(student, teacher, teacher_factor, head, keep=True)
+        ctx.save_for_backward(*kept)
+        ctx.head = head._replace(paraphraser=None)
+        ctx.student_dtype = student.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
+            upstream
+        )
+        if torch.is_grad_enabled() or batched:
+            raise RuntimeError(
+                "a second or batched derivative of the fused head is not kept; build the head with "
+                'backend="reference" for it.'
+            )
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        with no_autocast(upstream.device.type):
+            gradients = _backend(ctx.head.plan).ft_head_backward(list(ctx.saved_tensors), upstream, ctx.head, needed)
+        if gradients[0] is not None:
+            gradients[0] = gradients[0].to(ctx.student_dtype)
+        return gradients[0], None, None, None, *gradients[1:]

@@ -1,0 +1,87 @@
+"""The head on the CPU: oneDNN's convolutions with the activations in place between them, and the native loss.
+
+Nothing is kept for backward but the three inputs of the translator's convolutions, the gradient at its end, and the
+weights as they were computed with.
+"""
+
+import torch
+from torch import Tensor
+
+from ftfast.ops import conv3x3_native as conv3x3
+from ftfast.ops.convolution_stack import Stack, prepare_once
+from ftfast.ops.ft_head_plan import Head
+from ftfast.ops.ft_loss_native import ft_loss_forward, ft_loss_forward_with_gradient
+from ftfast.ops.maps import as_map
+
+
+def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    samples, _, height, width = x.shape
+
+    def prepare() -> list[tuple[Tensor, Tensor]]:
+        return [
+            (conv3x3.freeze_weight(weight, dtype, samples, height, width), bias.to(dtype))
+            for weight, bias in stack.folded()
+        ]
+
+    return prepare_once(stack, ("native", dtype, height, width), prepare)
+
+
+def teacher_factor_of(teacher: Tensor, paraphraser: Stack, dtype: torch.dtype) -> Tensor:
+    """The frozen paraphraser's factor, channels_last in the compute dtype."""
+    x = as_map(teacher, dtype)
+    for weight, bias in _frozen_layers(paraphraser, dtype, x):
+        x = conv3x3.forward(x, weight, bias, paraphraser.negative_slope)
+    return x
+
+
+def ft_head_forward(
+    student: Tensor, teacher: Tensor | None, teacher_factor: Tensor | None, head: Head, *, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and what backward needs: the convolutions' inputs (the student's features as they came), the gradient
+    of the last result before its activation for an upstream gradient of 1, and the parameters, since to cast the
+    weights again costs less than to keep them cast. Nothing is kept unless ``keep``.
+    """
+    dtype, translator = head.plan.dtype, head.translator
+    if teacher_factor is None:
+        assert teacher is not None
+        assert head.paraphraser is not None
+        teacher_factor = teacher_factor_of(teacher, head.paraphraser, dtype)
+    maps = [as_map(student, dtype)]
+    weights = [conv3x3.cast_weight(weight, dtype) for weight in translator.weights]
+    for weight, bias in zip(weights, translator.biases, strict=True):
+        maps.append(conv3x3.forward(maps[-1], weight, bias, translator.negative_slope))
+    student_factor = maps.pop()
+    if not keep:
+        return ft_loss_forward(student_factor, teacher_factor, **head.options._asdict())[0], []
+    loss, gradient = ft_loss_forward_with_gradient(student_factor, teacher_factor, *head.options)
+    conv3x3.leaky_relu_backward_(gradient, student_factor, translator.negative_slope)
+    return loss, [student, *maps[1:], gradient, *translator.weights]
+
+
+def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients of the student's features and of ``(weight, bias, weight, ...)``; None for what is not needed."""
+    maps, dz, weights = [as_map(kept[0], head.plan.dtype), *kept[1:3]], kept[3], kept[4:]
+    if upstream.dim():
+        dz = (dz * upstream.view(-1, 1, 1, 1)).to(dz.dtype)
+    elif (factor := upstream.item()) != 1:
+        dz = dz * factor
+    gradients: list[Tensor | None] = [None] * 7
+    output: Tensor | None = None
+    for layer in (2, 1, 0):
+        weight_at, bias_at = 1 + 2 * layer, 2 + 2 * layer
+        for_bias = conv3x3.leaky_relu_backward_(dz, output, head.translator.negative_slope)
+        if needed[bias_at]:
+            gradients[bias_at] = for_bias.to(head.translator.biases[layer].dtype)
+        below = any(needed[:weight_at])
+        for_input, gradients[weight_at] = conv3x3.gradients(
+            maps[layer],
+            dz,
+            weights[layer],
+            need_input=below,
+            need_weight=needed[weight_at],
+        )
+        if for_input is None:
+            return gradients
+        dz, output = for_input, maps[layer]
+    gradients[0] = dz
+    return gradients

@@ -1,0 +1,106 @@
+"""Which kernels compute a head, and why."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ftfast.dispatch import choose, interpreting, resolve
+from ftfast.ops.convolution_stack import Stack
+from ftfast.ops.ft_loss import needs_torch_operators
+from ftfast.ops.ft_loss_launch import Options
+from ftfast.ops.maps import map_dtype
+
+SEPARATE = "separate"
+
+
+class Plan(NamedTuple):
+    """How a head is computed, and why so, in words for users.
+
+    Attributes:
+        kernel: "separate" for torch's modules and the loss alone, else a way of the backend's to compute it whole.
+        backend: "native" or "triton"; what computes the loss where the kernel is "separate".
+        dtype: of the maps between the convolutions.
+    """
+
+    kernel: str
+    backend: str
+    dtype: torch.dtype
+    reason: str
+
+
+class Head(NamedTuple):
+    """What a call computes besides its features."""
+
+    plan: Plan
+    translator: Stack
+    paraphraser: Stack | None
+    options: Options
+
+
+def plan_head(
+    student: Tensor,
+    teacher: Tensor | None,
+    teacher_factor: Tensor | None,
+    translator: Stack | str,
+    paraphraser: Stack | str,
+    backend: str,
+) -> Plan:
+    """Which kernels compute the head of these features.
+
+    Args:
+        translator, paraphraser: their convolutions, or the reason why they must run as torch modules.
+    """
+    dtype = map_dtype(student)
+    known = student if teacher_factor is None else teacher_factor
+    chosen = choose(backend, student, known)
+    reason = "" if chosen != "reference" else 'backend="reference" runs torch\'s modules'
+    if isinstance(translator, str):
+        reason = reason or translator
+    if teacher_factor is None and isinstance(paraphraser, str):
+        reason = reason or paraphraser
+    if torch.compiler.is_compiling():
+        reason = reason or "under torch.compile the convolutions are the compiler's"
+    if teacher_factor is not None and teacher_factor.requires_grad:
+        reason = reason or "teacher_factor requires a gradient"
+    if student.shape[0] == 0:
+        reason = reason or "there are no samples"
+    reason = reason or needs_torch_operators(student, known)
+    if reason:
+        return Plan(SEPARATE, chosen, dtype, reason)
+    assert isinstance(translator, Stack)
+    factor_channels = translator.weights[-1].shape[0]
+    teacher_channels = None if teacher is None else teacher.shape[1]
+    kind = (chosen, student.device, dtype, teacher_channels)
+    return _plan_kernel(kind, tuple(student.shape), factor_channels)
+
+
+@lru_cache(maxsize=1024)
+def _plan_kernel(
+    kind: tuple[str, torch.device, torch.dtype, int | None],
+    shape: tuple[int, ...],
+    factor_channels: int,
+) -> Plan:
+    backend, device, dtype, teacher_channels = kind
+    if backend == "native" and device.type == "cpu":
+        if dtype not in (torch.float32, torch.bfloat16):
+            return Plan(SEPARATE, backend, dtype, f"oneDNN trains in float32 and bfloat16, and these maps are {dtype}")
+        return Plan("layers", backend, dtype, "oneDNN's convolutions, everything between them in place")
+    if backend == "triton":
+        from ftfast.ops import ft_head_triton
+
+        kernel, reason = ft_head_triton.choose(device, dtype, shape, factor_channels, teacher_channels)
+        return Plan(kernel, backend, dtype, reason)
+    return Plan(SEPARATE, backend, dtype, f"the {backend} backend has no kernels for a head on {device.type}")
+
+
+def describe(plan: Plan, requested: str) -> str:
+    """A plan in words."""
+    asked = resolve(requested)
+    source = "" if asked == "auto" else f' (backend="{asked}")'
+    if plan.kernel == SEPARATE:
+        return f"the head runs as torch's convolutions and the {plan.backend} loss{source}: {plan.reason}"
+    dtype = str(plan.dtype).removeprefix("torch.")
+    where = ", in Triton's interpreter" if plan.backend == "triton" and interpreting() else ""
+    return f"the head runs fused on the {plan.backend} backend{source}{where}, {plan.kernel}, in {dtype}: {plan.reason}"

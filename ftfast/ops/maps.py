@@ -1,0 +1,35 @@
+"""Feature maps as the kernels take them: the dtype that torch would convolve them in, and channels_last."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def autocasts(features: Tensor) -> bool:
+    """Whether torch would convolve these features in autocast's dtype, here and now."""
+    kind = features.device.type
+    if features.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)
+
+
+def map_dtype(features: Tensor) -> torch.dtype:
+    """The dtype that torch would convolve these features in, here and now."""
+    return torch.get_autocast_dtype(features.device.type) if autocasts(features) else features.dtype
+
+
+@contextmanager
+def no_autocast(device_type: str) -> Iterator[None]:
+    """Keeps autocast out; backward may be called under another one than forward."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def as_map(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Features in the compute dtype and channels_last; the same tensor where they are so already."""
+    return features.to(dtype).contiguous(memory_format=torch.channels_last)
