@@ -16,6 +16,7 @@ COMMANDS = {
     "info": ("versions, devices, and each backend with its reason", "ftfast.info"),
     "check": ("every kernel that runs here against the float64 reference", "ftfast.check"),
     "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.distill.command"),
+    "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.tune"),
     "evaluate": ("the test accuracy of a checkpoint", "ftfast.distill.evaluate"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -110,18 +110,19 @@ class FactorTransfer(nn.Module):
                 "FactorTransfer takes exactly one of teacher_features and teacher_factor; "
                 f"it got {'neither' if teacher_features is None else 'both'}."
             )
-        parameter = next(self.translator.parameters())
-        check_features(
-            student_features,
-            teacher_features,
-            teacher_factor,
-            student_channels=self.translator.in_channels,
-            teacher_channels=self.paraphraser.in_channels,
-            factor_channels=self.paraphraser.factor_channels,
-            parameter=parameter,
-        )
-        if not autocasts(student_features):
-            check_map_dtype(student_features.dtype, parameter)
+        if isinstance(self.translator, Translator) and isinstance(self.paraphraser, Paraphraser):
+            parameter = next(self.translator.parameters())
+            check_features(
+                student_features,
+                teacher_features,
+                teacher_factor,
+                student_channels=self.translator.in_channels,
+                teacher_channels=self.paraphraser.in_channels,
+                factor_channels=self.paraphraser.factor_channels,
+                parameter=parameter,
+            )
+            if not autocasts(student_features):
+                check_map_dtype(student_features.dtype, parameter)
         check_options(**self._options()._asdict())
         translator, paraphraser = convolution_stack(self.translator), convolution_stack(self.paraphraser)
         plan = plan_head(student_features, teacher_features, teacher_factor, translator, paraphraser, self.loss.backend)

@@ -146,3 +146,45 @@ def test_modules_name_the_argument():
         head(torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 2, 2), teacher_factor=torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match=r"layer is 'layer9'.*fc"):
         ftfast.FeatureTap(torch.nn.ModuleDict({"fc": torch.nn.Linear(1, 1)}), "layer9")
+
+
+def head_and_features():
+    head = ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(6, 4))
+    return head, torch.randn(2, 6, 5, 5), torch.randn(2, 8, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s, t: (s[:, :5], t), ValueError, "translator takes 6; build it as Translator\\(5"),
+        (lambda s, t: (s, t[:, :7]), ValueError, "paraphraser takes 8; build it as Paraphraser\\(7"),
+        (lambda s, t: (s, t[:, :, :4]), ValueError, "maps of 4x5 and student_features of 5x5"),
+        (lambda s, t: (s, t[:1]), ValueError, "1 samples and student_features 2"),
+        (lambda s, t: (s[:, :, :0], t[:, :, :0]), ValueError, "a map without pixels"),
+        (lambda s, t: (s.int(), t), TypeError, "student_features has dtype torch.int32"),
+        (lambda s, t: (s, t.int()), TypeError, "teacher_features has dtype torch.int32"),
+        (lambda s, t: (s.double(), t), TypeError, "convert one of them"),
+        (lambda s, t: (s.flatten(2), t), ValueError, "takes a map \\[N, 6, H, W\\]"),
+        (lambda s, t: (s, t.to("meta")), ValueError, "teacher_features is on meta"),
+        (lambda s, t: (s.numpy(), t), TypeError, "student_features is a ndarray"),
+    ],
+)
+def test_features_that_a_head_cannot_compare(change, error, message):
+    head, student, teacher = head_and_features()
+    with pytest.raises(error, match=message) as raised:
+        head(*change(student, teacher))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_factor_of_other_channels():
+    head, student, _ = head_and_features()
+    with pytest.raises(ValueError, match="teacher_factor has 5 channels and the head compares 4"):
+        head(student, teacher_factor=torch.randn(2, 5, 5, 5))
+
+
+def test_both_or_neither_of_features_and_factor():
+    head, student, teacher = head_and_features()
+    with pytest.raises(ValueError, match="both"):
+        head(student, teacher, teacher_factor=torch.randn(2, 4, 5, 5))
+    with pytest.raises(ValueError, match="neither"):
+        head(student)

@@ -222,6 +222,20 @@ def test_the_head_follows_to(backend, device):
     assert max(errors(found, exact(head, student, teacher))) < 3e-5
 
 
+def test_a_paraphraser_that_went_to_16_bits_and_back_is_packed_again(backend, device):
+    head = make_head((3, 12, 64, 32, 5, 5), backend=backend).to(device)
+    student, teacher = make_features((3, 12, 64, 32, 5, 5), device=device)
+    for _ in range(5):  # the new weights may lie where the old ones lay
+        before = head(student, teacher)
+        with torch.no_grad():
+            for parameter in head.paraphraser.parameters():
+                parameter.data = (parameter.data * 1.1).to(torch.bfloat16)
+                parameter.data = parameter.data.float()
+        after = head(student, teacher)
+        assert not torch.equal(before, after)
+        assert relative_error(after, exact(head, student, teacher)[0]) < 3e-5
+
+
 def test_a_copied_and_a_pickled_head_compute_the_same(backend, device):
     head = make_head(backend=backend).to(device)
     student, teacher = make_features(device=device)
@@ -494,3 +508,40 @@ def test_torch_compile_without_a_graph_break(backend, device):
     loss = compiled(student, teacher)
     found = [loss, *torch.autograd.grad(loss, [student, *head.translator.parameters()])]
     assert max(errors(found, [result.double() for result in wanted])) < 3e-5
+
+
+class Student(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(12, 12, 3, padding=1)
+        self.head = head
+
+    def forward(self, x: Tensor, teacher: Tensor) -> Tensor:
+        return self.head(self.layer(x), teacher)
+
+
+def test_gradients_arrive_in_the_hooks_of_distributed_data_parallel(backend, device, tmp_path):
+    module = Student(make_head(backend=backend)).to(device)
+    student, teacher = make_features(device=device)
+    module(student.detach(), teacher).backward()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    wanted = [parameter.grad.clone() for parameter in trained]
+    module.zero_grad()
+    kind = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(kind, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(module)
+        reduced = []
+
+        def halve(_: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+            reduced.extend(bucket.parameters())
+            future: torch.futures.Future[Tensor] = torch.futures.Future()
+            future.set_result(bucket.buffer() / 2)
+            return future
+
+        parallel.register_comm_hook(None, halve)
+        parallel(student.detach(), teacher).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {id(parameter) for parameter in reduced} == {id(parameter) for parameter in trained}
+    assert max(errors([parameter.grad for parameter in trained], [2**-1 * grad.double() for grad in wanted])) < 1e-6

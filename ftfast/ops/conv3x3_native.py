@@ -105,8 +105,7 @@ def gradients(
     Returns:
         The input's gradient, channels_last, and the weight's; None for what is not wanted.
     """
-    weight = cast_weight(parameter, dz.dtype)
-    for_input = F.conv2d(dz, weight, padding=1) if transposed and need_input else None
+    for_input = F.conv2d(dz, cast_weight(parameter, dz.dtype), padding=1) if transposed and need_input else None
     if transposed:
         x, dz = dz, x
     unfolded = need_weight and (kernel or weight_gradient_kernel(x, dz.shape[1])) == "unfolded"
@@ -114,7 +113,7 @@ def gradients(
     for_weight = None
     if any(mask):
         found, for_weight, _ = torch.ops.aten.convolution_backward(
-            dz, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+            dz, x, cast_weight(parameter, dz.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
         )
         for_input = found if mask[0] else for_input
     if unfolded:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class BatchNorm(NamedTuple):
@@ -50,6 +51,8 @@ class Stack(NamedTuple):
 
 class _Prepared(NamedTuple):
     tensors: tuple["weakref.ref[Tensor]", ...]
+    # While a weak reference to it lives, a storage's address goes to no other storage.
+    storages: tuple[StorageWeakRef, ...]
     versions: tuple[tuple[Any, ...], ...]
     result: Any
 
@@ -58,13 +61,13 @@ _prepared: dict[tuple[Any, ...], _Prepared] = {}
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device, tensor.stride()
+    return tensor._version, tensor.untyped_storage()._cdata, tensor.dtype, tensor.storage_offset(), tensor.stride()
 
 
 def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
     """``prepare()``, kept until a tensor of the stack is written to, replaced, moved or gone.
 
-    Writes are seen through torch's version counters, which an assignment through ``.data`` passes by.
+    Writes are seen through torch's version counters, which a write through ``.data`` passes by.
     """
     tensors = stack.tensors()
     if any(tensor.is_inference() for tensor in tensors):
@@ -79,5 +82,6 @@ def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any])
     result = prepare()
     first = weakref.ref(tensors[0], lambda _: _prepared.pop(place, None))
     references = (first, *(weakref.ref(tensor) for tensor in tensors[1:]))
-    _prepared[place] = _Prepared(references, versions, result)
+    storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+    _prepared[place] = _Prepared(references, storages, versions, result)
     return result

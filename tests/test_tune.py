@@ -1,0 +1,131 @@
+"""Tables of measured choices: who wins, what is refused, and that only ftfast tune measures."""
+
+import json
+
+import pytest
+import torch
+
+from ftfast import choices
+from ftfast.cli import main
+from ftfast.dispatch import load_extension
+from ftfast.ops import conv3x3_native
+
+CPU = torch.device("cpu")
+WORK = choices.Work("weight_gradient", "bfloat16", 32, 7, 7, 24, 16)
+CANDIDATES = conv3x3_native.CANDIDATES
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's own folder of tables, empty; shipped tables are out of sight."""
+    monkeypatch.setenv("FTFAST_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(choices, "SHIPPED", tmp_path / "shipped")
+    choices.forget_tables()
+    yield tmp_path
+    choices.forget_tables()
+
+
+def write(folder, *entries, version=choices.VERSION):
+    folder.mkdir(parents=True, exist_ok=True)
+    table = {"version": version, "device": "here", "entries": list(entries)}
+    (folder / choices.file_name(CPU)).write_text(json.dumps(table))
+    choices.forget_tables()
+
+
+def entry(kernel, **changes):
+    return {**WORK._asdict(), "kernel": kernel, "torch": "2.15", **changes}
+
+
+def choose(work=WORK):
+    return choices.choose_kernel(work, CPU, CANDIDATES, "library")
+
+
+def test_unmeasured_work_takes_the_default_and_says_so(folder):
+    assert choose() == ("library", "not measured on this device; ftfast tune measures it")
+
+
+def test_the_users_table_wins_over_the_shipped_one(folder):
+    write(folder / "shipped", entry("unfolded"))
+    assert choose().kernel == "unfolded"
+    write(folder / "user", entry("library"))
+    assert choose().kernel == "library"
+    assert "measured fastest" in choose().reason
+
+
+def test_an_entry_speaks_for_batches_near_its_own(folder):
+    write(folder / "user", entry("unfolded"))
+    for samples, kernel in ((16, "unfolded"), (64, "unfolded"), (15, "library"), (65, "library")):
+        assert choose(WORK._replace(samples=samples)).kernel == kernel
+    write(folder / "user", entry("unfolded"), entry("library", samples=48))
+    assert choose(WORK._replace(samples=47)).kernel == "library"
+
+
+@pytest.mark.parametrize("field", ["operation", "dtype", "height", "width", "channels_in", "channels_out"])
+def test_an_entry_speaks_for_nothing_else(folder, field):
+    write(folder / "user", entry("unfolded"))
+    other = "other" if isinstance(getattr(WORK, field), str) else 99
+    assert choose(WORK._replace(**{field: other})).kernel == "library"
+
+
+def test_a_kernel_that_is_no_candidate_is_passed_by(folder):
+    write(folder / "user", entry("a kernel of another version"))
+    assert choose().kernel == "library"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 99, "entries": []}', '{"version": 1}'])
+def test_a_damaged_or_newer_table_is_refused_in_a_sentence(folder, text):
+    (folder / "user").mkdir()
+    (folder / "user" / choices.file_name(CPU)).write_text(text)
+    choices.forget_tables()
+    with pytest.raises(ValueError, match="tune again|ftfast tune again") as raised:
+        choose()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
+def test_tune_measures_prints_and_keeps(folder, capsys):
+    assert main(["tune", "4x8+8:8x3x3", "--seconds", "0.001"]) == 0
+    printed = capsys.readouterr().out
+    assert "weight_gradient" in printed
+    kept = choices.read_table(folder / "user" / choices.file_name(CPU))
+    assert [found["operation"] for found in kept] == ["weight_gradient"]
+    assert set(kept[0]["milliseconds"]) == set(CANDIDATES)
+    assert min(kept[0]["milliseconds"], key=kept[0]["milliseconds"].get) == kept[0]["kernel"]
+    work = WORK._replace(samples=4, height=3, width=3, channels_in=8, channels_out=8)
+    assert choose(work).reason.startswith("measured fastest")
+    # The next run keeps what it does not measure anew.
+    assert main(["tune", "4x16+16:16x3x3", "--seconds", "0.001", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    assert len(choices.read_table(folder / "user" / choices.file_name(CPU))) == 2
+
+
+@pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["8x16"], "HEAD: head is '8x16'"),
+        (["4x8+8:8x3x3", "--seconds", "0"], "seconds is 0.0"),
+        (["4x8+8:8x3x3", "--device", "nowhere"], "device is 'nowhere'"),
+    ],
+)
+def test_bad_input_is_refused(folder, capsys, words, said):
+    try:
+        status = main(["tune", *words])
+    except SystemExit as leaving:
+        status = leaving.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (folder / "user").exists()
+
+
+def test_a_step_measures_nothing(folder, monkeypatch):
+    """Choosing inside a step reads tables and no clock."""
+    import ftfast.tune
+
+    monkeypatch.setattr(ftfast.tune.time, "perf_counter", lambda: pytest.fail("a clock was read"))
+    import ftfast
+
+    head = ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(6, 4))
+    head(torch.randn(2, 6, 3, 3), torch.randn(2, 8, 3, 3)).backward()
