@@ -138,6 +138,12 @@ void taps_last(uintptr_t from, uintptr_t to, int dtype, int64_t outputs, int64_t
 }  // namespace
 }  // namespace ftfast
 
+#if defined(FTFAST_CUDA)
+namespace ftfast::cuda {
+void bind(py::module_& module);  // bindings_cuda.cpp
+}
+#endif
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Private kernels of ftfast; use ftfast.ft_loss.";
   module.def("instruction_set", &ftfast::instruction_set);
@@ -147,4 +153,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("unfold_3x3", &ftfast::unfold);
   module.def("weight_taps_first", &ftfast::taps_first);
   module.def("weight_taps_last", &ftfast::taps_last);
+#if defined(FTFAST_CUDA)
+  ftfast::cuda::bind(module);
+#endif
 }

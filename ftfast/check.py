@@ -50,16 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     outcomes: list[Outcome] = []
     skipped: list[str] = []
-    for backend in [args.backend] if args.backend else ["native", "triton"]:
-        device = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+    for backend, device in _backends(args.backend):
         support = supports(backend, device, torch.float32, torch.float32)
         if support.ok:
             outcomes += check_backend(backend, device)
         elif backend == "triton" and not interpreting() and "not installed" not in support.reason:
             outcomes += _check_interpreted()
         else:
-            skipped.append(f"{backend} cannot run here: {support.reason}.")
-    if args.backend and skipped:
+            where = "here" if device.type == "cpu" or backend == "triton" else "on the GPU"
+            skipped.append(f"{backend} cannot run {where}: {support.reason}.")
+    if args.backend and not outcomes:
         print(f"ftfast check: error: {skipped[0]}", file=sys.stderr)
         return 2
     wrong = [outcome for outcome in outcomes if not outcome.ok]
@@ -73,6 +73,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _backends(asked: str | None) -> list[tuple[str, torch.device]]:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    if not torch.cuda.is_available():
+        pairs = [("native", cpu), ("triton", cpu)]
+    else:
+        pairs = [("native", cpu), ("native", gpu), ("triton", gpu)]
+    return [(backend, device) for backend, device in pairs if asked in (None, backend)]
+
+
 def check_backend(backend: str, device: torch.device) -> list[Outcome]:
     """Every dtype, p and layout of one backend on one device, with a trained and with a frozen teacher's side."""
     cases: list[dict[str, Any]] = []
@@ -81,7 +90,7 @@ def check_backend(backend: str, device: torch.device) -> list[Outcome]:
         cases += [{"dtype": dtype, "p": p, "layout": layout, "frozen": True} for layout in ("nchw", "unlike strides")]
         cases += [{"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "stored": stored} for stored in STORED]
         cases.append({"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "shape": LONG_SHAPE})
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if backend == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         cases = [case for case in cases if case.get("stored") != torch.float8_e4m3fn]
     return [check_case(backend, device, **case) for case in cases]
 

@@ -78,12 +78,33 @@ def supports(backend: str, device: torch.device, student_dtype: torch.dtype, tea
 
 
 def _native_supports(device: torch.device) -> Support:
-    if device.type != "cpu":
-        return Support(False, f"the extension has kernels for the CPU, and these tensors are on {device.type}")
+    if device.type not in ("cpu", "cuda"):
+        return Support(False, f"its kernels are for CPUs and CUDA devices, and these tensors are on {device.type}")
     extension, reason = load_extension()
     if extension is None:
         return Support(False, reason)
+    if device.type == "cuda":
+        return _cuda_supports(extension, device)
     return Support(True, f"C++ kernels, {extension.instruction_set()} instructions, {torch.get_num_threads()} threads")
+
+
+def _cuda_supports(extension: ModuleType, device: torch.device) -> Support:
+    if not hasattr(extension, "ft_loss_cuda_forward"):
+        return Support(False, "the extension was built without nvcc, so it has no kernels for GPUs")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return Support(False, f"its CUDA kernels need compute capability 8.0, and this device has {capability}")
+    if importlib.util.find_spec("triton") is None:
+        return Support(False, "its counters are those of the Triton launches, and the package triton is not installed")
+    if problem := _cuda_problem(torch.cuda.current_device() if device.index is None else device.index):
+        return Support(False, f"its CUDA kernels do not run on this device: {problem}")
+    return Support(True, "CUDA C++ kernels")
+
+
+@cache
+def _cuda_problem(index: int) -> str:
+    with torch.cuda.device(index):
+        return str(extension().ft_loss_cuda_problem(index))
 
 
 def _triton_supports(device: torch.device, teacher_dtype: torch.dtype) -> Support:

@@ -12,7 +12,7 @@ def kernel_backends() -> list[tuple[str, str]]:
     """The ``(backend, device)`` pairs with kernels of our own that can run in this process."""
     pairs = [("native", "cpu"), ("triton", "cpu")] if interpreting() else [("native", "cpu")]
     if torch.cuda.is_available() and not interpreting():
-        pairs.append(("triton", "cuda"))
+        pairs += [("native", "cuda"), ("triton", "cuda")]
     runnable = [pair for pair in pairs if supports(pair[0], torch.device(pair[1]), torch.float32, torch.float32).ok]
     return [pair for pair in runnable if pair[0] == "triton"] if interpreting() else runnable
 

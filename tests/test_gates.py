@@ -6,6 +6,7 @@ import torch
 from ftfast.check import LAYOUTS, check_case
 from ftfast.ops import ft_loss as op
 from ftfast.ops import ft_loss_native
+from ftfast.ops.ft_loss_launch import launchers
 
 
 def scaled(results):
@@ -28,14 +29,6 @@ def last_row_skipped(results):
     return skipped
 
 
-def kernels_of(backend):
-    if backend == "native":
-        return ft_loss_native
-    from ftfast.kernels import ft_loss
-
-    return ft_loss
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_the_check_is_green_on_the_real_kernels(backend, device, dtype, layout):
@@ -46,7 +39,7 @@ def test_the_check_is_green_on_the_real_kernels(backend, device, dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_wrong_backward_is_seen(monkeypatch, backend, device, p, dtype, wrong):
-    kernels = kernels_of(backend)
+    kernels = launchers(backend, torch.device(device))
     right = kernels.ft_loss_backward
     monkeypatch.setattr(kernels, "ft_loss_backward", lambda *args, **options: tuple(wrong(right(*args, **options))))
     assert not check_case(backend, torch.device(device), dtype, p, "nchw").ok
@@ -56,8 +49,8 @@ def test_a_wrong_backward_is_seen(monkeypatch, backend, device, p, dtype, wrong)
 @pytest.mark.parametrize("launcher", ["ft_loss_forward_with_gradient", "scale_rows"])
 def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, backend, device, launcher, wrong):
     """float32 on the CPU with a frozen teacher: forward writes the gradient, backward scales it."""
-    if backend != "native":
-        pytest.skip("this way is the native backend's")
+    if (backend, device) != ("native", "cpu"):
+        pytest.skip("this way is the native backend's on the CPU")
     right = getattr(ft_loss_native, launcher)
 
     def replaced(*args):
@@ -73,7 +66,7 @@ def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, ba
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device, p):
-    kernels = kernels_of(backend)
+    kernels = launchers(backend, torch.device(device))
     right = kernels.ft_loss_forward
 
     def wrong(*args, **options):
@@ -87,9 +80,11 @@ def test_a_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device, p):
 def test_the_named_backend_is_the_one_that_runs(monkeypatch, backend, device):
     """A test that names a backend must not pass on another one."""
     launches = []
-    right = kernels_of(backend).ft_loss_forward
+    right = launchers(backend, torch.device(device)).ft_loss_forward
     monkeypatch.setattr(
-        kernels_of(backend), "ft_loss_forward", lambda *args, **options: launches.append(1) or right(*args, **options)
+        launchers(backend, torch.device(device)),
+        "ft_loss_forward",
+        lambda *args, **options: launches.append(1) or right(*args, **options),
     )
     factor = torch.randn(2, 8, device=device)
     op.run(factor, factor, p=1, reduction="mean", eps=1e-12, weight=1.0, backend=backend)

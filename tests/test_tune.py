@@ -77,7 +77,7 @@ def test_a_damaged_or_newer_table_is_refused_in_a_sentence(folder, text):
     (folder / "user").mkdir()
     (folder / "user" / choices.file_name(CPU)).write_text(text)
     choices.forget_tables()
-    with pytest.raises(ValueError, match="tune again|ftfast tune again") as raised:
+    with pytest.raises(ValueError, match="tune") as raised:
         choose()
     assert "\n" not in str(raised.value)
 

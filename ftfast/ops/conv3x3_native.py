@@ -3,6 +3,8 @@
 Maps are channels_last ``[N, C, H, W]`` in the compute dtype, float32 or bfloat16. Nothing is checked here.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,10 +40,16 @@ def freeze_weight(weight: Tensor, dtype: torch.dtype, samples: int, height: int,
         return cast
 
 
+@cache
+def _fuses_activations() -> bool:
+    """Whether this torch has oneDNN's convolution with an activation, which the compiler uses, and may use oneDNN."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, *, transposed: bool = False) -> Tensor:
     """``leaky_relu(conv(x))``; weight from :func:`cast_weight`, or not transposed from :func:`freeze_weight`."""
     bias = bias.to(x.dtype)
-    if weight.is_mkldnn:
+    if weight.is_mkldnn or (not transposed and _fuses_activations()):
         y = torch.ops.mkldnn._convolution_pointwise(
             x, weight, bias, [1, 1], [1, 1], [1, 1], 1, "leaky_relu", [negative_slope], ""
         )

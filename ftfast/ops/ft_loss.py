@@ -111,6 +111,7 @@ class FTLossFunction(torch.autograd.Function):
         needs_student, needs_teacher = ctx.needs_input_grad[:2]
         ctx.holds_gradient = (
             backend == "native"
+            and student.device.type == "cpu"
             and needs_student
             and not needs_teacher
             and student.dtype == compute_dtype(student, teacher) == torch.float32

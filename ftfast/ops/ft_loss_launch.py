@@ -1,10 +1,12 @@
 """The loss and its gradients on a backend with kernels of its own, without autograd."""
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ftfast.ops import ft_loss_native as native
+from ftfast.ops import ft_loss_native
 
 
 class Options(NamedTuple):
@@ -16,13 +18,22 @@ class Options(NamedTuple):
     weight: float | Tensor
 
 
-def forward(student: Tensor, teacher: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
-    """``(loss, statistics)``: statistics ``[5, N]`` are what backward needs beside the factors."""
+def launchers(backend: str, device: torch.device) -> ModuleType:
+    """The module whose ``ft_loss_forward`` and ``ft_loss_backward`` run a backend on a device."""
+    if backend == "native" and device.type == "cpu":
+        return ft_loss_native
     if backend == "native":
-        return native.ft_loss_forward(student, teacher, **options._asdict())
+        from ftfast.ops import ft_loss_cuda
+
+        return ft_loss_cuda
     from ftfast.kernels import ft_loss as triton_kernels
 
-    return triton_kernels.ft_loss_forward(student, teacher, **options._asdict())
+    return triton_kernels
+
+
+def forward(student: Tensor, teacher: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    """``(loss, statistics)``: statistics ``[5, N]`` are what backward needs beside the factors."""
+    return launchers(backend, student.device).ft_loss_forward(student, teacher, **options._asdict())
 
 
 def backward(
@@ -36,8 +47,4 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     given: dict[str, Any] = {"p": options.p, "reduction": options.reduction, "weight": options.weight}
     given |= {"student_gradient": needed[0], "teacher_gradient": needed[1]}
-    if backend == "native":
-        return native.ft_loss_backward(student, teacher, statistics, upstream, **given)
-    from ftfast.kernels import ft_loss as triton_kernels
-
-    return triton_kernels.ft_loss_backward(student, teacher, statistics, upstream, **given)
+    return launchers(backend, student.device).ft_loss_backward(student, teacher, statistics, upstream, **given)
