@@ -1,45 +1,25 @@
 """``ftfast check``: every kernel that can run here against the float64 reference."""
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
 
-from ftfast import reference
+from ftfast import check_head, check_loss
 from ftfast.dispatch import interpreting, supports
-from ftfast.loss import ft_loss
-
-# Relative: of the loss, and in L2 of a gradient. A gradient is rounded once to its dtype, so its bound is that of a
-# rounding; the loss never is, and its bound is that of a float32 or float64 sum.
-LOSS_BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-GRADIENT_BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-LAYOUTS = ("nchw", "channels_last", "unlike strides", "slice")
-SHAPE = (6, 24, 7, 7)
-LONG_SHAPE = (2, 352, 7, 7)  # D = 17248: past what the Triton kernels keep in registers
-STORED = (torch.int8, torch.float8_e4m3fn)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The errors of one kernel on one case, relative to float64."""
+@dataclass
+class Findings:
+    """What was checked, and what could not be."""
 
-    backend: str
-    device: str
-    dtype: str
-    teacher: str
-    p: int
-    layout: str
-    loss_error: float
-    student_error: float
-    teacher_error: float | None
-    ok: bool
+    losses: list[check_loss.Outcome] = field(default_factory=list)
+    heads: list[check_head.HeadOutcome] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,29 +28,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    outcomes: list[Outcome] = []
-    skipped: list[str] = []
+    found = Findings()
     for backend, device in _backends(args.backend):
         support = supports(backend, device, torch.float32, torch.float32)
         if support.ok:
-            outcomes += check_backend(backend, device)
+            found.losses += check_loss.check_backend(backend, device)
+            if backend == "triton" or device.type == "cpu":  # CUDA C++ has the loss alone
+                found.heads += check_head.check_heads(backend, device)
         elif backend == "triton" and not interpreting() and "not installed" not in support.reason:
-            outcomes += _check_interpreted()
+            interpreted = _check_interpreted()
+            found.losses += interpreted.losses
+            found.heads += interpreted.heads
         else:
             where = "here" if device.type == "cpu" or backend == "triton" else "on the GPU"
-            skipped.append(f"{backend} cannot run {where}: {support.reason}.")
-    if args.backend and not outcomes:
-        print(f"ftfast check: error: {skipped[0]}", file=sys.stderr)
+            found.skipped.append(f"{backend} cannot run {where}: {support.reason}.")
+    if args.backend and not found.losses:
+        print(f"ftfast check: error: {found.skipped[0]}", file=sys.stderr)
         return 2
-    wrong = [outcome for outcome in outcomes if not outcome.ok]
+    cases: list[check_loss.Outcome | check_head.HeadOutcome] = [*found.losses, *found.heads]
+    right = sum(case.ok for case in cases)
     if args.json:
-        print(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes], "skipped": skipped}, indent=1))
+        print(json.dumps(asdict(found), indent=1))
     else:
-        _print_table(outcomes)
-        for line in skipped:
+        check_loss.print_table(found.losses)
+        if found.heads:
+            print()
+            check_head.print_table(found.heads)
+        for line in found.skipped:
             print(line)
-        print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} cases agree with the float64 reference.")
-    return 1 if wrong else 0
+        print(f"{right} of {len(cases)} cases agree with the float64 reference.")
+    return 0 if right == len(cases) else 1
 
 
 def _backends(asked: str | None) -> list[tuple[str, torch.device]]:
@@ -82,107 +69,14 @@ def _backends(asked: str | None) -> list[tuple[str, torch.device]]:
     return [(backend, device) for backend, device in pairs if asked in (None, backend)]
 
 
-def check_backend(backend: str, device: torch.device) -> list[Outcome]:
-    """Every dtype, p and layout of one backend on one device, with a trained and with a frozen teacher's side."""
-    cases: list[dict[str, Any]] = []
-    for dtype, p in itertools.product(GRADIENT_BOUNDS, (1, 2)):
-        cases += [{"dtype": dtype, "p": p, "layout": layout} for layout in LAYOUTS]
-        cases += [{"dtype": dtype, "p": p, "layout": layout, "frozen": True} for layout in ("nchw", "unlike strides")]
-        cases += [{"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "stored": stored} for stored in STORED]
-        cases.append({"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "shape": LONG_SHAPE})
-    if backend == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        cases = [case for case in cases if case.get("stored") != torch.float8_e4m3fn]
-    return [check_case(backend, device, **case) for case in cases]
-
-
-def check_case(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    p: int,
-    layout: str,
-    *,
-    frozen: bool = False,
-    stored: torch.dtype | None = None,
-    shape: tuple[int, int, int, int] = SHAPE,
-) -> Outcome:
-    """Loss and gradients, under an upstream gradient that brings mean-form gradients to O(1).
-
-    Args:
-        frozen: the teacher's factor requires no gradient, as in training.
-        stored: the dtype in which a frozen teacher's factor is kept, where it is not ``dtype``.
-    """
-    student, teacher = (factor.to(device) for factor in make_factors(dtype, layout, shape))
-    if stored is not None:
-        teacher = (teacher * 40).clamp(-120, 120).to(stored)
-    loss, gradients = _loss_and_gradients(student, teacher, p, backend, frozen)
-    exact_loss, exact_gradients = _loss_and_gradients(student.double(), teacher.double(), p, "reference", frozen)
-    loss_error = relative_error(loss, exact_loss)
-    errors = [relative_error(got, exact) for got, exact in zip(gradients, exact_gradients, strict=True)]
-    ok = loss_error <= LOSS_BOUNDS[dtype] and max(errors) <= GRADIENT_BOUNDS[dtype]
-    where = "interpreter" if backend == "triton" and device.type == "cpu" else device.type
-    teacher_name = "frozen " * frozen + _name(stored or dtype)
-    if shape != SHAPE:
-        layout = f"{layout}, long"
-    teacher_error = None if frozen else errors[1]
-    return Outcome(backend, where, _name(dtype), teacher_name, p, layout, loss_error, errors[0], teacher_error, ok)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def make_factors(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int] = SHAPE) -> tuple[Tensor, Tensor]:
-    """A student's and a teacher's random factor ``[N, C, H, W]`` in one of LAYOUTS."""
-    generator = torch.Generator().manual_seed(0)
-    samples, channels, height, width = shape
-    wide = (samples, channels + 3, height, width + 2)
-    student, teacher = (torch.randn(wide, generator=generator).to(dtype) for _ in range(2))
-    student, teacher = student[:, 2 : 2 + channels, :, 1 : 1 + width], teacher[:, 1 : 1 + channels, :, :width]
-    if layout == "slice":
-        return student, teacher
-    student_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    teacher_format = torch.contiguous_format if layout == "nchw" else torch.channels_last
-    return student.contiguous(memory_format=student_format), teacher.contiguous(memory_format=teacher_format)
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    """``|got - exact| / |exact|`` in float64; 0 where both are zero; NaN counts as infinite."""
-    error, size = (got.double() - exact).norm().item(), exact.norm().item()
-    if error == 0:
-        return 0.0
-    return error / size if size > 0 and error == error else float("inf")
-
-
-def _loss_and_gradients(
-    student: Tensor, teacher: Tensor, p: int, backend: str, frozen: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    student = student.detach().requires_grad_()
-    inputs = [student] if frozen else [student, teacher := teacher.detach().requires_grad_()]
-    if backend == "reference":
-        loss = reference.ft_loss(student, teacher, p=p)
-    else:
-        loss = ft_loss(student, teacher, p=p, backend=backend)
-    return loss, torch.autograd.grad(loss, inputs, torch.full_like(loss, student.numel()))
-
-
-def _check_interpreted() -> list[Outcome]:
+def _check_interpreted() -> Findings:
     """Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter needs a process of its own."""
     command = [sys.executable, "-m", "ftfast", "check", "--backend", "triton", "--json"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
         raise RuntimeError(f"the check of the Triton kernels in the interpreter failed: {done.stderr.strip()[-2000:]}")
-    return [Outcome(**outcome) for outcome in json.loads(done.stdout)["outcomes"]]
-
-
-def _print_table(outcomes: list[Outcome]) -> None:
-    widths = (9, 13, 10, 21, 3, 16)
-    names = ("backend", "on", "student", "teacher", "p", "layout")
-    head = "".join(f"{name:<{width}}" for name, width in zip(names, widths, strict=True))
-    print(f"{head}{'loss':>9}{'d student':>11}{'d teacher':>11}")
-    for it in outcomes:
-        cells = (it.backend, it.device, it.dtype, it.teacher, it.p, it.layout)
-        case = "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-        teacher_error = f"{it.teacher_error:>11.1e}" if it.teacher_error is not None else " " * 11
-        verdict = "" if it.ok else "  WRONG"
-        print(f"{case}{it.loss_error:>9.1e}{it.student_error:>11.1e}{teacher_error}{verdict}")
+    found = json.loads(done.stdout)
+    return Findings(
+        losses=[check_loss.Outcome(**outcome) for outcome in found["losses"]],
+        heads=[check_head.HeadOutcome(**outcome) for outcome in found["heads"]],
+    )

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ftfast
 from ftfast import reference
-from ftfast.check import relative_error
+from ftfast.check_loss import relative_error
 
 # samples, student's channels, teacher's, factor's, height, width
 SHAPES = [(1, 16, 16, 8, 4, 4), (3, 12, 20, 10, 7, 7), (5, 24, 12, 16, 3, 5), (2, 3, 5, 2, 1, 1)]

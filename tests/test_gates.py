@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from ftfast.check import LAYOUTS, check_case
+from ftfast import check_head
+from ftfast.check_loss import LAYOUTS, check_case
+from ftfast.ops import ft_head_native, ft_loss_native
 from ftfast.ops import ft_loss as op
-from ftfast.ops import ft_loss_native
 from ftfast.ops.ft_loss_launch import launchers
 
 
@@ -17,7 +18,8 @@ def one_sign_flipped(results):
     flipped = [None if result is None else result.clone() for result in results]
     for result in flipped:
         if result is not None:
-            result.view(-1)[result.numel() // 3].neg_()
+            place = torch.unravel_index(torch.tensor(result.numel() // 3), result.shape)
+            result[tuple(int(index) for index in place)].neg_()
     return flipped
 
 
@@ -89,3 +91,51 @@ def test_the_named_backend_is_the_one_that_runs(monkeypatch, backend, device):
     factor = torch.randn(2, 8, device=device)
     op.run(factor, factor, p=1, reduction="mean", eps=1e-12, weight=1.0, backend=backend)
     assert launches == [1]
+
+
+SHAPE = check_head.SHAPES["8x8"]
+
+
+def head_module(backend, device):
+    if backend == "native":
+        if device == "cuda":
+            pytest.skip("CUDA C++ has the loss alone")
+        return ft_head_native
+    from ftfast.ops import ft_head_triton
+
+    return ft_head_triton
+
+
+def verdicts(backend, device):
+    ways = check_head.ways(backend, torch.float32, SHAPE)
+    return [
+        check_head.check_head(backend, torch.device(device), way, torch.float32, 1, "8x8", SHAPE).ok for way in ways
+    ]
+
+
+@pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])
+def test_a_wrong_head_gradient_is_seen(monkeypatch, backend, device, wrong):
+    module = head_module(backend, device)
+    assert all(verdicts(backend, device))
+    right = module.ft_head_backward
+    for place in range(7):
+
+        def replaced(*args, place=place):
+            gradients = right(*args)
+            gradients[place] = wrong([gradients[place]])[0]
+            return gradients
+
+        monkeypatch.setattr(module, "ft_head_backward", replaced)
+        assert not any(verdicts(backend, device))
+
+
+def test_a_head_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device):
+    module = head_module(backend, device)
+    right = module.ft_head_forward
+
+    def wrong(*args, **options):
+        loss, kept = right(*args, **options)
+        return loss * 1.001, kept
+
+    monkeypatch.setattr(module, "ft_head_forward", wrong)
+    assert not any(verdicts(backend, device))
