@@ -16,7 +16,7 @@ help:
 	@echo "make bench   every benchmark, into runs/bench.json"
 	@echo "make clean   removes .venv, build products and runs/demo"
 
-$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cpu_bf16/* csrc/cuda/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV); the first time takes a few minutes, most of them for torch."

@@ -33,6 +33,9 @@ X86_INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 
+# Every file of csrc/cpu_bf16 is compiled for these alone, where the compiler knows them.
+AVX512_BF16 = [*X86_INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+
 
 def find_compiler() -> list[str]:
     """The C++ compiler's command: the words of CXX, else the first of the usual names; empty where there is none."""
@@ -66,13 +69,19 @@ def missing_tool() -> str | None:
     return None
 
 
-def openmp_flags(compiler: list[str]) -> list[str]:
-    """``-fopenmp`` where the compiler links it; without it the kernels run on one thread."""
+def builds(compiler: list[str], flags: list[str], program: str) -> bool:
+    """Whether the compiler makes a program of this source with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [*compiler, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
-        return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
+        source.write_text(program)
+        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(""))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """``-fopenmp`` where the compiler links it; without it the kernels run on one thread."""
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+    return ["-fopenmp"] if builds(compiler, ["-fopenmp"], program) else []
 
 
 def write_build_file(folder: Path, target: Path) -> dict[str, object]:
@@ -89,8 +98,12 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     ]
     x86 = platform.machine() in ("x86_64", "AMD64")
     instruction_sets = X86_INSTRUCTION_SETS if x86 else {"baseline": []}
+    bf16_program = 'int main() { return __builtin_cpu_supports("avx512bf16"); }\n'
+    has_bf16 = x86 and builds(compiler, AVX512_BF16, bf16_program)
+    bf16_sources = sorted((ROOT / "csrc" / "cpu_bf16").glob("*.cpp")) if has_bf16 else []
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
     flags = [*CPP_FLAGS, *openmp, *includes, *(["-DFTFAST_X86"] if x86 else [])]
+    flags += ["-DFTFAST_AVX512_BF16"] if bf16_sources else []
     flags += ["-DFTFAST_CUDA"] if cuda_sources else []
 
     objects: list[str] = []
@@ -108,6 +121,8 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for name, extra in instruction_sets.items():
                 compile_with("cpp", source, f"{source.stem}.{name}.o", [f"-DFTFAST_INSTRUCTION_SET={name}", *extra])
+        for source in bf16_sources:
+            compile_with("cpp", source, f"{source.stem}.avx512_bf16.o", AVX512_BF16)
         link = [*compiler, "-shared", *openmp]
         if cuda_sources:
             assert nvcc is not None
@@ -133,7 +148,7 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
         "reason": "",
         "compiler": shlex.join(compiler),
         "openmp": bool(openmp),
-        "instruction_sets": list(instruction_sets),
+        "instruction_sets": [*instruction_sets, *(["avx512_bf16"] if bf16_sources else [])],
         "cuda": [f"sm_{code}" for code in NVCC_TARGETS] if cuda_sources else [],
     }
 

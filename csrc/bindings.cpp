@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "conv3x3.h"
 #include "ft_head.h"
 #include "ft_loss.h"
 
@@ -135,6 +136,24 @@ void taps_last(uintptr_t from, uintptr_t to, int dtype, int64_t outputs, int64_t
                    threads);
 }
 
+void weight_gradient(uintptr_t input, uintptr_t gradient, int64_t samples, int64_t height, int64_t width,
+                     int64_t channels, int64_t outputs, uintptr_t result, const py::tuple& strides, int threads) {
+  WeightGradient work;
+  work.input = reinterpret_cast<uint16_t*>(input);
+  work.gradient = reinterpret_cast<uint16_t*>(gradient);
+  work.result = reinterpret_cast<float*>(result);
+  const auto of_result = numbers(strides);
+  std::copy_n(of_result.begin(), 4, work.strides);
+  work.samples = samples;
+  work.height = height;
+  work.width = width;
+  work.channels = channels;
+  work.outputs = outputs;
+  work.threads = threads;
+  py::gil_scoped_release release;
+  conv3x3_weight_gradient(work);
+}
+
 }  // namespace
 }  // namespace ftfast
 
@@ -153,6 +172,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("unfold_3x3", &ftfast::unfold);
   module.def("weight_taps_first", &ftfast::taps_first);
   module.def("weight_taps_last", &ftfast::taps_last);
+  // absent where the processor cannot run it
+  if (ftfast::weight_gradient_kernels().tile) module.def("conv3x3_weight_gradient", &ftfast::weight_gradient);
 #if defined(FTFAST_CUDA)
   ftfast::cuda::bind(module);
 #endif

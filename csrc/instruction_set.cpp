@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "conv3x3.h"
 #include "ft_head.h"
 #include "ft_loss.h"
 
@@ -19,6 +20,11 @@ HeadKernels head_kernels(DType dtype);
 namespace avx512 {
 RowKernels row_kernels(DType student, DType teacher);
 HeadKernels head_kernels(DType dtype);
+}
+#endif
+#if defined(FTFAST_AVX512_BF16)
+namespace avx512_bf16 {
+WeightGradientKernels weight_gradient_kernels();
 }
 #endif
 
@@ -53,6 +59,13 @@ const InstructionSet& current() {
 
 RowKernels row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
 HeadKernels head_kernels(DType dtype) { return current().head_kernels(dtype); }
+WeightGradientKernels weight_gradient_kernels() {
+#if defined(FTFAST_AVX512_BF16)
+  static const bool supported = std::strcmp(current().name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16");
+  if (supported) return avx512_bf16::weight_gradient_kernels();
+#endif
+  return {};
+}
 const char* instruction_set() { return current().name; }
 
 }  // namespace ftfast

@@ -42,23 +42,25 @@ class HeadOutcome:
 
 def check_heads(backend: str, device: torch.device) -> list[HeadOutcome]:
     """Every way of one backend on one device."""
-    cases = [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 2)]
+    cases = [(torch.float32, 1), (torch.float32, 2)]
     if backend == "triton":
         cases.append((torch.float16, 2))
+    if backend == "native" or device.type == "cuda":  # Triton's interpreter rounds bfloat16 towards zero
+        cases.append((torch.bfloat16, 2))
     return [
         check_head(backend, device, kernel, dtype, p, maps, shape)
         for (maps, shape), (dtype, p) in itertools.product(SHAPES.items(), cases)
-        for kernel in ways(backend, dtype, shape)
+        for kernel in ways(backend, device, dtype, shape)
     ]
 
 
-def ways(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
+def ways(backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
     if backend == "native":
         return ("layers",)
     from ftfast.ops import ft_head_triton
 
     samples, student, teacher, factor, height, width = shape
-    return ft_head_triton.candidates(dtype, (samples, student, height, width), factor, teacher)
+    return ft_head_triton.candidates(device, dtype, (samples, student, height, width), factor, teacher)
 
 
 def check_head(

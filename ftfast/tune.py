@@ -206,7 +206,7 @@ def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Ca
         return torch.cat([gradient.flatten().float() / gradient.float().norm() for gradient in gradients])
 
     shape = (head.samples, head.student, head.height, head.width)
-    ways = ft_head_triton.candidates(dtype, shape, head.factor, head.teacher)
+    ways = ft_head_triton.candidates(device, dtype, shape, head.factor, head.teacher)
     return [Candidate(kernel, partial(step, kernel)) for kernel in ways]
 
 

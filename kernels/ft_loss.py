@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import arrival_counters, device_guard
+from .loss_terms import loss_factor, reduction_scale, split_weight, square_root, terms_of
 from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers without a spill.
@@ -34,34 +35,6 @@ _RUNTIME_NUMBERS = ["student_row", "teacher_row", "size", "samples"]
 _FORWARD_POINTERS = ["student", "teacher", "loss", "statistics", "counter", "weight"]
 _BACKWARD_POINTERS = ["student", "teacher", "statistics", "upstream", "weight", "student_grad", "teacher_grad"]
 _BACKWARD_NUMBERS = [*_RUNTIME_NUMBERS, "student_grad_row", "teacher_grad_row", "upstream_stride", "splits"]
-
-
-@triton.jit
-def _square_root(x):
-    # tl.sqrt of float32 flushes subnormal sums to 0.
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
-def _factor(scale, weight, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):
-    factor = tl.full((), scale, DTYPE)
-    if WEIGHTED:
-        factor *= tl.load(weight).to(DTYPE)
-    return factor
-
-
-@triton.jit
-def _distance_terms(a, b, P: tl.constexpr):
-    """What adds up to l (squared for P = 2) and to <g, a> and <g, b>, with g not yet divided by l for P = 2."""
-    difference = a - b
-    if P == 1:
-        sign = (difference > 0).to(a.dtype) - (difference < 0).to(a.dtype)
-        return tl.abs(difference), sign * a, sign * b
-    else:
-        return difference * difference, difference * a, difference * b
 
 
 @triton.jit(do_not_specialize=_RUNTIME_NUMBERS, do_not_specialize_on_alignment=_FORWARD_POINTERS)
@@ -110,15 +83,15 @@ def _ft_loss_forward_kernel(
             student_squares += x * x
             teacher_squares += y * y
     floor = tl.full((), eps, DTYPE)
-    student_norm = _square_root(tl.sum(student_squares, 0))
-    teacher_norm = _square_root(tl.sum(teacher_squares, 0))
+    student_norm = square_root(tl.sum(student_squares, 0))
+    teacher_norm = square_root(tl.sum(teacher_squares, 0))
     # Written so that a NaN norm stays one.
     student_clamped = student_norm < floor
     teacher_clamped = teacher_norm < floor
     student_inverse = 1.0 / tl.where(student_clamped, floor, student_norm)
     teacher_inverse = 1.0 / tl.where(teacher_clamped, floor, teacher_norm)
     if SINGLE_PASS:
-        distance_terms, student_terms, teacher_terms = _distance_terms(x * student_inverse, y * teacher_inverse, P)
+        distance_terms, student_terms, teacher_terms = terms_of(x * student_inverse, y * teacher_inverse, P)
     else:
         distance_terms = tl.zeros((BLOCK,), DTYPE)
         student_terms = tl.zeros((BLOCK,), DTYPE)
@@ -127,7 +100,7 @@ def _ft_loss_forward_kernel(
             mask = lanes < remaining(size, start, BLOCK, ALIGN)
             x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
             y = load(teacher_base, start, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
-            terms = _distance_terms(x * student_inverse, y * teacher_inverse, P)
+            terms = terms_of(x * student_inverse, y * teacher_inverse, P)
             distance_terms += terms[0]
             student_terms += terms[1]
             teacher_terms += terms[2]
@@ -135,7 +108,7 @@ def _ft_loss_forward_kernel(
     student_product = tl.sum(student_terms, 0)
     teacher_product = tl.sum(teacher_terms, 0)
     if P == 2:
-        distance = _square_root(distance)
+        distance = square_root(distance)
         # Where l is 0 so is every difference, and with any finite factor the gradient.
         inverse_distance = 1.0 / tl.where(distance == 0, 1.0, distance)
         student_product *= inverse_distance
@@ -147,7 +120,7 @@ def _ft_loss_forward_kernel(
     distances = statistics + 4 * samples
     tl.store(distances + n, distance)
     if PER_SAMPLE:
-        tl.store(loss + n, distance * _factor(scale, weight, WEIGHTED, DTYPE))
+        tl.store(loss + n, distance * loss_factor(scale, weight, WEIGHTED, DTYPE))
     else:
         # The barrier puts this program's store before the count that releases it; L1 may hold stale lines, so .cg.
         tl.debug_barrier()
@@ -156,7 +129,7 @@ def _ft_loss_forward_kernel(
             for start in range(zero, samples, FOLD):
                 row = start + tl.arange(0, FOLD)
                 total += tl.load(distances + row, mask=row < samples, other=0.0, cache_modifier=".cg")
-            tl.store(loss, tl.sum(total, 0) * _factor(scale, weight, WEIGHTED, DTYPE))
+            tl.store(loss, tl.sum(total, 0) * loss_factor(scale, weight, WEIGHTED, DTYPE))
             tl.store(counter, 0)
 
 
@@ -196,7 +169,7 @@ def _ft_loss_backward_kernel(
     student_inverse = tl.load(statistics + n)
     teacher_inverse = tl.load(statistics + samples + n)
     # The upstream gradient, the weight and the reduction meet here, before the one rounding to the factor's dtype.
-    factor = tl.load(upstream + n * upstream_stride).to(DTYPE) * _factor(scale, weight, WEIGHTED, DTYPE)
+    factor = tl.load(upstream + n * upstream_stride).to(DTYPE) * loss_factor(scale, weight, WEIGHTED, DTYPE)
     student_base = student + n * (student_row * ALIGN)
     teacher_base = teacher + n * (teacher_row * ALIGN)
     x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
@@ -227,21 +200,6 @@ def _bucket(size: int) -> int:
 
 def _warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
-
-
-def _reduction_scale(samples: int, size: int, p: int, reduction: str) -> float:
-    if reduction in ("none", "sum"):
-        return 1.0
-    return 1.0 / (samples * size if reduction == "mean" and p == 1 else samples)
-
-
-def _split_weight(weight: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """The weight as a number to multiply the scale with, or as a tensor that the kernel reads."""
-    if not isinstance(weight, Tensor):
-        return weight, None
-    if weight.device == device:
-        return 1.0, weight
-    return weight.item(), None
 
 
 def compiled_kernels() -> int:
@@ -284,7 +242,7 @@ def ft_loss_forward(
     else:
         block = TWO_PASS_BLOCK
         warps = TWO_PASS_WARPS_STRIDED if walk.rank else TWO_PASS_WARPS
-    factor, weight_tensor = _split_weight(weight, device)
+    factor, weight_tensor = split_weight(weight, device)
     per_sample = reduction == "none"
     loss = torch.empty((samples,) if per_sample else (), dtype=dtype, device=device)
     statistics = torch.empty((5, samples), dtype=dtype, device=device)
@@ -302,7 +260,7 @@ def ft_loss_forward(
             samples,
             # The reciprocal of a subnormal number would be infinite.
             max(float(eps), torch.finfo(dtype).tiny) if eps else 0.0,
-            _reduction_scale(samples, size, p, reduction) * factor,
+            reduction_scale(samples, size, p, reduction) * factor,
             walk.layout,
             P=p,
             PER_SAMPLE=per_sample,
@@ -348,7 +306,7 @@ def ft_loss_backward(
     samples, device = student.shape[0], student.device
     block = min(_bucket(walk.size), BACKWARD_BLOCK)
     splits = -(-walk.size // block)
-    factor, weight_tensor = _split_weight(weight, device)
+    factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
         _ft_loss_backward_kernel[(samples * splits,)](
             tensors[0],
@@ -366,7 +324,7 @@ def ft_loss_backward(
             walk.units,
             samples,
             splits,
-            _reduction_scale(samples, walk.size, p, reduction) * factor,
+            reduction_scale(samples, walk.size, p, reduction) * factor,
             walk.layout,
             P=p,
             WEIGHTED=weight_tensor is not None,

@@ -1,13 +1,8 @@
-"""What the compiler makes of the loss's Triton kernels, read from the machine code; no GPU is needed.
-
-Every variant is what a launcher asks for: the launchers run on CPU tensors with a recorder in the kernel's place.
-"""
+"""What the compiler makes of the loss's Triton kernels, read from the machine code; no GPU is needed."""
 
 import os
 import re
-import subprocess
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,115 +10,25 @@ from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
-triton = pytest.importorskip("triton", reason="the package triton is not installed")
+pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("ftfast.kernels.ft_loss")
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-ARCHITECTURES = list(SHARED_LIMIT)
+from bench.machine_code import ARCHITECTURES, Launch, Machine, cache_key, compile_launch, recorded  # noqa: E402
+from bench.shipped import ShippedLaunch  # noqa: E402
+from bench.shipped.ft_loss import run_launchers, shipped_launches  # noqa: E402
+
 BUCKETS = [2**power for power in range(7, 15)]
-INTEGERS = {"i32", "i64"}
-
-
-class Launch(NamedTuple):
-    """One recorded launch: the kernel, its grid, its arguments by name, its options."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-
-class Machine(NamedTuple):
-    """A compiled launch."""
-
-    registers: int
-    stack: int
-    shared: int
-    sass: str
-    ptx: str
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+def launches() -> Iterator[list[Launch]]:
     """Collects what the launchers would launch, and launches nothing."""
-    recorded: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def record(*positional: Any, **named: Any) -> None:
-                arguments = dict(zip(self.kernel.arg_names, positional, strict=False))
-                options = {name: named.pop(name) for name in list(named) if name not in self.kernel.arg_names}
-                recorded.append(Launch(self.kernel, grid, arguments | named, options))
-
-            return record
-
-    for name in ("_ft_loss_forward_kernel", "_ft_loss_backward_kernel"):
-        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
-    return recorded
+    with recorded(kernels) as recorded_launches:
+        yield recorded_launches
 
 
-def _run_launchers(student: Tensor, teacher: Tensor, *, p: int = 1, weight: float | Tensor = 1.0) -> None:
-    loss, statistics = kernels.ft_loss_forward(student, teacher, p=p, reduction="mean", eps=1e-12, weight=weight)
-    kernels.ft_loss_backward(
-        student,
-        teacher,
-        statistics,
-        loss,
-        p=p,
-        reduction="mean",
-        weight=weight,
-        student_gradient=True,
-        teacher_gradient=teacher.is_floating_point() and teacher.element_size() > 1,
-    )
-
-
-def _type_of(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_type_of(item) for item in value)
-    if isinstance(value, Tensor):
-        names = {"float8_e4m3fn": "fp8e4nv", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-        names |= {"float64": "fp64", "int8": "i8", "int32": "i32"}
-        return "*" + names[str(value.dtype).removeprefix("torch.")]
-    assert isinstance(value, int)
-    assert -(2**31) <= value < 2**31
-    return "i32"
-
-
-def _compile(launch: Launch, architecture: int, tmp_path: Path) -> Machine:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants = {}, {}
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(parameter.num,)] = "constexpr", value
-        else:
-            signature[parameter.name] = parameter.annotation_type or _type_of(value)
-    # No attributes: nothing about a value or an address may be known but what the kernel itself says.
-    source = ASTSource(launch.kernel, signature, constants, {})
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-
-    def dump(option: str) -> str:
-        return subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
-
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
-    assert usage is not None
-    registers, stack = (int(number) for number in usage.groups())
-    return Machine(registers, stack, compiled.metadata.shared, dump("-sass"), compiled.asm["ptx"])
-
-
-def _assert_fits(machine: Machine, launch: Launch, architecture: int) -> None:
-    assert machine.stack == 0
-    assert machine.shared <= SHARED_LIMIT[architecture]
-    assert machine.registers * launch.options["num_warps"] * 32 <= 65536
-    assert not re.search(r"\b(LDL|STL)\b", machine.sass)
+def _assert_fits(machine: Machine) -> None:
+    assert not machine.problems()
     # A contracted x * r - y * r is not 0 for equal factors.
     assert "fma.rn" not in machine.ptx
 
@@ -153,26 +58,12 @@ def _factors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
     return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
 
 
-SHIPPED = [
-    # shape, dtype, p: what CI compiles for every architecture
-    ((2, 256, 7, 7), torch.bfloat16, 1),
-    ((2, 256, 7, 7), torch.float32, 2),
-    ((2, 32, 8, 8), torch.bfloat16, 2),
-    ((2, 1024, 7, 7), torch.float32, 1),
-]
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("shape", "dtype", "p"), SHIPPED, ids=str)
-def test_aligned_variants(
-    shape: tuple[int, ...], dtype: torch.dtype, p: int, architecture: int, launches: list[Launch], tmp_path: Path
-) -> None:
-    _run_launchers(*_factors(shape, dtype), p=p)
-    assert len(launches) == 2
-    for launch in launches:
-        machine = _compile(launch, architecture, tmp_path)
-        _assert_fits(machine, launch, architecture)
-        _assert_wide(machine, launch)
+@pytest.mark.parametrize("shipped", list(shipped_launches()), ids=lambda shipped: shipped.name)
+def test_shipped_launches(shipped: ShippedLaunch, architecture: int) -> None:
+    machine = compile_launch(shipped.launch, architecture)
+    _assert_fits(machine)
+    _assert_wide(machine, shipped.launch)
 
 
 @pytest.mark.slow
@@ -180,13 +71,11 @@ def test_aligned_variants(
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [*BUCKETS, 2 * BUCKETS[-1]])
-def test_every_bucket(
-    size: int, dtype: torch.dtype, p: int, architecture: int, launches: list[Launch], tmp_path: Path
-) -> None:
-    _run_launchers(*_factors((2, 16, size // 16), dtype), p=p)
+def test_every_bucket(size: int, dtype: torch.dtype, p: int, architecture: int, launches: list[Launch]) -> None:
+    run_launchers(*_factors((2, 16, size // 16), dtype), p=p)
     for launch in launches:
-        machine = _compile(launch, architecture, tmp_path)
-        _assert_fits(machine, launch, architecture)
+        machine = compile_launch(launch, architecture)
+        _assert_fits(machine)
         if size >= 1024:  # smaller blocks have lanes that share an address
             _assert_wide(machine, launch)
 
@@ -203,11 +92,11 @@ def _unlike(rank: int, size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rank", [2, 3, 4])
 @pytest.mark.parametrize("size", [8000, 16384, 40000])
-def test_unlike_strides(rank: int, size: int, architecture: int, launches: list[Launch], tmp_path: Path) -> None:
-    _run_launchers(*_unlike(rank, size))
+def test_unlike_strides(rank: int, size: int, architecture: int, launches: list[Launch]) -> None:
+    run_launchers(*_unlike(rank, size))
     for launch in launches:
         assert launch.arguments["RANK"] == rank
-        _assert_fits(_compile(launch, architecture, tmp_path), launch, architecture)
+        _assert_fits(compile_launch(launch, architecture))
 
 
 @pytest.mark.slow
@@ -230,19 +119,18 @@ def test_other_dtypes_and_odd_channels_do_not_spill(
     shape: tuple[int, ...],
     architecture: int,
     launches: list[Launch],
-    tmp_path: Path,
 ) -> None:
     if teacher == torch.float8_e4m3fn and architecture == 80:
         pytest.skip("compute capability 8.0 has no float8_e4m3fn")
     weight = torch.ones(())
-    _run_launchers(torch.empty(shape, dtype=student), torch.empty(shape, dtype=teacher), weight=weight)
+    run_launchers(torch.empty(shape, dtype=student), torch.empty(shape, dtype=teacher), weight=weight)
     for launch in launches:
-        _assert_fits(_compile(launch, architecture, tmp_path), launch, architecture)
+        _assert_fits(compile_launch(launch, architecture))
 
 
-def test_the_final_sum_is_ordered_after_every_sample(launches: list[Launch], tmp_path: Path) -> None:
-    _run_launchers(*_factors((2, 32, 8, 8), torch.float32))
-    ptx = _compile(launches[0], 90, tmp_path).ptx
+def test_the_final_sum_is_ordered_after_every_sample(launches: list[Launch]) -> None:
+    run_launchers(*_factors((2, 32, 8, 8), torch.float32))
+    ptx = compile_launch(launches[0], 90).ptx
     count = re.search(r"atom\S*\.acq_rel\S*\.add", ptx)
     assert count is not None
     before, after = ptx[: count.start()], ptx[count.end() :]
@@ -253,45 +141,33 @@ def test_the_final_sum_is_ordered_after_every_sample(launches: list[Launch], tmp
     assert len(re.findall(r"\b(?:atom|red)\.", ptx)) == 1
 
 
-def _key(launch: Launch) -> tuple[str, ...]:
-    """What Triton finds a compiled kernel by: types, specialisations of values and addresses, constants, options."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    _, specialisation, _ = bind(**launch.arguments)
-    return launch.kernel.__name__, str(specialisation), str(launch.options)
-
-
 def test_new_shapes_keep_their_kernel_within_a_power_of_two(launches: list[Launch]) -> None:
     sizes = [(1, 7, 7), (2, 7, 7), (5, 8, 6), (16, 5, 9), (255, 6, 6), (256, 8, 8)]
     for samples, height, width in sizes:
         assert 1024 < 32 * height * width <= 2048
-        _run_launchers(*_factors((samples, 32, height, width), torch.bfloat16))
-    assert len({_key(launch) for launch in launches}) == 2  # forward and backward
+        run_launchers(*_factors((samples, 32, height, width), torch.bfloat16))
+    assert len({cache_key(launch) for launch in launches}) == 2  # forward and backward
 
 
 def test_values_that_change_every_step_keep_their_kernel(launches: list[Launch]) -> None:
     student, teacher = _factors((4, 32, 7, 7), torch.float32)
     for weight in (1.0, 0.0, 500.0, 16.0, 1e-3):
-        _run_launchers(student, teacher, weight=weight)
-    assert len({_key(launch) for launch in launches}) == 2
+        run_launchers(student, teacher, weight=weight)
+    assert len({cache_key(launch) for launch in launches}) == 2
     launches.clear()
     for weight in (1.0, 16.0):
-        _run_launchers(student, teacher, weight=torch.tensor(weight))
-    assert len({_key(launch) for launch in launches}) == 2
+        run_launchers(student, teacher, weight=torch.tensor(weight))
+    assert len({cache_key(launch) for launch in launches}) == 2
 
 
 def test_sample_strides_and_start_addresses_keep_their_kernel(launches: list[Launch]) -> None:
     storage = torch.empty(9, 96, 7, 7)
     for first in (0, 16, 32):
         student = storage[1 : 1 + first // 16 + 1, first : first + 48]
-        _run_launchers(student, torch.empty(student.shape))
+        run_launchers(student, torch.empty(student.shape))
     assert {launch.arguments["ALIGN"] for launch in launches} == {16}
     forward = [launch for launch in launches if "SINGLE_PASS" in launch.arguments]
-    assert len({_key(launch) for launch in forward}) == 1
+    assert len({cache_key(launch) for launch in forward}) == 1
 
 
 def test_odd_addresses_of_weight_and_upstream_keep_their_kernel(launches: list[Launch]) -> None:
@@ -312,20 +188,20 @@ def test_odd_addresses_of_weight_and_upstream_keep_their_kernel(launches: list[L
             student_gradient=True,
             teacher_gradient=False,
         )
-    assert len({_key(launch) for launch in launches}) == 2
+    assert len({cache_key(launch) for launch in launches}) == 2
 
 
 def test_unlike_strides_of_new_sizes_keep_their_kernel(launches: list[Launch]) -> None:
     for height, width in [(7, 7), (5, 9), (8, 8), (6, 7)]:
         student, teacher = _factors((2, 32, height, width), torch.float32)
-        _run_launchers(student, teacher.to(memory_format=torch.channels_last))
+        run_launchers(student, teacher.to(memory_format=torch.channels_last))
     assert {launch.arguments["RANK"] for launch in launches} == {2}
-    assert len({_key(launch) for launch in launches}) == 2
+    assert len({cache_key(launch) for launch in launches}) == 2
 
 
 def test_a_launch_carries_no_descriptor(launches: list[Launch]) -> None:
     # A tensor descriptor costs about as much Python as the rest of a launch.
-    _run_launchers(*_factors((2, 32, 8, 8), torch.float32))
+    run_launchers(*_factors((2, 32, 8, 8), torch.float32))
     for launch in launches:
         for value in launch.arguments.values():
             assert isinstance(value, Tensor | int | float | tuple)

@@ -107,7 +107,7 @@ def head_module(backend, device):
 
 
 def verdicts(backend, device):
-    ways = check_head.ways(backend, torch.float32, SHAPE)
+    ways = check_head.ways(backend, torch.device(device), torch.float32, SHAPE)
     return [
         check_head.check_head(backend, torch.device(device), way, torch.float32, 1, "8x8", SHAPE).ok for way in ways
     ]

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.choices import Work, choose_kernel
-from ftfast.dispatch import extension
+from ftfast.dispatch import extension, load_extension
 from ftfast.ops.maps import as_map
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
-CANDIDATES = ("library", "unfolded")
+# The extension has its own kernel, for bfloat16, where the processor has AVX512-BF16.
+_OWN = ("native",) if hasattr(load_extension()[0], "conv3x3_weight_gradient") else ()
+CANDIDATES = ("library", "unfolded", *_OWN)
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,24 +110,33 @@ def gradients(
         need_input, need_weight: which gradients are wanted.
         transposed: the convolution was; its weight's gradient is that of a convolution from ``dz`` to ``x``, and its
             input's gradient that convolution's result.
-        kernel: one of CANDIDATES for the weight's gradient; by default the one measured fastest.
+        kernel: one of CANDIDATES for the weight's gradient; by default the one measured fastest. "native" takes
+            bfloat16 alone.
 
     Returns:
         The input's gradient, channels_last, and the weight's; None for what is not wanted.
+
+    Raises:
+        ValueError: a kernel that is no candidate here, or not one for this dtype.
     """
     for_input = F.conv2d(dz, cast_weight(parameter, dz.dtype), padding=1) if transposed and need_input else None
     if transposed:
         x, dz = dz, x
-    unfolded = need_weight and (kernel or weight_gradient_kernel(x, dz.shape[1])) == "unfolded"
-    mask = [need_input and not transposed, need_weight and not unfolded, False]
+    if need_weight:
+        kernel = kernel or weight_gradient_kernel(x, dz.shape[1])
+        if kernel not in CANDIDATES:
+            raise ValueError(f"kernel is {kernel!r}; it takes one of {', '.join(CANDIDATES)} here.")
+    mask = [need_input and not transposed, need_weight and kernel == "library", False]
     for_weight = None
     if any(mask):
         found, for_weight, _ = torch.ops.aten.convolution_backward(
             dz, x, cast_weight(parameter, dz.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
         )
         for_input = found if mask[0] else for_input
-    if unfolded:
+    if need_weight and kernel == "unfolded":
         for_weight = _unfolded_weight_gradient(x, dz)
+    if need_weight and kernel == "native":
+        for_weight = _native_weight_gradient(x, dz, parameter)
     return (
         for_input.contiguous(memory_format=torch.channels_last) if for_input is not None else None,
         None if for_weight is None else _as_parameter(for_weight, parameter),
@@ -151,22 +162,43 @@ def _unfolded_weight_gradient(x: Tensor, dz: Tensor) -> Tensor:
     return product.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
 
 
+def _native_weight_gradient(x: Tensor, dz: Tensor, parameter: Tensor) -> Tensor:
+    """Float32 with the parameter's strides, by dot products of two samples' pixels."""
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"kernel is 'native', which takes bfloat16 maps, not {x.dtype}.")
+    samples, channels, height, width = x.shape
+    gradient = torch.empty_like(parameter, dtype=torch.float32)
+    extension().conv3x3_weight_gradient(
+        x.data_ptr(),
+        dz.data_ptr(),
+        samples,
+        height,
+        width,
+        channels,
+        dz.shape[1],
+        gradient.data_ptr(),
+        gradient.stride(),
+        torch.get_num_threads(),
+    )
+    return gradient
+
+
 def _as_parameter(gradient: Tensor, like: Tensor) -> Tensor:
     """The gradient with the parameter's dtype and layout, so that autograd keeps it without a copy."""
-    if like.is_contiguous() and like.dtype == torch.float32:
-        if gradient.dtype == torch.float32 and gradient.is_contiguous():
-            return gradient
-        if gradient.is_contiguous(memory_format=torch.channels_last):
-            outputs, channels = like.shape[:2]
-            placed = torch.empty_like(like)
-            extension().weight_taps_last(
-                gradient.data_ptr(),
-                placed.data_ptr(),
-                _CODES[gradient.dtype],
-                outputs,
-                channels,
-                1.0,
-                torch.get_num_threads(),
-            )
-            return placed
+    if gradient.dtype == like.dtype and gradient.stride() == like.stride():
+        return gradient
+    taps_first = gradient.is_contiguous(memory_format=torch.channels_last)
+    if taps_first and like.is_contiguous() and like.dtype == torch.float32:
+        outputs, channels = like.shape[:2]
+        placed = torch.empty_like(like)
+        extension().weight_taps_last(
+            gradient.data_ptr(),
+            placed.data_ptr(),
+            _CODES[gradient.dtype],
+            outputs,
+            channels,
+            1.0,
+            torch.get_num_threads(),
+        )
+        return placed
     return torch.empty_like(like).copy_(gradient)

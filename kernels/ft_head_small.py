@@ -1,0 +1,383 @@
+"""Triton kernel of a small head in a single pass: six convolutions, both norms, the loss and its direction, one launch.
+
+One program owns one image and computes both sides for it: teacher ``[H*W, Ct] -> Ct -> K -> K`` and student
+``Cs -> Cs -> K -> K``, each ``z = conv3x3(x) + bias``, ``y = leaky_relu(z)``, then loss and direction as in
+ft_head_loss.py. Maps between convolutions go through global memory, where a barrier makes them visible to the program
+that wrote them. Kept for backward: the student's two maps in between, the direction, the reciprocal norms.
+
+Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, section 3.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv3x3_accumulate import multiply_accumulate
+from .ft_head_loss import direction_of, finish_loss
+from .launch import arrival_counters, device_guard
+from .loss_terms import reduction_scale, split_weight, square_root, terms_of
+from .pack_weights import padded_channels
+
+TAPS = 9
+FOLD_BLOCK = 512
+# What one program can hold of an image without a spill: pixels, numbers of 16 bits of a map and of a factor.
+MOST_PIXELS = 64
+MOST_MAP = 64 * 256
+MOST_FACTOR = 64 * 128
+WIDEST_BLOCK = 64
+
+
+class Kept(NamedTuple):
+    """What backward needs: two maps and the direction, ``[N, H, W, C]``, and the reciprocal norms ``[N]``."""
+
+    a1: Tensor
+    a2: Tensor
+    direction: Tensor
+    inverse_norm: Tensor
+
+
+@triton.jit
+def convolve_image(
+    x,
+    weight,
+    height,
+    width,
+    taps,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``out[p, k]``, ``[ROWS, COLUMNS]`` float32, of one image x ``[H * W, CHANNELS]`` with a packed weight.
+
+    ``taps`` is 9 as a run-time number: a constant one would be unrolled, and spill. Rows past ``H * W`` are zeros.
+    """
+    BLOCKS: tl.constexpr = PADDED_CHANNELS // BLOCK
+    row = tl.arange(0, ROWS)
+    down = row // width
+    across = row % width
+    channel_lane = tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)
+    accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(taps * BLOCKS):
+        tap = step // BLOCKS
+        channel = (step % BLOCKS) * BLOCK + channel_lane
+        y = down + tap // 3 - 1
+        z = across + tap % 3 - 1
+        inside = (row < height * width) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+        mask = inside[:, None]
+        if CHANNELS % BLOCK != 0:
+            mask = mask & (channel < CHANNELS)[None, :]
+        values = tl.load(x + (y * width + z)[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
+        factors = tl.load(weight + (tap * PADDED_CHANNELS + channel)[:, None] * COLUMNS + column[None, :])
+        accumulator = multiply_accumulate(values, factors, accumulator, INPUT_PRECISION)
+    return accumulator
+
+
+@triton.jit
+def store_image(y, values, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Rounds ``values [ROWS, COLUMNS]`` and stores what lies inside of an image ``y [pixels, CHANNELS]``."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    mask = (row < pixels)[:, None] & (column < CHANNELS)[None, :]
+    tl.store(y + row[:, None] * CHANNELS + column[None, :], values.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_image(x, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """An image ``x [pixels, CHANNELS]`` as ``[ROWS, COLUMNS]`` float32, zeros outside."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    mask = (row < pixels)[:, None] & (column < CHANNELS)[None, :]
+    return tl.load(x + row[:, None] * CHANNELS + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _layer(
+    x,
+    weight,
+    bias,
+    height,
+    width,
+    taps,
+    negative_slope,
+    CHANNELS_IN: tl.constexpr,
+    PADDED_IN: tl.constexpr,
+    CHANNELS_OUT: tl.constexpr,
+    PADDED_OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``leaky_relu(conv(x) + bias)`` of one image, zeros in the padding of rows and columns."""
+    z = convolve_image(x, weight, height, width, taps, CHANNELS_IN, PADDED_IN, PADDED_OUT, ROWS, BLOCK, INPUT_PRECISION)
+    column = tl.arange(0, PADDED_OUT)
+    z += tl.load(bias + column, mask=column < CHANNELS_OUT, other=0.0)[None, :]
+    z = tl.where((tl.arange(0, ROWS) < height * width)[:, None], z, 0.0)
+    return tl.where(z > 0, z, z * negative_slope)
+
+
+@triton.jit(do_not_specialize=["height", "width", "samples", "taps"])
+def _small_head_forward_kernel(
+    student,  # [N, H, W, Cs]
+    teacher,  # [N, H, W, Ct]
+    factor,  # [N, H, W, K]: the teacher's, given, or scratch to write it to
+    scratch,  # [N, H, W, Ct + K]: the teacher's maps in between
+    student_weight0,  # packed [9 * Cp, Kp] all six
+    student_weight1,
+    student_weight2,
+    student_bias0,
+    student_bias1,
+    student_bias2,
+    teacher_weight0,
+    teacher_weight1,
+    teacher_weight2,
+    teacher_bias0,
+    teacher_bias1,
+    teacher_bias2,
+    a1,  # [N, H, W, Cs]
+    a2,  # [N, H, W, K]
+    direction,  # [N, H, W, K]
+    inverse_norm,  # [N]
+    distances,  # [N]
+    loss,
+    counter,
+    weight,
+    height,
+    width,
+    samples,
+    taps,
+    eps: tl.float64,
+    scale: tl.float64,
+    student_slope: tl.float32,
+    teacher_slope: tl.float32,
+    STUDENT_CHANNELS: tl.constexpr,
+    TEACHER_CHANNELS: tl.constexpr,
+    FACTOR_CHANNELS: tl.constexpr,
+    STUDENT_PADDED: tl.constexpr,
+    TEACHER_PADDED: tl.constexpr,
+    FACTOR_PADDED: tl.constexpr,
+    STUDENT_BLOCK: tl.constexpr,
+    TEACHER_BLOCK: tl.constexpr,
+    FACTOR_BLOCK: tl.constexpr,
+    FACTOR_KNOWN: tl.constexpr,
+    P: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    pixels = height * width
+    factor += n * pixels * FACTOR_CHANNELS
+    if not FACTOR_KNOWN:
+        teacher += n * pixels * TEACHER_CHANNELS
+        first = scratch + n * pixels * (TEACHER_CHANNELS + FACTOR_CHANNELS)
+        second = first + pixels * TEACHER_CHANNELS
+        y = _layer(
+            teacher, teacher_weight0, teacher_bias0, height, width, taps, teacher_slope, TEACHER_CHANNELS,
+            TEACHER_PADDED, TEACHER_CHANNELS, TEACHER_PADDED, ROWS, TEACHER_BLOCK, INPUT_PRECISION,
+        )  # fmt: skip
+        store_image(first, y, pixels, TEACHER_CHANNELS, TEACHER_PADDED, ROWS)
+        tl.debug_barrier()
+        y = _layer(
+            first, teacher_weight1, teacher_bias1, height, width, taps, teacher_slope, TEACHER_CHANNELS,
+            TEACHER_PADDED, FACTOR_CHANNELS, FACTOR_PADDED, ROWS, TEACHER_BLOCK, INPUT_PRECISION,
+        )  # fmt: skip
+        store_image(second, y, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+        tl.debug_barrier()
+        y = _layer(
+            second, teacher_weight2, teacher_bias2, height, width, taps, teacher_slope, FACTOR_CHANNELS,
+            FACTOR_PADDED, FACTOR_CHANNELS, FACTOR_PADDED, ROWS, FACTOR_BLOCK, INPUT_PRECISION,
+        )  # fmt: skip
+        # Held in registers over the student's convolutions it would make larger heads spill.
+        store_image(factor, y, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    student += n * pixels * STUDENT_CHANNELS
+    a1 += n * pixels * STUDENT_CHANNELS
+    a2 += n * pixels * FACTOR_CHANNELS
+    y = _layer(
+        student, student_weight0, student_bias0, height, width, taps, student_slope, STUDENT_CHANNELS, STUDENT_PADDED,
+        STUDENT_CHANNELS, STUDENT_PADDED, ROWS, STUDENT_BLOCK, INPUT_PRECISION,
+    )  # fmt: skip
+    store_image(a1, y, pixels, STUDENT_CHANNELS, STUDENT_PADDED, ROWS)
+    tl.debug_barrier()
+    y = _layer(
+        a1, student_weight1, student_bias1, height, width, taps, student_slope, STUDENT_CHANNELS, STUDENT_PADDED,
+        FACTOR_CHANNELS, FACTOR_PADDED, ROWS, STUDENT_BLOCK, INPUT_PRECISION,
+    )  # fmt: skip
+    store_image(a2, y, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    tl.debug_barrier()
+    s = _layer(
+        a2, student_weight2, student_bias2, height, width, taps, student_slope, FACTOR_CHANNELS, FACTOR_PADDED,
+        FACTOR_CHANNELS, FACTOR_PADDED, ROWS, FACTOR_BLOCK, INPUT_PRECISION,
+    )  # fmt: skip
+    t = load_image(factor, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    floor = tl.full((), eps, tl.float32)
+    student_norm = square_root(tl.sum(tl.sum(s * s, 1), 0))
+    teacher_norm = square_root(tl.sum(tl.sum(t * t, 1), 0))
+    # Written so that a NaN norm stays one.
+    clamped = student_norm < floor
+    student_inverse = 1.0 / tl.where(clamped, floor, student_norm)
+    teacher_inverse = 1.0 / tl.where(teacher_norm < floor, floor, teacher_norm)
+    distance_sum, product_sum, _ = terms_of(s * student_inverse, t * teacher_inverse, P)
+    distance = tl.sum(tl.sum(distance_sum, 1), 0)
+    product = tl.sum(tl.sum(product_sum, 1), 0)
+    unit = 1.0
+    if P == 2:
+        distance = square_root(distance)
+        unit = square_root((pixels * FACTOR_CHANNELS).to(tl.float32)) / tl.where(distance == 0, 1.0, distance)
+        product *= unit
+    product = tl.where(clamped, 0.0, product)
+    d = direction_of(s, t, student_inverse, teacher_inverse, product, unit, student_slope, P)
+    store_image(direction + n * pixels * FACTOR_CHANNELS, d, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    tl.store(inverse_norm + n, student_inverse)
+    finish_loss(loss, distances, counter, weight, distance, n, samples, scale, PER_SAMPLE, WEIGHTED, FOLD)
+
+
+def small_head_fits(
+    device: torch.device,
+    dtype: torch.dtype,
+    height: int,
+    width: int,
+    teacher_channels: int | None,
+    student_channels: int,
+    factor_channels: int,
+) -> str:
+    """Why a head is too large for one program an image, or "" where it fits."""
+    if height * width > MOST_PIXELS:
+        return f"maps of {height}x{width} have more than {MOST_PIXELS} pixels"
+    units = rows_for(height * width) * (dtype.itemsize // 2)
+    if padded_channels(factor_channels) * units > MOST_FACTOR:
+        return f"a factor of {factor_channels} channels on {height}x{width} is too large for one program"
+    sides = (("teacher", teacher_channels or 1), ("student", student_channels), ("factor", factor_channels))
+    for side, channels in sides:
+        # A block's sizes are powers of two.
+        if channels > 64 and triton.next_power_of_2(channels) != padded_channels(channels):
+            return f"the {side}'s {channels} channels are neither up to 64 nor a power of two"
+        if padded_channels(channels) * units > MOST_MAP:
+            return f"the {side}'s {channels} channels on {height}x{width} are too many for one program"
+    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+    if blackwell and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+        return f"Triton {triton.__version__} does not compile it for this device, 3.9 does"
+    return ""
+
+
+def warps_for(*channels: int) -> int:
+    """Warps of a program whose widest product has so many columns."""
+    return 4 if max(padded_channels(count) for count in channels) <= 64 else 8
+
+
+def rows_for(pixels: int) -> int:
+    """Rows of an image's tile: tensor cores want 16 at least."""
+    return max(16, triton.next_power_of_2(pixels))
+
+
+def small_head_forward(
+    student: Tensor,
+    teacher: Tensor | None,
+    teacher_factor: Tensor | None,
+    student_weights: list[Tensor],
+    student_biases: list[Tensor],
+    teacher_weights: list[Tensor],
+    teacher_biases: list[Tensor],
+    *,
+    p: int,
+    reduction: str,
+    eps: float,
+    weight: float | Tensor,
+    student_slope: float,
+    teacher_slope: float,
+) -> tuple[Tensor, Kept]:
+    """The whole forward of a head that :func:`small_head_fits`, in one launch.
+
+    Args:
+        student: ``[N, H, W, Cs]`` contiguous, float32, bfloat16 or float16, none of its sizes 0, on a GPU (on the CPU
+            in Triton's interpreter). Nothing is checked here.
+        teacher: ``[N, H, W, Ct]`` contiguous, in the student's dtype; or None.
+        teacher_factor: ``[N, H, W, K]`` contiguous, also int8 or float8_e4m3fn, where the teacher is None.
+        student_weights, teacher_weights: three each, packed forward in the student's dtype; the teacher's empty where
+            its factor is given.
+        student_biases, teacher_biases: three each, float32.
+        p, reduction, eps, weight: as :func:`ftfast.ft_loss`.
+        student_slope, teacher_slope: of the LeakyReLUs.
+
+    Returns:
+        The loss, float32, 0-d or ``[N]``, and what backward needs.
+    """
+    samples, height, width, student_channels = student.shape
+    device, dtype = student.device, student.dtype
+    factor_channels = student_biases[2].shape[0]
+    known = teacher_factor is not None
+    if teacher_factor is None:
+        assert teacher is not None
+        teacher_channels = teacher.shape[3]
+        teacher_factor = torch.empty((samples, height, width, factor_channels), dtype=dtype, device=device)
+        scratch = torch.empty((samples, height, width, teacher_channels + factor_channels), dtype=dtype, device=device)
+    else:
+        teacher, scratch, teacher_channels = student, student, 1
+        teacher_weights, teacher_biases = student_weights, student_biases
+    per_sample = reduction == "none"
+    loss = torch.empty((samples,) if per_sample else (), dtype=torch.float32, device=device)
+    norms_and_distances = torch.empty((2, samples), dtype=torch.float32, device=device)
+    kept = Kept(
+        torch.empty_like(student),
+        torch.empty((samples, height, width, factor_channels), dtype=dtype, device=device),
+        torch.empty((samples, height, width, factor_channels), dtype=dtype, device=device),
+        norms_and_distances[0],
+    )
+    padded = [padded_channels(count) for count in (student_channels, teacher_channels, factor_channels)]
+    factor, weight_tensor = split_weight(weight, device)
+    with device_guard(device):
+        _small_head_forward_kernel[(samples,)](
+            student,
+            teacher,
+            teacher_factor,
+            scratch,
+            *student_weights,
+            *student_biases,
+            *teacher_weights,
+            *teacher_biases,
+            *kept,
+            norms_and_distances[1],
+            loss,
+            loss if per_sample else arrival_counters(device),
+            loss if weight_tensor is None else weight_tensor,
+            height,
+            width,
+            samples,
+            TAPS,
+            # The reciprocal of a subnormal number would be infinite.
+            max(float(eps), torch.finfo(torch.float32).tiny) if eps else 0.0,
+            reduction_scale(samples, height * width * factor_channels, p, reduction) * factor,
+            student_slope,
+            teacher_slope,
+            STUDENT_CHANNELS=student_channels,
+            TEACHER_CHANNELS=teacher_channels,
+            FACTOR_CHANNELS=factor_channels,
+            STUDENT_PADDED=padded[0],
+            TEACHER_PADDED=padded[1],
+            FACTOR_PADDED=padded[2],
+            STUDENT_BLOCK=min(padded[0], WIDEST_BLOCK),
+            TEACHER_BLOCK=min(padded[1], WIDEST_BLOCK),
+            FACTOR_BLOCK=min(padded[2], WIDEST_BLOCK),
+            FACTOR_KNOWN=known,
+            P=p,
+            PER_SAMPLE=per_sample,
+            WEIGHTED=weight_tensor is not None,
+            ROWS=rows_for(height * width),
+            FOLD=FOLD_BLOCK,
+            INPUT_PRECISION="tf32",
+            num_warps=warps_for(student_channels, 1 if known else teacher_channels),
+            num_stages=3,
+            enable_fp_fusion=False,
+        )
+    return loss, kept
