@@ -5,6 +5,7 @@ import torch
 
 from ftfast import check_head
 from ftfast.check_loss import LAYOUTS, check_case
+from ftfast.dispatch import interpreting
 from ftfast.ops import ft_head_native, ft_loss_native
 from ftfast.ops import ft_loss as op
 from ftfast.ops.ft_loss_launch import launchers
@@ -118,7 +119,7 @@ def test_a_wrong_head_gradient_is_seen(monkeypatch, backend, device, wrong):
     module = head_module(backend, device)
     assert all(verdicts(backend, device))
     right = module.ft_head_backward
-    for place in range(7):
+    for place in (0, 1, 6) if interpreting() else range(7):
 
         def replaced(*args, place=place):
             gradients = right(*args)

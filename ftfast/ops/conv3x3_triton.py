@@ -51,6 +51,13 @@ def nchw(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 3, 1, 2)
 
 
+def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient with the parameter's dtype and layout, so that autograd keeps it without a copy."""
+    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def cast_weight(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight for the library's kernels."""
     return parameter.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -128,7 +135,7 @@ def gradients(
         for_weight, _ = conv3x3_weight_gradient.conv3x3_weight_gradient(
             nhwc(sides[0]), nhwc(sides[1]), bias=False, scale=scale
         )
-        for_weight = for_weight.to(parameter.dtype)
+        for_weight = like_parameter(for_weight, parameter)
     by_library = [need_input and not own_input, need_weight and not own_weight, False]
     if any(by_library):
         found_input, found_weight, _ = torch.ops.aten.convolution_backward(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ftfast.choices import Work, choose_kernel
-from ftfast.kernels import ft_head_small, ft_head_small_backward
+from ftfast.kernels import ft_head_grouped, ft_head_grouped_backward, ft_head_small, ft_head_small_backward
 from ftfast.kernels.pack_weights import PackedWeight, pack_weights
 from ftfast.ops import ft_head_layers
+from ftfast.ops.conv3x3_triton import like_parameter
 from ftfast.ops.convolution_stack import Stack, prepare_once
 from ftfast.ops.ft_head_plan import Head
 
@@ -29,7 +30,7 @@ def candidates(
 ) -> tuple[str, ...]:
     """The ways that can compute a head of this student map ``[N, C, H, W]``."""
     misfit = _misfit(device, dtype, shape, factor_channels, teacher_channels)
-    return (LAYERS,) if misfit else (SINGLE_PASS, LAYERS)
+    return (LAYERS, GROUPED) if misfit else (SINGLE_PASS, LAYERS, GROUPED)
 
 
 def _misfit(
@@ -91,7 +92,8 @@ def ft_head_forward(
     if head.plan.kernel == LAYERS:
         return ft_head_layers.ft_head_forward(student, teacher, teacher_factor, head, keep=keep)
     dtype, translator = head.plan.dtype, head.translator
-    forward: Any = ft_head_small.small_head_forward
+    single_pass = head.plan.kernel == SINGLE_PASS
+    forward: Any = ft_head_small.small_head_forward if single_pass else ft_head_grouped.grouped_head_forward
     packed: list[PackedWeight] = pack_weights(translator.weights, dtype, backward=keep)
     teacher_weights, teacher_biases = _frozen(head.paraphraser if teacher_factor is None else None, dtype)
     if teacher_factor is not None:
@@ -118,8 +120,11 @@ def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: t
     """Gradients of the student's features and of ``(weight, bias, weight, ...)``; None for what is not needed."""
     if head.plan.kernel == LAYERS:
         return ft_head_layers.ft_head_backward(kept, upstream, head, needed)
-    module: Any = ft_head_small
-    backward: Any = ft_head_small_backward.small_head_backward
+    single_pass = head.plan.kernel == SINGLE_PASS
+    module: Any = ft_head_small if single_pass else ft_head_grouped
+    backward: Any = (
+        ft_head_small_backward.small_head_backward if single_pass else ft_head_grouped_backward.grouped_head_backward
+    )
     student, *between = kept
     options, translator = head.options, head.translator
     for_student, for_weights, for_biases = backward(
@@ -137,5 +142,5 @@ def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: t
     for weight, bias, for_weight, for_bias in zip(
         translator.weights, translator.biases, for_weights, for_biases, strict=True
     ):
-        gradients += [for_weight.to(weight.dtype), for_bias.to(bias.dtype)]
+        gradients += [like_parameter(for_weight, weight), like_parameter(for_bias, bias)]
     return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]

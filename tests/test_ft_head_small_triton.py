@@ -1,0 +1,514 @@
+"""The single-pass head's kernels, through their launchers, against torch in float64.
+
+On a GPU they run there; elsewhere in Triton's interpreter, which cannot see a race, a missing barrier or a stale cache
+line.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftfast import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("Triton's kernels run on a GPU, or with TRITON_INTERPRET=1", allow_module_level=True)
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+forward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small")
+backward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_backward")
+launch = pytest.importorskip("ftfast.kernels.launch")
+packing = pytest.importorskip("ftfast.kernels.pack_weights")
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+EPS = 1e-12
+STUDENT_SLOPE, TEACHER_SLOPE = 0.2, 0.1
+# Relative L2 errors in float32. On a GPU the products are TF32, which for p = 1 turns signs of a - b.
+FLOAT32_ERROR = {1: 1e-5, 2: 1e-5} if INTERPRETED else {1: 1e-1, 2: 1e-2}
+# In 16 bits a result may be off by so many times what torch's layers are with maps rounded alike, and one rounding.
+# The interpreter cuts bfloat16 off where a GPU rounds to nearest.
+ALLOWANCE = {torch.float16: 1.5, torch.bfloat16: 3.0 if INTERPRETED else 1.5}
+NAMES = ("loss", "dx", "dW0", "dW1", "dW2", "db0", "db1", "db2")
+
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+
+
+class Shape(NamedTuple):
+    samples: int
+    student: int
+    teacher: int
+    factor: int
+    height: int
+    width: int
+
+
+RESNET = Shape(3, 64, 64, 32, 8, 8)
+SMALL = Shape(3, 12, 20, 10, 4, 4)
+SHAPES = [
+    RESNET,
+    RESNET._replace(samples=1),
+    Shape(2, 12, 24, 12, 7, 7),
+    Shape(7, 24, 12, 20, 3, 5),
+    SMALL,
+    Shape(2, 16, 40, 33, 1, 2),
+    Shape(2, 5, 3, 3, 1, 1),
+    Shape(1, 72, 128, 66, 2, 2),
+]
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+class Head(NamedTuple):
+    """A head's operands: features ``[N, H, W, C]`` and ``(weight, bias)`` of three layers a side, in float32."""
+
+    student: Tensor
+    teacher: Tensor
+    student_layers: Layers
+    teacher_layers: Layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.student.dtype
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, torch.float32)
+
+
+def make_layers(inputs: int, factor: int, dtype: torch.dtype, seed: int) -> Layers:
+    """Weights are exact in the dtype that they are packed in."""
+    layers = []
+    for place, (count, outputs) in enumerate(((inputs, inputs), (inputs, factor), (factor, factor))):
+        weight = normal(outputs, count, 3, 3, seed=seed + place) / (4 * count) ** 0.5
+        layers.append((weight.to(dtype).float(), normal(outputs, seed=seed + place) / 5))
+    return layers
+
+
+def make(shape: Shape, dtype: torch.dtype = torch.float32) -> Head:
+    samples, student, teacher, factor, height, width = shape
+    return Head(
+        normal(samples, height, width, student, seed=1).to(dtype),
+        normal(samples, height, width, teacher, seed=2).to(dtype),
+        make_layers(student, factor, dtype, seed=3),
+        make_layers(teacher, factor, dtype, seed=7),
+    )
+
+
+def forward(
+    head: Head,
+    *,
+    p: int = 1,
+    reduction: str = "mean",
+    weight: float | Tensor = 1.0,
+    eps: float = EPS,
+    teacher_factor: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    known = teacher_factor is not None
+    pack = [packing.pack_weights([weight for weight, _ in layers], head.dtype, backward=False) for layers in head[2:]]
+    loss, kept = forward_kernels.small_head_forward(
+        head.student,
+        None if known else head.teacher,
+        teacher_factor,
+        [packed.forward for packed in pack[0]],
+        [bias for _, bias in head.student_layers],
+        [] if known else [packed.forward for packed in pack[1]],
+        [] if known else [bias for _, bias in head.teacher_layers],
+        p=p,
+        reduction=reduction,
+        eps=eps,
+        weight=weight,
+        student_slope=STUDENT_SLOPE,
+        teacher_slope=TEACHER_SLOPE,
+    )
+    return loss, kept
+
+
+def backward(
+    head: Head,
+    kept: Any,
+    upstream: Tensor,
+    *,
+    p: int = 1,
+    reduction: str = "mean",
+    weight: float | Tensor = 1.0,
+    need_student_gradient: bool = True,
+) -> list[Tensor | None]:
+    """dx, three dW and three db."""
+    packed = packing.pack_weights([weight for weight, _ in head.student_layers], head.dtype, backward=True)
+    dx, weights, biases = backward_kernels.small_head_backward(
+        head.student,
+        kept,
+        [layer.backward for layer in packed],
+        upstream,
+        p=p,
+        reduction=reduction,
+        weight=weight,
+        negative_slope=STUDENT_SLOPE,
+        need_student_gradient=need_student_gradient,
+    )
+    return [dx, *weights, *biases]
+
+
+class _Rounded(torch.autograd.Function):
+    """A map that torch keeps in 16 bits, and its gradient with it."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def stack(x: Tensor, layers: Layers, slope: float, rounding: torch.dtype) -> Tensor:
+    for weight, bias in layers:
+        z = F.conv2d(x, weight, bias, padding=1)
+        x = F.leaky_relu(z, slope)
+        if rounding.itemsize == 2:
+            x = _Rounded.apply(x, rounding)
+    return x
+
+
+def expected(
+    head: Head,
+    upstream: Tensor,
+    *,
+    p: int = 1,
+    reduction: str = "mean",
+    weight: float | Tensor = 1.0,
+    eps: float = EPS,
+    teacher_factor: Tensor | None = None,
+    rounding: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Loss, dx, dW and db in float64; with 16 bits of rounding, as torch's layers are with maps kept in these."""
+    student = head.student.double().permute(0, 3, 1, 2).requires_grad_()
+    layers = [(each.double().requires_grad_(), bias.double().requires_grad_()) for each, bias in head.student_layers]
+    if teacher_factor is None:
+        fixed = [(each.double(), bias.double()) for each, bias in head.teacher_layers]
+        t = stack(head.teacher.double().permute(0, 3, 1, 2), fixed, TEACHER_SLOPE, rounding)
+    else:
+        t = teacher_factor.float().double().permute(0, 3, 1, 2)
+    s = stack(student, layers, STUDENT_SLOPE, rounding)
+    loss = reference.ft_loss(s, t, p=p, reduction=reduction, eps=eps, weight=weight)
+    inputs = [student, *(each for each, _ in layers), *(bias for _, bias in layers)]
+    dx, *others = torch.autograd.grad(loss, inputs, upstream.double())
+    return [loss.detach(), dx.permute(0, 2, 3, 1), *others]
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    assert result.shape == truth.shape
+    return float((result.double() - truth).norm() / truth.norm())
+
+
+def upstream_of(head: Head, reduction: str, seed: int = 9) -> Tensor:
+    """Of the size of the loss weights and AMP scales that training multiplies a mean with, and never 1."""
+    samples = head.student.shape[0]
+    upstream = normal(samples if reduction == "none" else 1, seed=seed)
+    upstream = head.student.numel() * (upstream + 2 * upstream.sign())
+    return upstream if reduction == "none" else upstream[0]
+
+
+def assert_agrees(
+    head: Head, *, bounds: list[float] | None = None, upstream: Tensor | None = None, **options: Any
+) -> None:
+    p, reduction = options.get("p", 1), options.get("reduction", "mean")
+    if upstream is None:
+        upstream = upstream_of(head, reduction)
+    loss, kept = forward(head, **options)
+    assert loss.dtype == torch.float32
+    for_backward = {name: value for name, value in options.items() if name in ("p", "reduction", "weight")}
+    found = [loss, *backward(head, kept, upstream, **for_backward)]
+    truth = expected(head, upstream, **options)
+    if bounds is None and head.dtype == torch.float32:
+        bounds = [FLOAT32_ERROR[p]] * len(truth)
+    elif bounds is None:
+        eager = expected(head, upstream, rounding=head.dtype, **options)
+        step = torch.finfo(head.dtype).eps
+        bounds = [
+            ALLOWANCE[head.dtype] * relative_error(one, other) + step for one, other in zip(eager, truth, strict=True)
+        ]
+    for name, got, wanted, bound in zip(NAMES, found, truth, bounds, strict=True):
+        assert got is not None
+        assert got.dtype == (head.dtype if name == "dx" else torch.float32)
+        error = relative_error(got, wanted)
+        assert error <= bound, f"{name} is off by {error:.1e}, more than {bound:.1e}"
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_float32_agrees_with_float64(shape: Shape, p: int) -> None:
+    assert_agrees(make(shape), p=p)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [RESNET, Shape(6, 24, 12, 20, 3, 5)], ids=["8x8", "3x5"])
+def test_16_bits_are_no_worse_than_torchs_layers(shape: Shape, dtype: torch.dtype, p: int) -> None:
+    assert_agrees(make(shape, dtype), p=p)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+def test_reductions(reduction: str, p: int) -> None:
+    assert_agrees(make(SMALL), p=p, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_weight_that_is_a_tensor(dtype: torch.dtype, reduction: str) -> None:
+    weight = torch.tensor(500.0, dtype=dtype, device=DEVICE)
+    assert_agrees(make(SMALL), reduction=reduction, weight=weight)
+
+
+def test_a_weight_that_is_a_number() -> None:
+    assert_agrees(make(SMALL), weight=-0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_upstream_gradients_of_samples_with_any_stride_and_size(dtype: torch.dtype) -> None:
+    # Far apart in size, but for 16 bits not so far that a sample's share of a sum does not matter.
+    apart = torch.tensor([1e-3, 5.0, -2.0, 5.0, 7.0, 5.0], device=DEVICE)[::2]
+    assert_agrees(make(SMALL, dtype), reduction="none", upstream=apart, p=2)
+    assert_agrees(make(SMALL, dtype), reduction="none", upstream=torch.tensor(-3.0, device=DEVICE).expand(3), p=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nothing_underflows_under_a_mean_and_an_upstream_gradient_of_1(dtype: torch.dtype) -> None:
+    head = make(RESNET, dtype)
+    upstream = torch.ones((), device=DEVICE)
+    weight = 1e-6
+    loss, kept = forward(head, weight=weight)
+    found = [loss, *backward(head, kept, upstream, weight=weight)]
+    truth = expected(head, upstream, weight=weight)
+    eager = expected(head, upstream, weight=weight, rounding=dtype)
+    for name, got, wanted, rounded in zip(NAMES, found, truth, eager, strict=True):
+        # The features' gradient is below float16's smallest number, all others are float32.
+        if name != "dx" or dtype == torch.bfloat16:
+            bound = ALLOWANCE[dtype] * relative_error(rounded, wanted) + torch.finfo(dtype).eps
+            assert relative_error(got, wanted) <= bound, name
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_tiny_float16_features_give_right_gradients(p: int) -> None:
+    head = make(RESNET, torch.float16)
+    layers = [[(weight, torch.zeros_like(bias)) for weight, bias in side] for side in head[2:]]
+    head = Head(head.student * 1e-6, head.teacher * 1e-6, *layers)
+    # The maps are subnormal, and keep four bits.
+    assert_agrees(head, p=p, bounds=[0.1] * len(NAMES), upstream=torch.ones((), device=DEVICE))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_far_apart(dtype: torch.dtype, p: int) -> None:
+    head = make(SMALL, dtype)
+    layers = [(weight, torch.zeros_like(bias)) for weight, bias in head.student_layers]
+    scales = torch.tensor([1.0, 30.0, 0.1], device=DEVICE, dtype=dtype)
+    assert_agrees(head._replace(student=head.student * scales[:, None, None, None], student_layers=layers), p=p)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_student_factor_of_zeros_gives_what_torch_gives(dtype: torch.dtype, p: int) -> None:
+    head = make(SMALL, dtype)
+    layers = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in head.student_layers]
+    head = head._replace(student_layers=layers)
+    upstream = torch.tensor(0.5, device=DEVICE)
+    loss, kept = forward(head, p=p)
+    truth = expected(head, upstream, p=p)
+    found = [loss, *backward(head, kept, upstream, p=p)]
+    for name, got, wanted in zip(NAMES, found, truth, strict=True):
+        assert got is not None
+        assert bool(got.isfinite().all()), name
+        if bool(wanted.any()):
+            assert relative_error(got, wanted) <= (1e-2 if dtype == torch.float16 else FLOAT32_ERROR[p]), name
+        else:
+            assert not got.any(), name
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_clamped_norms(p: int) -> None:
+    head = make(SMALL)
+    norms = forward(head)[1].inverse_norm.reciprocal()
+    for eps in (float(norms.mean()), 100.0 * float(norms.max())):
+        assert_agrees(head, p=p, eps=eps)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_nan_comes_through(side: str, value: float) -> None:
+    head = make(SMALL)
+    getattr(head, side)[1, 2, 1, 3] = value
+    loss, kept = forward(head, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
+    dx, *parameters = backward(head, kept, torch.ones_like(loss), reduction="none")
+    assert dx is not None
+    assert bool(dx[1].isnan().any())
+    assert bool(dx[::2].isfinite().all())
+    assert all(gradient is not None and bool(gradient.isnan().any()) for gradient in parameters)
+    assert bool(forward(head)[0].isnan())
+
+
+def test_a_nan_upstream_gradient_comes_through() -> None:
+    head = make(SMALL)
+    _, kept = forward(head)
+    for gradient in backward(head, kept, torch.tensor(math.nan, device=DEVICE)):
+        assert gradient is not None
+        assert bool(gradient.isnan().all())
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_a_known_teacher_factor(stored: torch.dtype, p: int) -> None:
+    if not INTERPRETED and stored == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this device has no float8_e4m3fn")
+    head = make(SMALL)
+    factor = 40 * normal(*head.student.shape[:3], SMALL.factor, seed=5)
+    factor = (factor.round().clamp(-127, 127) if stored == torch.int8 else factor).to(stored)
+    assert_agrees(head, p=p, teacher_factor=factor)
+
+
+def test_two_runs_are_bit_equal_and_what_is_kept_stays_as_it_is() -> None:
+    head = make(SMALL._replace(samples=7), torch.float16)
+    upstream = upstream_of(head, "mean")
+    loss, kept = forward(head)
+    copies = [tensor.clone() for tensor in kept]
+    first = backward(head, kept, upstream)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(kept, copies, strict=True))
+    again, kept_again = forward(head)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(kept_again, copies, strict=True))
+    for _ in range(2):
+        second = backward(head, kept, upstream)
+        assert all(one is not None and torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+@on_gpu
+def test_a_thousand_runs_are_bit_equal() -> None:
+    head = make(RESNET._replace(samples=128), torch.bfloat16)
+    upstream = upstream_of(head, "mean")
+    loss, kept = forward(head)
+    first = backward(head, kept, upstream)
+    for _ in range(1000):
+        again, kept_again = forward(head)
+        assert torch.equal(loss, again)
+        assert all(torch.equal(one, two) for one, two in zip(kept, kept_again, strict=True))
+        second = backward(head, kept, upstream)
+        assert all(one is not None and torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_without_the_features_gradient_the_others_are_the_same() -> None:
+    head = make(SMALL)
+    upstream = upstream_of(head, "mean")
+    _, kept = forward(head)
+    dx, *parameters = backward(head, kept, upstream)
+    none, *alone = backward(head, kept, upstream, need_student_gradient=False)
+    assert dx is not None
+    assert none is None
+    assert all(one is not None and torch.equal(one, two) for one, two in zip(parameters, alone, strict=True))
+
+
+def test_counters_are_left_at_zero() -> None:
+    head = make(SMALL)
+    _, kept = forward(head)
+    backward(head, kept, upstream_of(head, "mean"))
+    assert launch._counters
+    assert not any(bool(counters.any()) for counters in launch._counters.values())
+
+
+class _Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any, launches: list[str], name: str) -> None:
+        self._kernel, self._launches, self._name = kernel, launches, name
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        self._launches.append(self._name)
+        started: Callable[..., Any] = self._kernel[grid]
+        return started
+
+
+def _count(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[str]:
+    launches: list[str] = []
+    for module in modules:
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, _Counted(kernel, launches, name))
+    return launches
+
+
+def test_a_step_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make(SMALL)
+    teacher = packing.pack_weights([weight for weight, _ in head.teacher_layers], head.dtype, backward=False)
+    launches = _count(monkeypatch, packing, forward_kernels, backward_kernels)
+    student = packing.pack_weights([weight for weight, _ in head.student_layers], head.dtype, backward=True)
+    options: dict[str, Any] = {"p": 1, "reduction": "mean", "weight": 1.0}
+    loss, kept = forward_kernels.small_head_forward(
+        head.student,
+        head.teacher,
+        None,
+        [packed.forward for packed in student],
+        [bias for _, bias in head.student_layers],
+        [packed.forward for packed in teacher],
+        [bias for _, bias in head.teacher_layers],
+        eps=EPS,
+        student_slope=STUDENT_SLOPE,
+        teacher_slope=TEACHER_SLOPE,
+        **options,
+    )
+    backward_kernels.small_head_backward(
+        head.student,
+        kept,
+        [packed.backward for packed in student],
+        torch.ones_like(loss),
+        negative_slope=STUDENT_SLOPE,
+        need_student_gradient=True,
+        **options,
+    )
+    assert launches == [
+        "_pack_weights_kernel",
+        "_small_head_forward_kernel",
+        "_small_head_input_gradients_kernel",
+        "_small_head_weight_gradients_kernel",
+    ]
+
+
+def fits(shape: Shape, dtype: torch.dtype = torch.bfloat16, teacher: bool = True) -> str:
+    reason: str = forward_kernels.small_head_fits(
+        torch.device("cpu"),
+        dtype,
+        shape.height,
+        shape.width,
+        shape.teacher if teacher else None,
+        shape.student,
+        shape.factor,
+    )
+    return reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_what_is_tested_fits(shape: Shape, dtype: torch.dtype) -> None:
+    assert not fits(shape, dtype)
+
+
+def test_cifar_heads_fit_and_others_are_refused_in_words() -> None:
+    assert not fits(RESNET)
+    assert not fits(RESNET._replace(factor=64))
+    assert not fits(Shape(128, 128, 128, 64, 8, 8))
+    assert not fits(Shape(128, 64, 256, 64, 8, 8))
+    assert "14x14" in fits(RESNET._replace(height=14, width=14))
+    assert "factor" in fits(RESNET._replace(factor=512))
+    assert "teacher" in fits(RESNET._replace(teacher=2048))
+    assert "student" in fits(RESNET._replace(student=2048))
+    assert not fits(RESNET._replace(teacher=2048), teacher=False)
