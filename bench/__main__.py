@@ -103,7 +103,14 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads or quiet.usable_cores())
     # Idle compile workers would share the cores with what is measured.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    chosen = {name: benches[name] for name in dict.fromkeys(options.what or benches)}
+    chosen = {}
+    for name in dict.fromkeys(options.what or benches):
+        if not (refusal := benches[name].refuses(settings)):
+            chosen[name] = benches[name]
+        elif options.what:
+            parser.error(refusal)
+        else:
+            print(f"python -m bench: {refusal}", file=sys.stderr)
     record = measure(chosen, settings, arguments, options.quick)
     if options.out is not None:
         save(record, options.out)

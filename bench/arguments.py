@@ -12,7 +12,17 @@ from bench.measuring import QUICK_PLAN, Plan
 from bench.peers import PEERS
 from bench.records import RecordError, load
 from bench.registry import Bench, Settings
-from bench.shapes import DEFAULT_SHAPES, QUICK_SHAPES, SHAPES, parse_shape
+from bench.shapes import (
+    DEFAULT_HEADS,
+    DEFAULT_SHAPES,
+    HEADS,
+    QUICK_HEADS,
+    QUICK_SHAPES,
+    SHAPES,
+    head_on,
+    parse_head,
+    parse_shape,
+)
 from ftfast import dispatch
 
 DTYPES = {
@@ -26,8 +36,10 @@ further commands:
 
 examples:
   python -m bench                                      everything
+  python -m bench resources                            what the Triton kernels take of a GPU, without one
   python -m bench ft_loss --quick                      a look, not to be quoted
   python -m bench ft_loss --shapes 64x32x8x8 --dtype float16 --json
+  python -m bench ft_head --heads imagenet-r34-r18,32x64:32x8x8 --peers eager
   python -m bench --out bench/records/NAME.json        a record to commit
 
 A candidate that is wrong against the float64 reference gets no figure, and the exit status is then 1.
@@ -102,13 +114,22 @@ def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where it is")
     parser.add_argument(
         "--dtype", type=comma_list("dtypes", one_of("dtype", DTYPES)), metavar="LIST",
-        help=f"of {', '.join(DTYPES)}, with commas; default: float32,bfloat16 (--quick: float32)",
+        help=f"of {', '.join(DTYPES)}, with commas; default: float32,bfloat16 (--quick: float32); "
+        "of heads and their convolutions bfloat16",
     )  # fmt: skip
     parser.add_argument(
         "--shapes", type=comma_list("shapes", parse_shape), metavar="LIST",
         help="factors, by the pair that makes them or as NxCxHxW, with commas: "
         + ", ".join(f"{name} ({shape})" for name, shape in SHAPES.items())
         + f"; default: {','.join(DEFAULT_SHAPES)} (--quick: {','.join(QUICK_SHAPES)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heads", type=comma_list("heads", parse_head), metavar="LIST",
+        help="heads of ft_head and conv3x3, by the pair that they stand between or as NxSTUDENT+TEACHER:FACTORxHxW, "
+        + "with commas: "
+        + ", ".join(f"{name} ({shape})" for name, shape in HEADS.items())
+        + "; default: " + "; ".join(f"on {device} {','.join(names)}" for device, names in DEFAULT_HEADS.items())
+        + f" (--quick: {','.join(QUICK_HEADS)}); on the CPU large ones have a smaller batch",
     )  # fmt: skip
     parser.add_argument(
         "--layouts", type=comma_list("layouts", one_of("layout", {name: name for name in LAYOUTS})), metavar="LIST",
@@ -166,6 +187,7 @@ def settings_from(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     names = QUICK_SHAPES if options.quick else DEFAULT_SHAPES
     dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
     peers = ("eager",) if options.quick else tuple(PEERS)
+    heads = options.heads or [HEADS[name] for name in (QUICK_HEADS if options.quick else DEFAULT_HEADS[device])]
     return Settings(
         device=torch.device(device),
         dtypes=options.dtype or dtypes,
@@ -173,4 +195,7 @@ def settings_from(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         layouts=options.layouts,
         peers=peers if options.peers is None else options.peers,
         plan=Plan(options.blocks or plan.blocks, plan.warmups, plan.calls, plan.block_seconds, options.seed),
+        heads=tuple(dict.fromkeys(head_on(head, device) for head in heads)),
+        head_dtypes=options.dtype or (torch.bfloat16,),
+        quick=options.quick,
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.gate import Gate
+from bench.gate import Errors, Gate
 
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
@@ -24,7 +24,7 @@ class Candidate:
         step: on the clock.
         prepare: before every step, off the clock.
         least_bytes: the fewest bytes of memory traffic that the step's result needs; GB/s are counted from these.
-        gate: judges the candidate, or None where it computes no loss.
+        gate: judges the candidate, or None where nothing is computed that could be wrong.
         details: further fields of its record row.
     """
 
@@ -33,7 +33,7 @@ class Candidate:
     step: Callable[[], object]
     prepare: Callable[[], object] = nothing
     least_bytes: int | None = None
-    gate: Callable[[], Gate] | None = None
+    gate: Callable[[], Gate | Errors] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -1,5 +1,6 @@
 """The correctness gate: a candidate that is wrong gets no figure."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +52,49 @@ def limits(factor_dtype: torch.dtype, *, rounds_throughout: bool) -> Limits:
     if rounds_throughout:
         return Limits(loss=4 * eps, scale=4 * eps, gradient=16 * eps)
     return Limits(loss=1e-5, scale=5e-4, gradient=eps)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Several results against float64: relative errors by what they are of, None where they are not finite.
+
+    Attributes:
+        reason: empty where ``passed``, else what is wrong in one sentence.
+    """
+
+    passed: bool
+    errors: dict[str, float | None]
+    reason: str = ""
+
+
+def relative_errors(name: str, found: Tensor, expected: Tensor) -> dict[str, float]:
+    """The relative L2 error and, but of a single number, that of the length along ``expected``.
+
+    Rounding leaves the latter small in every dtype.
+    """
+    found, expected = found.detach().double().flatten(), expected.detach().double().flatten()
+    square = expected @ expected
+    errors = {name: ((found - expected).norm() / square.sqrt()).item()}
+    if expected.numel() > 1:
+        errors[length_of(name)] = abs((found @ expected / square).item() - 1)
+    return errors
+
+
+def length_of(name: str) -> str:
+    """What :func:`relative_errors` calls the error of the length."""
+    return f"length of the {name}"
+
+
+def within(errors: dict[str, float], limits: dict[str, float]) -> Errors:
+    """Whether every error keeps to its limit."""
+    # Written so that a nan is over the limit.
+    wrong = [
+        f"the {name} is off by {error:.1e} (limit {limits[name]:.1e})"
+        for name, error in errors.items()
+        if not error <= limits[name]
+    ]
+    finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    return Errors(not wrong, finite, "; ".join(wrong))
 
 
 class Judge:

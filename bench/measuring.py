@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.candidates import Candidate, Group
 from bench.clocks import Clock
-from bench.gate import Gate
+from bench.gate import Errors, Gate
 from bench.records import Row, Timing
 
 
@@ -75,8 +75,8 @@ def measure_group(group: Group, clock: Clock, plan: Plan, advance: Callable[[str
     try:
         candidates = group.build()
     except Exception as error:  # The other groups are still to be measured.
-        return [Row(group.bench, group.name, "all", "build", None, reason=_raised(error), details=dict(group.details))]
-    verdicts: list[tuple[Gate | None, str]] = []
+        return [Row(group.bench, group.name, "all", "build", None, reason=raised(error), details=dict(group.details))]
+    verdicts: list[tuple[Gate | Errors | None, str]] = []
     for candidate in candidates:
         advance(candidate.name)
         verdicts.append(_verdict(candidate))
@@ -110,19 +110,20 @@ def measure_group(group: Group, clock: Clock, plan: Plan, advance: Callable[[str
     return rows
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception) -> str:
+    """Why there is no figure, in words."""
     first_line = str(error).strip().partition("\n")[0]
     return f"it raises {type(error).__name__}: {first_line}"
 
 
-def _verdict(candidate: Candidate) -> tuple[Gate | None, str]:
+def _verdict(candidate: Candidate) -> tuple[Gate | Errors | None, str]:
     """The gate's finding and why the candidate is not timed, empty where it is."""
     try:
         gate = candidate.gate() if candidate.gate else None
         candidate.prepare()
         candidate.step()
     except Exception as error:  # A peer that cannot run must not end the others' measurement.
-        return None, _raised(error)
+        return None, raised(error)
     if gate is not None and not gate.passed:
         return gate, f"gate is red: {gate.reason}"
     return gate, ""

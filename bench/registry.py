@@ -11,7 +11,7 @@ from rich.table import Table
 import bench
 from bench.measuring import Plan
 from bench.records import Record, Row
-from bench.shapes import FactorShape
+from bench.shapes import FactorShape, HeadShape
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Settings:
         dtypes, shapes, layouts: measured in every combination; layouts are ``"nchw"`` and ``"channels_last"``.
         peers: names in :data:`bench.peers.PEERS`.
         plan: how long to measure.
+        heads, head_dtypes: the same for benches of whole heads and of their convolutions.
+        quick: a look is wanted, not figures.
     """
 
     device: torch.device
@@ -31,6 +33,14 @@ class Settings:
     layouts: tuple[str, ...]
     peers: tuple[str, ...]
     plan: Plan
+    heads: tuple[HeadShape, ...] = ()
+    head_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    quick: bool = False
+
+
+def runs_anywhere(_: "Settings") -> str:
+    """A bench that refuses no settings."""
+    return ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Bench:
         tables: the rows of this bench for the terminal.
         markdown: the README's block from the newest record of each device type, ``"cpu"`` and ``"cuda"``.
         formula: what the rows' ``least_bytes`` counts.
+        refuses: why it cannot run here, one sentence, or nothing.
     """
 
     summary: str
@@ -52,6 +63,7 @@ class Bench:
     tables: Callable[[list[Row]], Iterable[Table]]
     markdown: Callable[[dict[str, tuple[str, Record]]], str]
     formula: str = ""
+    refuses: Callable[[Settings], str] = runs_anywhere
 
 
 def discover() -> dict[str, Bench]:
