@@ -3,7 +3,7 @@
 A map ``[N, H, W, C]`` is a matrix of pixels ``[N * H * W, C]`` where the neighbour under a tap is ``dy * W + dx`` rows
 further on; rows that a shift takes over the map's border count as zeros. So :func:`accumulate_taps` has tiles without
 overhang at any map size. :func:`accumulate_pixels` multiplies two maps with each other: it reads them line by line,
-where the border needs no mask in registers, which would keep the tensor cores from reading both in place.
+where a descriptor's zeros are the border and no mask is needed.
 """
 
 # mypy: disallow-incomplete-defs=False

@@ -73,20 +73,18 @@ def _store_gradient_half(
 ):
     gradient *= factor
     if HAS_OUTPUT:
-        lane = tl.arange(0, BM)
         column = first_column + tl.arange(0, HALF)
-        present = (first_pixel + lane < pixels)[:, None]
         if DESCRIPTORS:
             values = output.load([first_pixel, first_column])
         else:
             start = output + first_pixel.to(tl.int64) * CHANNELS
-            mask = present & (column < CHANNELS)[None, :]
+            lane = tl.arange(0, BM)
+            mask = (first_pixel + lane < pixels)[:, None] & (column < CHANNELS)[None, :]
             values = tl.load(start + lane[:, None] * CHANNELS + column[None, :], mask=mask, other=0.0)
         gradient *= tl.where(values.to(tl.float32) > 0, 1.0, negative_slope)
-        # Rows past the last pixel are neighbours of pixels: what their taps add up to is not zero.
-        sums = tl.sum(tl.where(present, gradient, 0.0), 0)
+        # Rows past the last pixel are zeros: taps stay in their image, and there is none.
         start = partials + (first_pixel // BM).to(tl.int64) * CHANNELS
-        tl.store(start + column, sums, mask=column < CHANNELS)
+        tl.store(start + column, tl.sum(gradient, 0), mask=column < CHANNELS)
     store_tile(dx, gradient, first_pixel, first_column, pixels, CHANNELS, BM, HALF, DESCRIPTORS)
 
 

@@ -156,7 +156,8 @@ def _sum_weight_gradient_kernel(
 ):
     """``dw [K, C, 3, 3] = scale * sum of partials [splits, 9, C, K]``, ``db [K]`` likewise from ``[pieces, K]``.
 
-    The first programs own OUTPUTS by INPUTS weights, all taps of them; those after them BIAS_COLUMNS of db.
+    The first programs own OUTPUTS by INPUTS weights, all taps of them; those after them BIAS_COLUMNS of db. One split
+    has fewer than 2**31 numbers.
     """
     TILES: tl.constexpr = ((COLUMNS + OUTPUTS - 1) // OUTPUTS) * ((CHANNELS + INPUTS - 1) // INPUTS)
     program = tl.program_id(0)
@@ -168,12 +169,12 @@ def _sum_weight_gradient_kernel(
         c = (program // ((COLUMNS + OUTPUTS - 1) // OUTPUTS)) * INPUTS + tl.arange(0, INPUTS)[None, :, None]
         tap = tl.arange(0, 16)[None, None, :]
         mask = (k < COLUMNS) & (c < CHANNELS) & (tap < 9)
-        source = tap.to(tl.int64) * (CHANNELS * COLUMNS) + c * COLUMNS + k
+        source = (tap * CHANNELS + c) * COLUMNS + k
         total = tl.zeros((OUTPUTS, INPUTS, 16), tl.float32)
         for _ in range(splits):
             total += tl.load(partials + source, mask=mask, other=0.0)
             partials += 9 * CHANNELS * COLUMNS
-        tl.store(dw + k.to(tl.int64) * (CHANNELS * 9) + (c * 9 + tap), total * factor, mask=mask)
+        tl.store(dw + (k * CHANNELS + c) * 9 + tap, total * factor, mask=mask)
     else:
         column = (program - TILES) * BIAS_COLUMNS + tl.arange(0, BIAS_COLUMNS)
         sums = tl.zeros((BIAS_COLUMNS,), tl.float32)

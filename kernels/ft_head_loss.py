@@ -47,7 +47,8 @@ def direction_of(x, y, student_inverse, teacher_inverse, product, unit, negative
     difference = a - y * teacher_inverse
     g = difference * unit
     if P == 1:
-        g = (difference > 0).to(tl.float32) - (difference < 0).to(tl.float32)
+        # What is no number has no sign, and must come through.
+        g = (difference > 0).to(tl.float32) - (difference < 0).to(tl.float32) + difference * 0.0
     return (g - a * product) * tl.where(x > 0, 1.0, negative_slope)
 
 

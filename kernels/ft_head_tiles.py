@@ -85,12 +85,16 @@ for (_table, _size), _pixels in _PIXELS.items():
     WEIGHT_PIECES[_table, _size, 4] = [WeightPiece(rows, columns, _pixels) for rows, columns in _sizes]
 for _size in (2, 4):
     FORWARD_TILES[BLACKWELL, _size] = FORWARD_TILES[HOPPER, _size]
-    BACKWARD_TILES[BLACKWELL, _size] = BACKWARD_TILES[HOPPER, _size]
     for _warps in (4, 8):
         WEIGHT_PIECES[BLACKWELL, _size, _warps] = WEIGHT_PIECES[HOPPER, _size, _warps]
-# With 32 pixels a step these spill.
-WEIGHT_PIECES[AMPERE, 2, 4][2] = WeightPiece(32, 32, 64)
+# What would spill as it is on the others.
+BACKWARD_TILES[BLACKWELL, 2] = [tile for tile in BACKWARD_TILES[HOPPER, 2] if tile[:2] != (128, 64)]
+BACKWARD_TILES[BLACKWELL, 4] = [
+    tile._replace(warps=8 if tile.columns >= 64 else 4) for tile in BACKWARD_TILES[HOPPER, 4]
+]
+WEIGHT_PIECES[BLACKWELL, 4, 8] = [WeightPiece(128, 128, 32), *WEIGHT_PIECES[HOPPER, 4, 4]]
 WEIGHT_PIECES[BLACKWELL, 4, 4] = [piece._replace(pixels=64) for piece in WEIGHT_PIECES[HOPPER, 4, 4]]
+WEIGHT_PIECES[AMPERE, 2, 4][2] = WeightPiece(32, 32, 64)
 # Partial weight gradients are written and read once more: at most so many bytes of them for a layer, or one set.
 MOST_PARTIAL_BYTES = 20 * 2**20
 

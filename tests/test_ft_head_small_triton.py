@@ -36,7 +36,7 @@ STUDENT_SLOPE, TEACHER_SLOPE = 0.2, 0.1
 FLOAT32_ERROR = {1: 1e-5, 2: 1e-5} if INTERPRETED else {1: 1e-1, 2: 1e-2}
 # In 16 bits a result may be off by so many times what torch's layers are with maps rounded alike, and one rounding.
 # The interpreter cuts bfloat16 off where a GPU rounds to nearest.
-ALLOWANCE = {torch.float16: 1.5, torch.bfloat16: 3.0 if INTERPRETED else 1.5}
+ALLOWANCE = {torch.float16: 2.5, torch.bfloat16: 3.0 if INTERPRETED else 1.5}
 NAMES = ("loss", "dx", "dW0", "dW1", "dW2", "db0", "db1", "db2")
 
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
@@ -219,9 +219,7 @@ def upstream_of(head: Head, reduction: str, seed: int = 9) -> Tensor:
     return upstream if reduction == "none" else upstream[0]
 
 
-def assert_agrees(
-    head: Head, *, bounds: list[float] | None = None, upstream: Tensor | None = None, **options: Any
-) -> None:
+def assert_agrees(head: Head, *, upstream: Tensor | None = None, **options: Any) -> None:
     p, reduction = options.get("p", 1), options.get("reduction", "mean")
     if upstream is None:
         upstream = upstream_of(head, reduction)
@@ -230,9 +228,8 @@ def assert_agrees(
     for_backward = {name: value for name, value in options.items() if name in ("p", "reduction", "weight")}
     found = [loss, *backward(head, kept, upstream, **for_backward)]
     truth = expected(head, upstream, **options)
-    if bounds is None and head.dtype == torch.float32:
-        bounds = [FLOAT32_ERROR[p]] * len(truth)
-    elif bounds is None:
+    bounds = [FLOAT32_ERROR[p]] * len(truth)
+    if head.dtype.itemsize == 2:
         eager = expected(head, upstream, rounding=head.dtype, **options)
         step = torch.finfo(head.dtype).eps
         bounds = [
@@ -304,8 +301,8 @@ def test_tiny_float16_features_give_right_gradients(p: int) -> None:
     head = make(RESNET, torch.float16)
     layers = [[(weight, torch.zeros_like(bias)) for weight, bias in side] for side in head[2:]]
     head = Head(head.student * 1e-6, head.teacher * 1e-6, *layers)
-    # The maps are subnormal, and keep four bits.
-    assert_agrees(head, p=p, bounds=[0.1] * len(NAMES), upstream=torch.ones((), device=DEVICE))
+    # The maps are subnormal and keep four bits: torch's layers are no nearer.
+    assert_agrees(head, p=p, upstream=torch.ones((), device=DEVICE))
 
 
 @pytest.mark.parametrize("p", [1, 2])

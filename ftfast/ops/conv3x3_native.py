@@ -88,7 +88,9 @@ def weight_gradient_kernel(x: Tensor, outputs: int) -> str:
     samples, channels, height, width = x.shape
     dtype = str(x.dtype).removeprefix("torch.")
     work = Work("weight_gradient", dtype, samples, height, width, channels, outputs)
-    return choose_kernel(work, x.device, CANDIDATES, "library").kernel
+    # Where there is one, our own was faster than either at every size measured.
+    default = "native" if "native" in CANDIDATES and x.dtype == torch.bfloat16 else "library"
+    return choose_kernel(work, x.device, CANDIDATES, default).kernel
 
 
 def gradients(
