@@ -26,7 +26,7 @@ from .loss_terms import loss_factor, reduction_scale, split_weight, square_root,
 from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers, and the block of those that are walked over three times.
-REGISTER_SIZE = 16384
+REGISTER_SIZE = 8192
 WALK_BLOCK = 4096
 WALK_WARPS = 16
 SMALLEST_BLOCK = 128
