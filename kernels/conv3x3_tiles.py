@@ -126,13 +126,13 @@ WEIGHT_TILES = {
         WeightTile(16, 16, 32, 4, 3),
     ],
     (ODD, 2): [
-        WeightTile(64, 64, 32, 4, 3),
+        WeightTile(64, 64, 32, 8, 3),
         WeightTile(64, 32, 32, 4, 3),
         WeightTile(32, 32, 32, 4, 3),
         WeightTile(16, 16, 32, 4, 3),
     ],
     (ODD, 4): [
-        WeightTile(64, 64, 16, 4, 3),
+        WeightTile(64, 64, 16, 8, 3),
         WeightTile(64, 32, 16, 4, 3),
         WeightTile(32, 32, 16, 4, 3),
         WeightTile(16, 16, 16, 4, 3),

@@ -28,7 +28,7 @@ BIAS_ROWS = 32
 SUM_OUTPUTS = 32
 SUM_INPUTS = 8
 SUM_COLUMNS = 128
-SUM_WARPS = 8
+SUM_WARPS = 4
 
 _RUNTIME_NUMBERS = ["samples", "height", "width", "splits"]
 

@@ -55,12 +55,12 @@ def _sum_layer(
     else:
         lane = tl.arange(0, ROWS)
         column = (program - tiles) * BIAS_COLUMNS + tl.arange(0, BIAS_COLUMNS)
-        source = column_sums + lane[:, None] * columns + column[None, :]
+        rows_source = column_sums + lane[:, None] * columns + column[None, :]
         sums = tl.zeros((ROWS, BIAS_COLUMNS), tl.float32)
         for row in range(0, rows, ROWS):
             mask = (row + lane < rows)[:, None] & (column < columns)[None, :]
-            sums += tl.load(source, mask=mask, other=0.0)
-            source += ROWS * columns
+            sums += tl.load(rows_source, mask=mask, other=0.0)
+            rows_source += ROWS * columns
         tl.store(db + column, tl.sum(sums, 0) * factor, mask=column < columns)
 
 
