@@ -91,6 +91,8 @@ _FORWARD |= {(BLACKWELL, size): _FORWARD[HOPPER, size] for size in (2, 4)}
 _INPUT_GRADIENT = _FORWARD | {
     (BLACKWELL, size): [tile._replace(warps=8) for tile in _FORWARD[HOPPER, size]] for size in (2, 4)
 }
+# With Triton 3.6 it does so with three stages.
+_INPUT_GRADIENT[ODD, 2] = [tile._replace(stages=4) for tile in _FORWARD[ODD, 2]]
 CONVOLUTION_TILES = {"forward": _FORWARD, "input gradient": _INPUT_GRADIENT}
 
 WEIGHT_TILES = {

@@ -27,7 +27,7 @@ from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers, and the block of those that are walked over three times.
 REGISTER_SIZE = 8192
-WALK_BLOCK = 4096
+WALK_BLOCK = 8192
 WALK_WARPS = 16
 SMALLEST_BLOCK = 128
 FOLD_BLOCK = 512

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import conv3x3_tiles
 from .conv3x3_accumulate import multiply_accumulate
 from .ft_head_loss import direction_of, finish_loss
 from .launch import arrival_counters, device_guard
@@ -25,6 +26,7 @@ from .loss_terms import reduction_scale, split_weight, square_root, terms_of
 from .pack_weights import padded_channels
 
 TAPS = 9
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 FOLD_BLOCK = 512
 # What one program can hold of an image without a spill: pixels, numbers of 16 bits of a map and of a factor.
 MOST_PIXELS = 64
@@ -265,8 +267,7 @@ def small_head_fits(
             return f"the {side}'s {channels} channels are neither up to 64 nor a power of two"
         if padded_channels(channels) * units > MOST_MAP:
             return f"the {side}'s {channels} channels on {height}x{width} are too many for one program"
-    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
-    if blackwell and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+    if OLD_TRITON and conv3x3_tiles.capability(device) == conv3x3_tiles.BLACKWELL:
         return f"Triton {triton.__version__} does not compile it for this device, 3.9 does"
     return ""
 
@@ -274,6 +275,12 @@ def small_head_fits(
 def warps_for(*channels: int) -> int:
     """Warps of a program whose widest product has so many columns."""
     return 4 if max(padded_channels(count) for count in channels) <= 64 else 8
+
+
+def stages_for(device: torch.device, *channels: int) -> int:
+    """Stages of a program's products; older versions of Triton spill with three where registers are few."""
+    few = conv3x3_tiles.capability(device) == conv3x3_tiles.AMPERE or max(channels) >= 512
+    return 2 if OLD_TRITON and few else 3
 
 
 def rows_for(pixels: int) -> int:
@@ -377,7 +384,7 @@ def small_head_forward(
             FOLD=FOLD_BLOCK,
             INPUT_PRECISION="tf32",
             num_warps=warps_for(student_channels, 1 if known else teacher_channels),
-            num_stages=3,
+            num_stages=stages_for(device, student_channels, 1 if known else teacher_channels),
             enable_fp_fusion=False,
         )
     return loss, kept

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .conv3x3_accumulate import multiply_accumulate
 from .ft_head_loss import direction_scale, largest_factor
-from .ft_head_small import TAPS, Kept, convolve_image, load_image, rows_for, store_image, warps_for
+from .ft_head_small import TAPS, Kept, convolve_image, load_image, rows_for, stages_for, store_image, warps_for
 from .launch import arrival_counters, device_guard
 from .loss_terms import loss_factor, split_weight
 from .pack_weights import padded_channels
@@ -324,7 +324,7 @@ def small_head_backward(
             NORMS=NORMS_BLOCK,
             INPUT_PRECISION="tf32",
             num_warps=warps_for(student_channels, factor_channels),
-            num_stages=3,
+            num_stages=stages_for(device, student_channels, factor_channels),
             enable_fp_fusion=False,
         )
     tile_of = {count: min(padded_channels(count), WIDEST_TILE) for count in widths}
@@ -364,7 +364,7 @@ def small_head_backward(
             BIAS_ROWS=BIAS_ROWS,
             INPUT_PRECISION="tf32",
             num_warps=4,
-            num_stages=3,
+            num_stages=stages_for(device, student_channels, factor_channels),
             enable_fp_fusion=False,
         )
     return dx, gradients, list(biases.split(list(widths)))

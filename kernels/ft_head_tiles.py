@@ -71,6 +71,7 @@ BACKWARD_TILES = {
         ConvolutionTile(64, 32, 64, 4, 4),
         ConvolutionTile(64, 16, 64, 4, 4),
     ],
+    (ODD, 4): [ConvolutionTile(64, 32, 16, 4, 4), ConvolutionTile(64, 16, 16, 4, 4)],
 }
 # By device, bytes of a number and warps; the largest first.
 WEIGHT_PIECES = {

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from bench.machine_code import ARCHITECTURES, compile_launch
-from bench.shipped.ft_head_small import HEADS, launches_of
+from bench.shipped.ft_head_small import HEADS, launches_of, refusal
 from ftfast.kernels import ft_head_small
 
 CPU = torch.device("cpu")
@@ -25,14 +25,18 @@ CPU = torch.device("cpu")
     ids=str,
 )
 def test_nothing_spills_and_tensor_cores_multiply(head, architecture):
-    *sizes, dtype = head
-    for launch in launches_of(*sizes, dtype):
+    if reason := refusal(head, architecture):
+        assert "Triton" in reason
+        assert architecture == 100
+        pytest.skip(reason)
+    for launch in launches_of(*head, architecture=architecture):
         assert not compile_launch(launch, architecture).problems(tensor_cores=True)
 
 
-def test_every_shipped_head_fits():
-    for student, teacher, factor, side, dtype in HEADS:
-        assert not ft_head_small.small_head_fits(CPU, dtype, side, side, teacher, student, factor)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_shipped_head_fits(architecture):
+    for head in HEADS:
+        assert not refusal(head, architecture)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.machine_code import Launch, recorded
+from bench.machine_code import ARCHITECTURES, Launch, recorded, replaced
 from bench.shipped import ShippedLaunch
-from ftfast.kernels import ft_head_small, ft_head_small_backward
+from ftfast.kernels import conv3x3_tiles, ft_head_small, ft_head_small_backward
 from ftfast.kernels.pack_weights import padded_channels
 
 # The student's channels, the teacher's, the factor's, side of the map, dtype
@@ -25,8 +25,15 @@ HEADS = [
 SAMPLES = 4
 
 
-def launches_of(student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int = 1) -> list[Launch]:
+def launches_of(
+    student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int = 1, architecture: int = 90
+) -> list[Launch]:
     """Forward's launch and backward's two."""
+    with replaced(conv3x3_tiles, capability=lambda device: architecture):
+        return _launches_of(student, teacher, factor, side, dtype, p)
+
+
+def _launches_of(student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int) -> list[Launch]:
     padded = {count: padded_channels(count) for count in (student, teacher, factor)}
 
     def maps(channels: int) -> torch.Tensor:
@@ -71,10 +78,21 @@ def launches_of(student: int, teacher: int, factor: int, side: int, dtype: torch
     return [*forward, *backward]
 
 
+def refusal(head: tuple[int, int, int, int, torch.dtype], architecture: int) -> str:
+    """Why the head is not shipped for an architecture with this Triton, or ""."""
+    student, teacher, factor, side, dtype = head
+    with replaced(conv3x3_tiles, capability=lambda device: architecture):
+        return ft_head_small.small_head_fits(torch.device("cpu"), dtype, side, side, teacher, student, factor)
+
+
 def shipped_launches() -> Iterator[ShippedLaunch]:
     """What :data:`HEADS` launch."""
-    for student, teacher, factor, side, dtype in HEADS:
-        head = f"{student}+{teacher}:{factor}x{side}x{side} {str(dtype).removeprefix('torch.')}"
-        names = ("forward", "input gradients", "weight gradients")
-        for name, launch in zip(names, launches_of(student, teacher, factor, side, dtype), strict=True):
-            yield ShippedLaunch(f"{name} {head}", launch, tensor_cores=True)
+    names = ("forward", "input gradients", "weight gradients")
+    for head in HEADS:
+        student, teacher, factor, side, dtype = head
+        title = f"{student}+{teacher}:{factor}x{side}x{side} {str(dtype).removeprefix('torch.')}"
+        for architecture in ARCHITECTURES:
+            if not refusal(head, architecture):
+                launches = launches_of(*head, architecture=architecture)
+                for name, launch in zip(names, launches, strict=True):
+                    yield ShippedLaunch(f"{name} {title}", launch, (architecture,), tensor_cores=True)
