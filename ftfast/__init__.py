@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ftfast import reference
     from ftfast.dispatch import explain
+    from ftfast.distill.doctor import doctor
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
     from ftfast.loss import FTLoss, ft_loss
@@ -23,6 +24,7 @@ _HOMES = {
     "Paraphraser": "modules",
     "Translator": "modules",
     "FeatureTap": "features",
+    "doctor": "distill.doctor",
     "explain": "dispatch",
     "reference": "",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "Paraphraser",
     "Translator",
     "__version__",
+    "doctor",
     "explain",
     "ft_loss",
     "reference",

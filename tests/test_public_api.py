@@ -28,6 +28,7 @@ SIGNATURES = {
         "teacher_factor": None,
     },
     ftfast.FeatureTap: {"model": ..., "layer": ..., "features_only": False},
+    ftfast.doctor: {"student": ..., "teacher": ..., "loss": ..., "batch": ..., "optimizer": None},
     ftfast.explain: {"student_factor": ..., "teacher_factor": ...},
     reference.ft_loss: {"student_factor": ..., "teacher_factor": ..., **OPTIONS},
     reference.factor_transfer: {
@@ -66,6 +67,7 @@ def test_names():
         "FeatureTap",
         "Paraphraser",
         "Translator",
+        "doctor",
         "explain",
         "ft_loss",
         "reference",
