@@ -17,7 +17,8 @@ COMMANDS = {
     "check": ("every kernel that runs here against the float64 reference", "ftfast.check"),
     "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.distill.command"),
     "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.tune"),
-    "evaluate": ("the test accuracy of a checkpoint", "ftfast.distill.evaluate"),
+    "evaluate": ("the test accuracy of a checkpoint, and what is taken for what", "ftfast.distill.evaluate"),
+    "export": ("a trained student by itself, as safetensors or a program of torch.export", "ftfast.distill.export"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 

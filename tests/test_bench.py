@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench import ft_loss, import_time, peers, plots, readme, records
+from bench import ft_loss, import_time, loss_cases, peers, plots, readme, records
 from bench.__main__ import main
 from bench.candidates import Candidate, Group
 from bench.clocks import CpuClock
@@ -84,7 +84,7 @@ def not_a_number(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def factors(dtype: torch.dtype, shape: str = "16x8x4x4") -> list[Tensor]:
-    return ft_loss.factors(parse_shape(shape), dtype, "nchw", torch.device("cpu"), seed=1)
+    return loss_cases.factors(parse_shape(shape), dtype, "nchw", torch.device("cpu"), seed=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -244,7 +244,7 @@ def test_ratios_are_taken_within_a_group() -> None:
     assert ours.speedup_over_eager == pytest.approx(8.0)
     assert ours.speedup_over_compile is None
     assert ours.row.gbps == pytest.approx(12.0)
-    assert ours.percent_of_copy == pytest.approx(30.0)
+    assert ours.percent_of_ceiling == pytest.approx(30.0)
 
 
 # Pictures and README

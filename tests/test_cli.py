@@ -91,7 +91,9 @@ def test_a_run_prints_its_table_on_stdout_and_quiet_lines_on_stderr(
     lines = ended.stderr.splitlines()
     assert [line.split(":")[0] for line in lines if not line.startswith("warning")] == [
         "teacher",
+        "frozen teacher",
         "paraphraser",
+        "doctor",
         "none",
         "ft",
     ]
@@ -117,7 +119,9 @@ def test_evaluate_repeats_the_runs_accuracy(
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] == checkpoint.load(folder / kind).description["accuracy"]
     assert main(["evaluate", str(folder / kind)]) == 0
-    assert f"{found['accuracy']:.2f} % of 797 test images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{found['accuracy']:.2f} % (top 5: " in printed
+    assert " of 797 test images" in printed
 
 
 def test_evaluate_refuses_what_is_no_classifier(
@@ -131,7 +135,7 @@ def test_evaluate_refuses_what_is_no_classifier(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "ft,at"], "methods is 'at'; it takes none, ft, kd, ft+kd"),
+        (["--methods", "ft,fsp"], "methods is 'fsp'; it takes none, kd, at, fitnet, ft, ft+kd, at+kd"),
         (["--data", "imagenet"], "data is 'imagenet'; it takes digits"),
         (["--student", "resnet10"], "resnet8, resnet14"),
         (["--seeds", "many"], "seeds is 'many'; it takes a whole number"),
@@ -139,7 +143,7 @@ def test_evaluate_refuses_what_is_no_classifier(
         (["--beta", "-1"], "beta is -1"),
         (["--beta", "1,x"], "beta is '1,x'; it takes a number, or several separated by commas"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
-        (["--dtype", "float8"], "dtype is 'float8'; it takes auto, bfloat16, float32"),
+        (["--dtype", "float8"], "dtype is 'float8'; it takes auto, bfloat16, float16, float32"),
         (["--device", "tpu"], "device is 'tpu'; it takes auto, cpu, cuda"),
         (["--checkpoint-seconds", "soon"], "checkpoint_seconds is 'soon'"),
         (["--colour", "red"], "--colour"),

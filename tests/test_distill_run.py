@@ -126,7 +126,7 @@ def test_the_choice_of_weights_never_sees_the_test_images(
 ) -> None:
     digits = data.DATASETS["digits"]
 
-    def spoilt() -> tuple[data.Split, data.Split]:
+    def spoilt(*_: object) -> tuple[data.Split, data.Split]:
         train, test = digits.load()
         return train, data.Split(torch.randn_like(test.images), 9 - test.labels)
 

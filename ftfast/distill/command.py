@@ -11,7 +11,7 @@ from ftfast.distill.errors import SettingsError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command, and one for each setting."""
-    parser.add_argument("--output", metavar="FOLDER", help="the run folder [runs/<data>]")
+    parser.add_argument("--output", metavar="FOLDER", help="the run folder [runs/<preset or data>]")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, with the same settings")
     parser.add_argument("--print-settings", action="store_true", help="print the settings as JSON, and run nothing")
     parser.add_argument("--json", action="store_true", help="print results.json in place of the table")
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ftfast.distill.report import print_table, write_report
     from ftfast.distill.run import run as run_distillation
 
-    output = Path(args.output or f"runs/{settings.data}")
+    output = Path(args.output or f"runs/{args.preset or settings.data}")
     try:
         results = run_distillation(
             settings, output, resume=args.resume, checkpoint_seconds=_seconds(args.checkpoint_seconds)

@@ -1,15 +1,19 @@
 """Accuracy over epochs by method: the numbers, and a picture of them that every common colour vision can read."""
 
-import io
 from statistics import fmean, stdev
 from typing import Any
 
+from ftfast.distill.pictures import drawn
+
 # Okabe and Ito's colours, told apart with every common colour vision; line styles tell them apart without colour.
-STYLES = {
+STYLES: dict[str, tuple[str, Any]] = {
     "none": ("#000000", "-"),
     "ft": ("#D55E00", "--"),
     "kd": ("#0072B2", "-."),
     "ft+kd": ("#009E73", ":"),
+    "at": ("#E69F00", (0, (5, 1))),
+    "fitnet": ("#CC79A7", (0, (3, 1, 1, 1))),
+    "at+kd": ("#56B4E9", (0, (1, 2))),
 }
 
 
@@ -34,7 +38,6 @@ def curve_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def draw_curves(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """The picture's files by format: ``png`` and ``svg``."""
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -47,7 +50,7 @@ def draw_curves(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str
         epochs = [row["epoch"] for row in own]
         low = [row["accuracy_mean"] - (row["accuracy_standard_deviation"] or 0) for row in own]
         high = [row["accuracy_mean"] + (row["accuracy_standard_deviation"] or 0) for row in own]
-        curves.plot(epochs, [row["accuracy_mean"] for row in own], line, color=colour, label=name, marker=".")
+        curves.plot(epochs, [row["accuracy_mean"] for row in own], linestyle=line, color=colour, label=name, marker=".")
         curves.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
         accuracies = [student["accuracy"] for student in results["methods"][name]["students"]]
         finals.plot([position] * len(accuracies), accuracies, "o", color=colour, alpha=0.6)
@@ -60,13 +63,7 @@ def draw_curves(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str
     finals.set_xticks(range(len(names)), names)
     for axes in (curves, finals):
         axes.grid(alpha=0.3)
-    pictures = {}
-    with matplotlib.rc_context({"svg.hashsalt": "ftfast"}):  # the same numbers give the same file
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-            pictures[kind] = buffer.getvalue()
-    return pictures
+    return {kind: drawn(figure, kind) for kind in ("png", "svg")}
 
 
 def _lowest_shown(rows: list[dict[str, Any]]) -> float:

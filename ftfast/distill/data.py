@@ -2,30 +2,78 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ftfast.distill import datasets
+from ftfast.distill.augment import Augmentation
 from ftfast.distill.errors import SettingsError
 
 _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
-class Split:
-    """Images ``[N, C, H, W]`` float32, normalised, channels_last, and labels ``[N]`` int64, on one device."""
+class Normalisation:
+    """Pixels to numbers: ``(pixels / scale - mean) / deviation``, the latter ``[C, 1, 1]`` float32."""
 
-    images: Tensor
+    scale: float
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, scale: float, mean: tuple[float, ...], deviation: tuple[float, ...]) -> "Normalisation":
+        """The one with these numbers, one a channel."""
+        return cls(scale, *(torch.tensor(values).reshape(-1, 1, 1) for values in (mean, deviation)))
+
+    def to(self, device: torch.device) -> "Normalisation":
+        return Normalisation(self.scale, self.mean.to(device), self.deviation.to(device))
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """``[N, C, H, W]`` of any dtype to float32, in the same memory format."""
+        return pixels.float().div_(self.scale).sub_(self.mean).div_(self.deviation)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images on one device.
+
+    Attributes:
+        pixels: ``[N, C, H, W]``, uint8; or floating-point and normalised already, where there is no normalisation.
+        labels: ``[N]`` int64.
+        normalisation: applied to every batch.
+        augmentation: applied to the batches of :func:`draw_batches` alone.
+    """
+
+    pixels: Tensor
     labels: Tensor
+    normalisation: Normalisation | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """All of them as the models take them: ``[N, C, H, W]`` float32, normalised, channels_last; made at each call.
+
+        For one part after the other see :meth:`in_order`.
+        """
+        return self.normalise(self.pixels)
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once and as it is, with its label, in the order of the split."""
+        for pixels, labels in zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield self.normalise(pixels), labels
+
     def to(self, device: torch.device) -> "Split":
-        images = self.images.to(device, memory_format=torch.channels_last)
-        return Split(images, self.labels.to(device))
+        pixels = self.pixels.to(device).contiguous(memory_format=torch.channels_last)
+        normalisation = None if self.normalisation is None else self.normalisation.to(device)
+        return replace(self, pixels=pixels, labels=self.labels.to(device), normalisation=normalisation)
 
     def cut(self, count: int) -> tuple["Split", "Split"]:
         """``count`` images with every class in proportion, the same ones at every call, and the rest.
@@ -38,7 +86,7 @@ class Split:
         labels = self.labels.cpu().numpy()
         classes = len(np.unique(labels))
         if count == len(self):
-            return self, Split(self.images[:0], self.labels[:0])
+            return self, self._at(np.arange(0))
         if not classes <= count <= len(self) - classes:
             raise SettingsError(
                 f"{count} of {len(self)} images cannot hold every class on both sides of the cut; "
@@ -62,7 +110,27 @@ class Split:
 
     def _at(self, indices: np.ndarray) -> "Split":
         rows = torch.from_numpy(np.sort(indices)).to(self.labels.device)
-        return Split(self.images[rows], self.labels[rows])
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels ``[N, C, H, W]`` of the split's kind to float32, channels_last; a floating-point dtype stays."""
+        images = pixels if self.normalisation is None else self.normalisation.apply(pixels)
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from, and what is done to those that are trained on.
+
+    Attributes:
+        folder: the data folder; None for ``$FTFAST_DATA`` or ``~/.cache/ftfast``.
+        download: whether the network may be asked for what is not there.
+        augmentation: of the training images.
+    """
+
+    folder: Path | None = None
+    download: bool = False
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 @dataclass(frozen=True)
@@ -74,30 +142,87 @@ class Dataset:
     image_shape: tuple[int, int, int]
     train_images: int
     test_images: int
-    load: Callable[[], tuple[Split, Split]]
+    load: Callable[..., tuple[Split, Split]]
+    in_files: bool = True
 
 
-def _load_digits() -> tuple[Split, Split]:
-    """1797 handwritten digits of 8x8 pixels that come with scikit-learn: 1000 to train, 797 to test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    train, test = Split(images, torch.from_numpy(digits.target).long()).cut(1000)
-    mean, deviation = train.images.mean(), train.images.std()
-    train, test = (Split((part.images - mean) / deviation, part.labels) for part in (train, test))
-    return train, test
+def _load_digits(_source: Source | None = None) -> tuple[Split, Split]:
+    """1000 digits to train on, 797 to test."""
+    images, labels = datasets.read_digits()
+    train, test = Split(images, labels).cut(1000)
+    training = train.pixels.float() / 16
+    normalisation = Normalisation(16, *(value.reshape(1, 1, 1) for value in (training.mean(), training.std())))
+    return replace(train, normalisation=normalisation), replace(test, normalisation=normalisation)
 
 
+def _load_files(
+    read: Callable[..., tuple[datasets.Labelled, datasets.Labelled]], normalisation: Normalisation, source: Source
+) -> tuple[Split, Split]:
+    train, test = read(source.folder or datasets.default_folder(), source.download)
+    return Split(*train, normalisation=normalisation), Split(*test, normalisation=normalisation)
+
+
+# Mean and deviation of the training images; those of CIFAR-10 are the authors' code's, which its teachers were given.
 DATASETS = {
-    "digits": Dataset("handwritten digits of scikit-learn, 8x8 pixels", 10, (1, 8, 8), 1000, 797, _load_digits),
+    "digits": Dataset(
+        "handwritten digits of scikit-learn, 8x8 pixels", 10, (1, 8, 8), 1000, 797, _load_digits, in_files=False
+    ),
+    "fashion-mnist": Dataset(
+        "Fashion-MNIST, 28x28 pixels",
+        10,
+        (1, 28, 28),
+        60_000,
+        10_000,
+        partial(_load_files, datasets.read_fashion_mnist, Normalisation.of(255, (0.2860,), (0.3530,))),
+    ),
+    "cifar10": Dataset(
+        "CIFAR-10, 32x32 pixels",
+        10,
+        (3, 32, 32),
+        50_000,
+        10_000,
+        partial(
+            _load_files,
+            datasets.read_cifar10,
+            Normalisation.of(255, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ),
+    ),
+    "cifar100": Dataset(
+        "CIFAR-100, 32x32 pixels",
+        100,
+        (3, 32, 32),
+        50_000,
+        10_000,
+        partial(
+            _load_files,
+            datasets.read_cifar100,
+            Normalisation.of(255, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        ),
+    ),
 }
 
 
-def load(name: str, device: torch.device) -> tuple[Split, Split]:
-    """The train and test images of a data set, on the device."""
-    train, test = DATASETS[name].load()
-    return train.to(device), test.to(device)
+def check_files(name: str, source: Source) -> None:
+    """Raises DataError where a data set's files are not there and are not to be downloaded; reads nothing."""
+    if DATASETS[name].in_files:
+        datasets.check_is_there(name, source.folder or datasets.default_folder(), source.download)
+
+
+def load(name: str, device: torch.device, source: Source | None = None) -> tuple[Split, Split]:
+    """The train and test images of a data set, on the device; the former with the source's augmentation.
+
+    Raises:
+        DataError: its files are not there, damaged, or cannot be downloaded.
+    """
+    dataset, source = DATASETS[name], source or Source()
+    train, test = dataset.load(source) if dataset.in_files else dataset.load()
+    if (len(train), len(test)) != (dataset.train_images, dataset.test_images):
+        folder = source.folder or datasets.default_folder()
+        raise datasets.DataError(
+            f"{name} in {folder} has {len(train)} training and {len(test)} test images, not {dataset.train_images} "
+            f"and {dataset.test_images}; remove its files there and run again with --download."
+        )
+    return replace(train, augmentation=source.augmentation).to(device), test.to(device)
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -105,12 +230,32 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return math.ceil(len(split) / batch_size)
 
 
-def draw_batches(split: Split, batch_size: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in an order that seed and epoch alone decide, so that a resumed epoch draws what it would have.
+def draw_batches(
+    split: Split, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, augmented and normalised: images ``[N, C, H, W]`` in ``dtype``, channels_last, and labels.
 
+    Order and augmentation follow from seed, epoch and step alone, so that a resumed epoch draws what it would have.
     The batches are of nearly equal size, at most ``batch_size``: a last batch of one image would upset batch norms.
+
+    Args:
+        first_step: where to go on in the epoch.
     """
+    device, augmentation = split.labels.device, split.augmentation
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
-    for rows in order.tensor_split(steps_per_epoch(split, batch_size)):
-        yield split.images[rows].contiguous(memory_format=torch.channels_last), split.labels[rows]
+    order = torch.randperm(len(split), generator=generator)
+    draws = None
+    if augmentation:
+        height, width = split.pixels.shape[2:]
+        draws = augmentation.draw(len(split), (height, width), generator, device)
+    start = 0
+    for step, rows in enumerate(order.to(device).tensor_split(steps_per_epoch(split, batch_size))):
+        drawn = slice(start, start := start + len(rows))
+        if step < first_step:
+            continue
+        if draws is None:
+            images = split.normalise(split.pixels[rows])
+        else:
+            images = split.normalise(augmentation.crop(split.pixels, rows, draws.at(drawn)))
+            images = augmentation.blank(images, draws.at(drawn))
+        yield images.to(dtype), split.labels[rows]

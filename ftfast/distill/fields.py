@@ -34,12 +34,12 @@ def check(item: "Field[Any]", hint: Any, value: Any) -> None:
     kind = plain_type(hint)
     accepted = (int, float) if kind is float else kind
     for entry in value if is_tuple and isinstance(value, tuple) else (value,):
-        if isinstance(entry, bool) or not isinstance(entry, accepted):
+        if isinstance(entry, bool) != (kind is bool) or not isinstance(entry, accepted):
             raise SettingsError(f"{item.name} is {value!r}; it takes {'a list of ' * is_tuple}{kind.__name__} values.")
         choices = item.metadata["choices"]
         if choices and entry not in choices:
             raise SettingsError(f"{item.name} is {entry!r}; it takes {', '.join(choices)}.")
-        if isinstance(entry, int | float):
+        if isinstance(entry, int | float) and kind is not bool:
             _check_range(item, entry)
 
 

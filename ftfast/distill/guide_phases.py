@@ -8,26 +8,29 @@ import torch
 
 from ftfast.distill import checkpoint, resumable
 from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.engine import Schedule, Training, evaluate
+from ftfast.distill.engine import Training, evaluate
+from ftfast.distill.frozen import FrozenTeacher
 from ftfast.distill.methods import METHODS
 from ftfast.distill.paraphrase import build_paraphraser, diagnose, teacher_features, train_paraphraser
+from ftfast.distill.resized import resized
+from ftfast.distill.schedule import schedule_of
 from ftfast.distill.setup import Setup
-from ftfast.distill.teacher import Teacher, build, read_teacher_checkpoint, teacher_description
+from ftfast.distill.teacher import Teacher, build, read_teacher, teacher_description
 from ftfast.modules import Paraphraser
 
 
-def prepare_teacher(setup: Setup) -> tuple[Teacher, Checkpoint]:
+def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
     """The frozen teacher and its checkpoint, trained or read back or taken from ``teacher_checkpoint``."""
     settings, path = setup.settings, setup.folder.teacher
     setup.progress.begin("teacher", settings.teacher_epochs * len(setup.train))
-    source = settings.teacher_checkpoint
+    source = settings.teacher_source()
     origin: dict[str, Any] = {"seed": settings.seed} if source is None else {"source": source}
     description = setup.describe("teacher", teacher_description(settings), **origin)
     model = build(description["model"], settings.data, seed=settings.seed, device=setup.precision.device)
     start = time.perf_counter()
     finished = resumable.read_finished(path, description)
     if finished is None and source is not None:
-        model.load_state_dict(read_teacher_checkpoint(settings))
+        model.load_state_dict(read_teacher(settings))
         accuracy = evaluate(model, setup.test, setup.precision)[0]
         kept = {**description, "accuracy": accuracy}
         checkpoint.save(path, Checkpoint(model.state_dict(), {"history": []}, kept))
@@ -38,7 +41,25 @@ def prepare_teacher(setup: Setup) -> tuple[Teacher, Checkpoint]:
     setup.progress.end()
     accuracy, seconds = finished.description["accuracy"], time.perf_counter() - start
     setup.progress.say(f"teacher: {settings.teacher}, {accuracy:.2f} % of the test images, {seconds:.1f} s")
-    return Teacher(model), finished
+    return _freeze(setup, model), finished
+
+
+def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
+    """The teacher as students need it; whole and in float32 for the plain engine."""
+    settings, features = setup.settings, setup.settings.teacher_features()
+    if settings.engine == "plain" or not any(METHODS[method].uses_teacher for method in settings.methods):
+        return resized(Teacher(model, features.layer), features, settings.map_size())
+    on_gpu = setup.precision.device.type == "cuda"
+    frozen = FrozenTeacher(
+        model,
+        features.layer,
+        dtype=setup.precision.dtype,
+        classifier=any(METHODS[method].uses_teacher_logits for method in settings.methods),
+        example=setup.train.normalise(setup.train.pixels[: settings.batch_size]),
+        execution="compile" if on_gpu and settings.compile == "on" else "eager",
+    )
+    setup.progress.say(f"frozen teacher: {frozen.explain()}")
+    return resized(frozen, features, settings.map_size())
 
 
 def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, Any]) -> None:
@@ -48,13 +69,7 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
         learner,
         lambda images, labels: {"labels": torch.nn.functional.cross_entropy(model(images).float(), labels)},
         setup.train,
-        Schedule(
-            settings.teacher_epochs,
-            settings.batch_size,
-            settings.learning_rate,
-            settings.momentum,
-            settings.weight_decay,
-        ),
+        schedule_of(settings, settings.teacher_epochs),
         setup.precision,
         seed=settings.seed,
         accuracy=lambda: evaluate(model, setup.test, setup.precision)[0],
@@ -62,7 +77,7 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
     setup.finish(training, setup.folder.teacher, description)
 
 
-def prepare_paraphraser(setup: Setup, teacher: Teacher) -> tuple[Paraphraser | None, dict[str, Any] | None]:
+def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphraser | None, dict[str, Any] | None]:
     """The trained paraphraser and its diagnosis, or None and None where no method uses factors.
 
     Raises:

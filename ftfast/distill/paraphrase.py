@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftfast.distill.data import Split
-from ftfast.distill.engine import Precision, cosine, run_in_batches
+from ftfast.distill.engine import EVALUATION_BATCH_SIZE, Precision
 from ftfast.distill.errors import IN_A_NEW_RUN, ParaphraserError
 from ftfast.distill.models import place, seeded
+from ftfast.distill.schedule import cosine
 from ftfast.distill.settings import Settings
-from ftfast.distill.teacher import Teacher
 from ftfast.modules import Paraphraser
 
 LEAST_EXPLAINED_VARIANCE = 0.5
@@ -53,13 +53,15 @@ class Diagnosis:
 def build_paraphraser(settings: Settings) -> Paraphraser:
     """An untrained paraphraser, its weights drawn from ``settings.seed``."""
     with seeded(settings.seed):
-        paraphraser = Paraphraser(4 * settings.teacher_channels, settings.rate)
+        paraphraser = Paraphraser(settings.teacher_features().channels, settings.rate)
     return place(paraphraser, torch.device(settings.device))
 
 
-def teacher_features(teacher: Teacher, split: Split, precision: Precision) -> Tensor:
-    """The teacher's last feature maps ``[N, C, H, W]``, float32, channels_last."""
-    features = torch.cat([outputs.features.float() for outputs in run_in_batches(teacher, split.images, precision)])
+@torch.no_grad()
+def teacher_features(teacher: nn.Module, split: Split, precision: Precision) -> Tensor:
+    """The teacher's last feature maps ``[N, C, H, W]`` in its own dtype, channels_last; no image is augmented."""
+    with precision.autocast():
+        features = torch.cat([teacher(images).features for images, _ in split.in_order(EVALUATION_BATCH_SIZE)])
     return features.contiguous(memory_format=torch.channels_last)
 
 
@@ -77,16 +79,20 @@ def train_paraphraser(
     The paper's own recipe (SGD at 0.1 for a few epochs) suits large data sets; a small one has too few steps for it.
     """
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.paraphraser_optimiser]
-    momentum = {"momentum": settings.momentum} if kind is torch.optim.SGD else {}
-    optimiser = kind(paraphraser.parameters(), lr=settings.paraphraser_learning_rate, **momentum)
+    options: dict[str, float] = {"weight_decay": settings.paraphraser_weight_decay}
+    if kind is torch.optim.SGD:
+        options["momentum"] = settings.momentum
+    peak = settings.paraphraser_learning_rate
+    optimiser = kind(paraphraser.parameters(), lr=peak, **options)
     distance = {"l1": F.l1_loss, "mse": F.mse_loss}[settings.paraphraser_loss]
     generator = torch.Generator().manual_seed(settings.seed)
     paraphraser.train()
     for step in range(settings.paraphraser_steps):
-        for group in optimiser.param_groups:
-            group["lr"] = cosine(settings.paraphraser_learning_rate, step, settings.paraphraser_steps)
+        if settings.paraphraser_learning_rate_schedule == "cosine":
+            for group in optimiser.param_groups:
+                group["lr"] = cosine(peak, step, settings.paraphraser_steps)
         rows = torch.randint(len(features), (settings.paraphraser_batch_size,), generator=generator)
-        batch = features[rows.to(features.device)].contiguous(memory_format=torch.channels_last)
+        batch = features[rows.to(features.device)].float().contiguous(memory_format=torch.channels_last)
         with precision.autocast():
             reconstruction = paraphraser(batch)
         loss = distance(reconstruction.float(), batch)
@@ -103,6 +109,7 @@ def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision) -
     Raises:
         ParaphraserError: its factors are not finite, or nearly the same for every image; the message has the remedy.
     """
+    features = features.float()
     with torch.no_grad(), precision.autocast():
         factors = paraphraser.encode(features).float()
         reconstruction = paraphraser.decode(factors).float()

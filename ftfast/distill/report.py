@@ -128,17 +128,17 @@ def _paraphraser_section(diagnosis: dict[str, Any] | None) -> list[str]:
 
 
 def _weights_section(results: dict[str, Any]) -> list[str]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, method in results["methods"].items():
         for trial in method["trials"]:
-            chosen = all(trial[key] == value for key, value in method["weights"].items())
-            values = ["" if trial[key] is None else f"{trial[key]:g}" for key in ("beta", "alpha")]
+            chosen = trial["weights"] == method["weights"]
+            values = ", ".join(f"{key} {value:g}" for key, value in trial["weights"].items())
             accuracy = "diverged" if trial["accuracy"] is None else f"{trial['accuracy']:.2f}"
             loss = "" if trial["loss"] is None else f"{trial['loss']:.4f}"
-            rows.append((name, *values, accuracy, loss, "chosen" if chosen else ""))
+            rows.append((name, values, accuracy, loss, "chosen" if chosen else ""))
     if not rows:
         return []
-    headings = ("method", "beta", "alpha", "validation accuracy, %", "validation cross-entropy", "")
+    headings = ("method", "weights", "validation accuracy, %", "validation cross-entropy", "")
     text = (
         f"Each of {results['settings']['validation_folds']} parts of the students' training images is kept apart in "
         "turn to judge weights on; test images have no say."

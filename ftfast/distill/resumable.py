@@ -1,4 +1,4 @@
-"""Trainings that survive a kill: a checkpoint at the end, and now and then one on the way."""
+"""Trainings that survive a kill: a checkpoint at the end, now and then one on the way, and one where asked to stop."""
 
 import shutil
 import time
@@ -8,8 +8,9 @@ from typing import Any
 
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.engine import Epoch, Training
+from ftfast.distill.engine import Epoch, Stopped, Training
 from ftfast.distill.errors import CheckpointError
+from ftfast.distill.interrupts import StopRequest
 
 _MODEL_PREFIX = "model."
 
@@ -65,6 +66,7 @@ def finish(
 
     Raises:
         CheckpointError: the last checkpoint is not as it was written, or of another training.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the training as it then stood has been saved.
     """
     on_the_way = unfinished_folder(folder)
     unfinished = {**description, "kind": f"unfinished {description['kind']}"}
@@ -73,20 +75,30 @@ def finish(
         training.load_state(_state_of(_load_expected(kept[-1], unfinished)))
     last_saved = time.monotonic()
 
-    def save_on_the_way(training: Training) -> None:
+    def save(training: Training) -> None:
         nonlocal last_saved
-        after_epoch(training.history[-1])
-        if time.monotonic() - last_saved < checkpoint_seconds:
-            return
-        number = len(training.history)
-        checkpoint.save(on_the_way / f"epoch{number:05}", _checkpoint_of(training, unfinished))
+        name = f"epoch{len(training.history):05}"
+        if training.steps_done():  # sorted after its epoch's own
+            name += f"-step{training.steps_done():07}"
+        if not (on_the_way / name).exists():
+            checkpoint.save(on_the_way / name, _checkpoint_of(training, unfinished))
         for older in sorted(on_the_way.glob("epoch*"))[:-1]:
             shutil.rmtree(older)
         last_saved = time.monotonic()
 
-    history = training.run(save_on_the_way)
-    checkpoint.save(folder, _checkpoint_of(training, {**description, "accuracy": history[-1].accuracy}))
-    shutil.rmtree(on_the_way, ignore_errors=True)
+    def save_now_and_then(training: Training) -> None:
+        after_epoch(training.history[-1])
+        if time.monotonic() - last_saved >= checkpoint_seconds:
+            save(training)
+
+    with StopRequest() as asked:
+        try:
+            history = training.run(save_now_and_then, asked)
+        except Stopped:
+            save(training)
+            raise KeyboardInterrupt from None
+        checkpoint.save(folder, _checkpoint_of(training, {**description, "accuracy": history[-1].accuracy}))
+        shutil.rmtree(on_the_way, ignore_errors=True)
     return history
 
 

@@ -13,6 +13,7 @@ from ftfast import dispatch
 from ftfast.distill import data, files
 from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import RunFolderError, SettingsError
+from ftfast.distill.examine import examine_step
 from ftfast.distill.folder import RunFolder, check_run_folder, open_run_folder
 from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
 from ftfast.distill.methods import METHODS
@@ -23,7 +24,7 @@ from ftfast.distill.settings import DTYPES, Settings
 from ftfast.distill.setup import Setup, precision_of
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
-from ftfast.distill.teacher import read_teacher_checkpoint
+from ftfast.distill.teacher import read_teacher
 
 
 def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_seconds: float = 30.0) -> dict[str, Any]:
@@ -38,8 +39,9 @@ def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_se
     """
     settings = settings.resolved()
     check_run_folder(output, settings, resume=resume)
-    if settings.teacher_checkpoint is not None:
-        read_teacher_checkpoint(settings)
+    data.check_files(settings.data, settings.image_source())
+    if settings.teacher_source() is not None:
+        read_teacher(settings)
     _check_backend(settings)
     is_new = not RunFolder(output).settings.exists()
     with open_run_folder(output, settings, resume=resume) as folder:
@@ -51,12 +53,13 @@ def _run_in(folder: RunFolder, settings: Settings, checkpoint_seconds: float, *,
     with _reproducible(settings), Progress(_planned_images(settings)) as progress:
         if starts_anew:
             progress.say(f"{folder.path} holds no run yet: --resume starts a new run")
-        train, test = data.load(settings.data, torch.device(settings.device))
+        train, test = data.load(settings.data, torch.device(settings.device), settings.image_source())
         students, _ = train.cut(settings.student_images)
         setup = Setup(settings, precision_of(settings), folder, progress, checkpoint_seconds, train, students, test)
         teacher, teacher_checkpoint = prepare_teacher(setup)
         paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
         guides = Guides(teacher, paraphraser)
+        examine_step(setup, guides)
         trials = select_weights(setup, guides)
         methods = {method: train_students(setup, guides, method, trials[method]) for method in settings.methods}
     results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)

@@ -20,13 +20,12 @@ FIRST_SEED = 10_000
 
 @dataclass(frozen=True)
 class Trial:
-    """Weights and what students learned with them: mean validation accuracy in percent and cross-entropy.
+    """A method's weights by name, and what students learned with them.
 
-    Both are None where a student diverged.
+    That is mean validation accuracy in percent and cross-entropy, both None where a student diverged.
     """
 
-    beta: float | None
-    alpha: float | None
+    weights: dict[str, float]
     accuracy: float | None
     loss: float | None
 
@@ -34,10 +33,17 @@ class Trial:
 def candidates(settings: Settings, method: str) -> list[Weights]:
     """The weights that a method chooses from; one where the settings leave no choice."""
     used = METHODS[method].weights
-    pairs = [
-        (beta if "beta" in used else None, alpha if "alpha" in used else None) for beta, alpha in settings.weight_grid()
-    ]
-    return [Weights(beta, alpha, settings.temperature) for beta, alpha in dict.fromkeys(pairs)]
+    tried: list[Weights] = []
+    for grid in settings.weight_grid():
+        weights = Weights(**{name: grid[name] for name in used}, temperature=settings.temperature)
+        if weights not in tried:
+            tried.append(weights)
+    return tried
+
+
+def named(method: str, weights: Weights) -> dict[str, float]:
+    """The weights that a method has, by name."""
+    return {name: getattr(weights, name) for name in METHODS[method].weights}
 
 
 def try_weights(
@@ -70,10 +76,10 @@ def try_weights(
             try:
                 training.run(lambda current: after_epoch(current.history[-1].images))
             except DivergedError:
-                return Trial(weights.beta, weights.alpha, None, None)
+                return Trial(named(method, weights), None, None)
             scores.append(evaluate(training.learner["model"], validated, precision))  # type: ignore[index]
     accuracies, losses = zip(*scores, strict=True)
-    return Trial(weights.beta, weights.alpha, fmean(accuracies), fmean(losses))
+    return Trial(named(method, weights), fmean(accuracies), fmean(losses))
 
 
 def selection_epochs(settings: Settings) -> int:

@@ -10,100 +10,58 @@ from typing import Any, Self
 
 import torch
 
-from ftfast.distill import models
-from ftfast.distill.data import DATASETS
+from ftfast.distill import datasets, models
+from ftfast.distill.augment import Augmentation
+from ftfast.distill.data import DATASETS, Source
 from ftfast.distill.errors import SettingsError
-from ftfast.distill.fields import check, setting
-from ftfast.distill.methods import METHODS
+from ftfast.distill.fields import check
+from ftfast.distill.methods import METHODS, WEIGHTS
+from ftfast.distill.recipe import DTYPES, Recipe
 
+__all__ = ["DTYPES", "HINTS", "Settings"]
 FORMAT = "ftfast-settings"
 VERSION = 1
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-DEVICES = ("auto", "cpu", "cuda")
-OPTIMISERS = ("adam", "sgd")
-RECONSTRUCTION_LOSSES = ("l1", "mse")
 GRID_STEPS = (0.5, 1.0, 2.0)
-ALPHA_GRID = (0.5, 0.7, 0.9)
+# Of the weights whose unit does not depend on the factor's size: about what their papers and their papers' code use.
+GRIDS = {"attention": (500.0, 1000.0, 2000.0), "hint": (1.0, 10.0, 100.0), "alpha": (0.5, 0.7, 0.9)}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Recipe):
     """The settings of one run; the defaults are the recipe for digits. Each field is an option, ``--field-name``.
 
     Raises:
         SettingsError: a value outside what its field takes.
     """
 
-    data: str = setting("digits", "data set", choices=tuple(DATASETS))
-    methods: tuple[str, ...] = setting(("none", "ft", "kd", "ft+kd"), "methods to compare", choices=tuple(METHODS))
-    seeds: int = setting(6, "students of each method; a seed fixes a student's weights and its batches", least=1)
-
-    teacher: str = setting("resnet20", "the teacher's model")
-    teacher_channels: int = setting(16, "channels of the teacher's first stage", least=1)
-    teacher_epochs: int = setting(20, "epochs of the teacher", least=1)
-    teacher_checkpoint: str | None = setting(
-        None, "a trained teacher: a checkpoint folder, a .safetensors file or a torch file of tensors"
-    )
-    student: str = setting("resnet8", "the students' model")
-    student_channels: int = setting(4, "channels of the students' first stage", least=1)
-    student_epochs: int = setting(20, "epochs of a student", least=1)
-    student_images: int = setting(300, "training images that the students see; the teacher sees them all", least=1)
-    shortcut: str = setting("identity", "shortcuts of all models", choices=models.SHORTCUTS)
-
-    batch_size: int = setting(32, "images in a batch", least=1)
-    learning_rate: float = setting(0.05, "of SGD with Nesterov momentum, falling to 0 along a cosine", positive=True)
-    momentum: float = setting(0.9, "of SGD", positive=True, most=0.9999)
-    weight_decay: float = setting(5e-4, "of SGD", least=0)
-
-    rate: float = setting(0.5, "the paraphraser's k: factor channels over feature channels", positive=True, most=64)
-    paraphraser_steps: int = setting(500, "steps of the paraphraser", least=1)
-    paraphraser_batch_size: int = setting(128, "feature maps in a step of the paraphraser", least=1)
-    paraphraser_optimiser: str = setting("adam", "optimiser of the paraphraser", choices=OPTIMISERS)
-    paraphraser_learning_rate: float = setting(3e-3, "its first rate, falling to 0 along a cosine", positive=True)
-    paraphraser_loss: str = setting("l1", "reconstruction loss of the paraphraser", choices=RECONSTRUCTION_LOSSES)
-    paraphraser_held_out: int = setting(100, "training images on which the paraphraser is judged", least=2)
-
-    beta: tuple[float, ...] = setting(
-        (), "weight of the factor transfer loss; of several, one is chosen (default: round 500*sqrt(D/2048))", least=0
-    )
-    alpha: tuple[float, ...] = setting(
-        (), "weight of the soft labels, 0 to 1; of several, one is chosen", least=0, most=1
-    )
-    temperature: float = setting(4.0, "of the soft labels", positive=True, most=1e4)
-    validation_folds: int = setting(
-        4, "parts of the students' images, each in turn kept apart to judge weights on", least=2, most=10
-    )
-    selection_seeds: int = setting(1, "students for each weight and fold", least=1)
-
-    seed: int = setting(0, "of the teacher and the paraphraser", least=0)
-    device: str = setting("auto", "where to compute", choices=DEVICES)
-    dtype: str = setting(
-        "auto", "of the models' arithmetic (default: bfloat16 where the hardware has it)", choices=("auto", *DTYPES)
-    )
-    threads: int = setting(
-        1, "threads on the CPU, 0 for torch's choice; digits are too small for more than one", least=0, most=4096
-    )
-
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             check(item, HINTS[item.name], getattr(self, item.name))
-        for name in ("methods", "beta", "alpha"):
+        for name in ("methods", "milestones", *WEIGHTS):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise SettingsError(f"{name} names {', '.join(map(str, values))}; give each value once.")
         if not self.methods:
             raise SettingsError(f"methods is empty; it takes some of {', '.join(METHODS)}, separated by commas.")
         for name in (self.teacher, self.student):
-            models.parse_depth(name)
+            models.check_name(name)
+        if self.learning_rate_schedule == "steps" and not self.milestones:
+            raise SettingsError("learning_rate_schedule is 'steps', and milestones is empty; give --milestones 82,123.")
         self._check_image_counts()
         self._check_folds()
+        if self._student_images() < self.batch_size:
+            raise SettingsError(
+                f"student_images is {self._student_images()}, fewer than a batch of {self.batch_size}; give more "
+                "images or a lower --batch-size."
+            )
 
     def _check_folds(self) -> None:
         fewest = DATASETS[self.data].classes * self.validation_folds
-        if len(self.weight_grid()) > 1 and self.student_images < fewest:
+        images = self._student_images()
+        if len(self.weight_grid()) > 1 and images < fewest:
             raise SettingsError(
-                f"student_images is {self.student_images}; to choose weights on {self.validation_folds} folds it takes "
-                f"at least {fewest}: give more images, a lower --validation-folds, or one --beta and one --alpha."
+                f"student_images is {images}; to choose weights on {self.validation_folds} folds it takes "
+                f"at least {fewest}: give more images, a lower --validation-folds, or one value of each weight."
             )
 
     def _check_image_counts(self) -> None:
@@ -112,7 +70,7 @@ class Settings:
             ("student_images", dataset.train_images),
             ("paraphraser_held_out", dataset.train_images),
         ):
-            value = getattr(self, name)
+            value = self._student_images() if name == "student_images" else getattr(self, name)
             is_all = name == "student_images" and value == whole
             if not is_all and not dataset.classes <= value <= whole - dataset.classes:
                 raise SettingsError(
@@ -120,44 +78,116 @@ class Settings:
                     f"so that each of {dataset.classes} classes is on both sides of the cut."
                 )
 
+    def _student_images(self) -> int:
+        return self.student_images or DATASETS[self.data].train_images
+
+    def image_source(self) -> Source:
+        """Where the images come from, and how those that are trained on are augmented."""
+        folder = None if self.data_dir is None else Path(self.data_dir)
+        return Source(folder, self.download, Augmentation(self.crop_padding, self.flip, self.cutout))
+
+    def teacher_source(self) -> str | None:
+        """Where a teacher comes from that is not trained here: a checkpoint's path, or its library."""
+        return self.teacher_checkpoint or (f"{self.teacher} (pretrained)" if self.pretrained else None)
+
+    def teacher_features(self) -> models.FeatureMap:
+        """The teacher's layer that is compared, and its shape."""
+        shape = DATASETS[self.data].image_shape
+        layer, option = self.teacher_layer, "teacher_layer"
+        return models.feature_map(self.teacher, self.teacher_channels, self.shortcut, shape, layer=layer, option=option)
+
+    def student_features(self) -> models.FeatureMap:
+        """The students' layer that is compared, and its shape."""
+        shape = DATASETS[self.data].image_shape
+        layer, option = self.student_layer, "student_layer"
+        return models.feature_map(self.student, self.student_channels, self.shortcut, shape, layer=layer, option=option)
+
+    def map_size(self) -> tuple[int, int]:
+        """Height and width on which the feature maps are compared: the smaller of teacher's and student's."""
+        teacher, student = self.teacher_features(), self.student_features()
+        return min(teacher.height, student.height), min(teacher.width, student.width)
+
+    def _check_map_sizes(self) -> None:
+        compares_maps = any(set(METHODS[method].weights) - {"alpha"} for method in self.methods)
+        teacher, student = self.teacher_features(), self.student_features()
+        alike = (teacher.height, teacher.width) == (student.height, student.width)
+        if compares_maps and not alike and not self.resize_features:
+            raise SettingsError(
+                f"the feature maps of teacher and student differ in size: {self.teacher}'s {teacher.layer} is "
+                f"{teacher.height}x{teacher.width} and {self.student}'s {student.layer} "
+                f"{student.height}x{student.width}; give --resize-features to pool the larger, or other layers."
+            )
+
     def factor_size(self) -> int:
         """D, the numbers in one factor."""
-        channels, height, width = models.feature_shape(self.teacher_channels, DATASETS[self.data].image_shape[1:])
-        return max(1, round(channels * self.rate)) * height * width
+        height, width = self.map_size()
+        return max(1, round(self.teacher_features().channels * self.rate)) * height * width
 
-    def weight_grid(self) -> list[tuple[float, float]]:
-        """The (beta, alpha) pairs that ``ft+kd`` tries; ``ft`` and ``kd`` try the betas and the alphas of them.
+    def weight_grid(self) -> list[dict[str, float]]:
+        """The weights that the methods try, by name; each method tries those that it has.
 
-        A weight that none of the methods has stands at 0.
+        Raises:
+            SettingsError: two weights with unlike numbers of values, neither of them 1.
         """
-        used = {weight for method in self.methods for weight in METHODS[method].weights}
-        beta = self._betas() if "beta" in used else (0.0,)
-        alpha = (self.alpha or ALPHA_GRID) if "alpha" in used else (0.0,)
-        if 1 not in (len(beta), len(alpha)) and len(beta) != len(alpha):
+        used = [name for name in WEIGHTS if any(name in METHODS[method].weights for method in self.methods)]
+        grids = {name: self._grid(name) for name in used}
+        counts = {name: len(grid) for name, grid in grids.items() if len(grid) > 1}
+        if len(set(counts.values())) > 1:
             raise SettingsError(
-                f"beta has {len(beta)} values and alpha {len(alpha)}; give one value or equally many, "
-                "so that every method chooses from a grid of the same size."
+                f"{' and '.join(f'{name} has {count} values' for name, count in counts.items())}; give one value or "
+                "equally many, so that every method chooses from a grid of the same size."
             )
-        count = max(len(beta), len(alpha))
-        return list(zip(beta * (count // len(beta)), alpha * (count // len(alpha)), strict=True))
+        count = max(counts.values(), default=1)
+        return [{name: grid[place % len(grid)] for name, grid in grids.items()} for place in range(count)]
 
-    def _betas(self) -> tuple[float, ...]:
+    def _grid(self, name: str) -> tuple[float, ...]:
+        if given := getattr(self, name):
+            return given
+        if name != "beta":
+            return GRIDS[name]
         centre = 500 * math.sqrt(self.factor_size() / 2048)  # the mean form shrinks like 1/sqrt(D); 500 suits CIFAR
-        return self.beta or tuple(round(centre * step, 4) for step in GRID_STEPS)
+        return tuple(round(centre * step, 4) for step in GRID_STEPS)
 
     def resolved(self) -> Self:
-        """The same settings with nothing left to the machine: device, dtype, threads and the grids of weights."""
+        """The same settings with nothing left to the machine, the data or the models.
+
+        Raises:
+            SettingsError: a device that is not there, an unknown layer, or feature maps of unlike size.
+        """
         device = self._resolved_device()
         checkpoint = self.teacher_checkpoint
+        in_files = DATASETS[self.data].in_files
+        self._check_map_sizes()
+        grids: dict[str, Any] = {name: self._grid(name) for name in WEIGHTS}
         return dataclasses.replace(
             self,
             device=device,
-            dtype=self.dtype if self.dtype != "auto" else ("bfloat16" if _has_bfloat16(device) else "float32"),
+            dtype=self._resolved_dtype(device),
+            compile=self.compile if self.compile != "auto" else ("on" if device == "cuda" else "off"),
             threads=self.threads or torch.get_num_threads(),
-            beta=self._betas(),
-            alpha=self.alpha or ALPHA_GRID,
+            **grids,
             teacher_checkpoint=None if checkpoint is None else str(Path(checkpoint).absolute()),
+            data_dir=str(Path(self.data_dir or datasets.default_folder()).absolute()) if in_files else None,
+            student_images=self._student_images(),
+            teacher_channels=self._resolved_channels(self.teacher, self.teacher_channels),
+            student_channels=self._resolved_channels(self.student, self.student_channels),
+            teacher_layer=self.teacher_features().layer,
+            student_layer=self.student_features().layer,
         )
+
+    def _resolved_dtype(self, device: str) -> str:
+        if self.engine == "plain" and self.dtype not in ("auto", "float32"):
+            raise SettingsError(f"dtype is {self.dtype!r}; --engine plain computes in float32.")
+        if self.dtype == "float16" and device != "cuda":
+            raise SettingsError("dtype is 'float16', which takes a GPU; on the CPU take bfloat16 or float32.")
+        if self.dtype != "auto" or self.engine == "plain":
+            return "float32" if self.dtype == "auto" else self.dtype
+        return "bfloat16" if _has_bfloat16(device) else "float32"
+
+    @staticmethod
+    def _resolved_channels(model: str, channels: int) -> int:
+        own = models.own_channels(model)
+        return (channels or own) if own else 0
 
     def _resolved_device(self) -> str:
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -9,7 +9,7 @@ from typing import Any
 
 from ftfast.distill import checkpoint, files, resumable, selection
 from ftfast.distill.errors import IN_A_NEW_RUN, DistillError, RunFolderError
-from ftfast.distill.methods import Weights
+from ftfast.distill.methods import METHODS, Weights
 from ftfast.distill.results import method_line, student_result
 from ftfast.distill.settings import Settings
 from ftfast.distill.setup import Setup
@@ -58,8 +58,8 @@ def _read_trials(path: Path, settings: Settings) -> dict[str, list[selection.Tri
 def _are_trials_of(settings: Settings, method: str, trials: list[selection.Trial]) -> bool:
     if method not in settings.methods:
         return False
-    planned = [(weights.beta, weights.alpha) for weights in selection.candidates(settings, method)]
-    if [(trial.beta, trial.alpha) for trial in trials] != planned[: len(trials)]:
+    planned = [selection.named(method, weights) for weights in selection.candidates(settings, method)]
+    if [trial.weights for trial in trials] != planned[: len(trials)]:
         return False
     scores = [(trial.accuracy, trial.loss) for trial in trials]
     return all(
@@ -72,7 +72,7 @@ def _chosen_line(trials: list[selection.Trial]) -> str:
     chosen = selection.best(trials)
     if chosen is None:
         return "all diverged"
-    weights = [f"{name} {getattr(chosen, name):g}" for name in ("beta", "alpha") if getattr(chosen, name) is not None]
+    weights = [f"{name} {value:g}" for name, value in chosen.weights.items()]
     return f"{', '.join(weights)} ({chosen.accuracy:.2f} % of the validation images)"
 
 
@@ -87,9 +87,10 @@ def chosen_weights(settings: Settings, method: str, trials: list[selection.Trial
     chosen = selection.best(trials)
     if chosen is None:
         raise DistillError(
-            f"every weight tried for {method} diverged; lower --learning-rate, --beta or --alpha {IN_A_NEW_RUN}."
+            f"every weight tried for {method} diverged; lower --learning-rate or "
+            f"{' or '.join(f'--{name}' for name in METHODS[method].weights)} {IN_A_NEW_RUN}."
         )
-    return Weights(chosen.beta, chosen.alpha, settings.temperature)
+    return Weights(**chosen.weights, temperature=settings.temperature)
 
 
 def train_students(

@@ -1,32 +1,42 @@
 """One student: its model, its translator where the method has one, and its training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ftfast.distill.data import Split
-from ftfast.distill.engine import Precision, Schedule, Training, evaluate
-from ftfast.distill.methods import METHODS, Outputs, Terms, Weights
-from ftfast.distill.models import LAST_STAGE, ResNet, place, seeded
+from ftfast.distill.engine import Precision, Training, evaluate
+from ftfast.distill.methods import METHODS, Regressor, Terms, Weights
+from ftfast.distill.models import place, seeded
+from ftfast.distill.resized import resized
+from ftfast.distill.schedule import schedule_of
 from ftfast.distill.settings import Settings
-from ftfast.distill.teacher import Teacher, build, student_description
-from ftfast.features import FeatureTap
+from ftfast.distill.student_forward import student_forward
+from ftfast.distill.student_step import BesideStudent
+from ftfast.distill.teacher import build, student_description
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
 
 
 @dataclass(frozen=True)
 class Guides:
-    """What students learn from beside the labels, all of it frozen."""
+    """What students learn from beside the labels, all of it frozen; a teacher is called for its ``Outputs``."""
 
-    teacher: Teacher
+    teacher: nn.Module
     paraphraser: Paraphraser | None
 
 
-def build_student(settings: Settings, seed: int) -> ResNet:
+def build_student(settings: Settings, seed: int) -> nn.Module:
     """A student's model; one seed gives the same weights whatever the method, so methods compare in pairs."""
-    return build(student_description(settings), settings.data, seed=seed, device=torch.device(settings.device))
+    return build(
+        student_description(settings),
+        settings.data,
+        seed=seed,
+        device=torch.device(settings.device),
+        pretrained=settings.student_pretrained,
+    )
 
 
 def student_training(
@@ -48,33 +58,51 @@ def student_training(
         epochs: in place of the settings' ``student_epochs``.
         watched: images on which the accuracy is recorded after every epoch; nothing is decided by it.
     """
-    chosen = METHODS[method]
     student = build_student(settings, seed)
-    learner = nn.ModuleDict({"model": student})
-    head = None
-    if chosen.uses_factors:
-        head = _head(settings, guides, weights, seed)
-        learner["translator"] = head.translator
-    tap = FeatureTap(student, LAST_STAGE)
-
-    def terms(images: Tensor, labels: Tensor) -> Terms:
-        taught = guides.teacher(images) if chosen.uses_teacher else None
-        return chosen.terms(Outputs(*tap(images)), taught, labels, head, weights)
-
-    schedule = Schedule(
-        epochs or settings.student_epochs,
-        settings.batch_size,
-        settings.learning_rate,
-        settings.momentum,
-        settings.weight_decay,
-    )
+    learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=seed)
+    schedule = schedule_of(settings, epochs or settings.student_epochs)
     accuracy = None if watched is None else lambda: evaluate(student, watched, precision)[0]
     return Training(learner, terms, split, schedule, precision, seed=seed, accuracy=accuracy)
+
+
+def learner_of(
+    settings: Settings, guides: Guides, student: nn.Module, *, method: str, weights: Weights, seed: int
+) -> tuple[nn.ModuleDict, Callable[[Tensor, Tensor], Terms]]:
+    """What learns, the student as ``model`` and beside it what its method adds, and the terms of its loss."""
+    chosen = METHODS[method]
+    learner = nn.ModuleDict({"model": student})
+    guide: nn.Module | None = None
+    if chosen.uses_factors:
+        guide = _head(settings, guides, weights, seed)
+        learner["translator"] = guide.translator
+    elif chosen.uses_hints:
+        guide = learner["regressor"] = _regressor(settings, seed)
+    features = settings.student_features()
+    forward = student_forward(student, features.layer, compiled=settings.compile == "on")
+    forward = resized(forward, features, settings.map_size())
+    both = BesideStudent(guides.teacher, forward)
+
+    def terms(images: Tensor, labels: Tensor) -> Terms:
+        found, taught = both(images) if chosen.uses_teacher else (forward(images), None)
+        return chosen.terms(found, taught, labels, guide, weights)
+
+    return learner, terms
 
 
 def _head(settings: Settings, guides: Guides, weights: Weights, seed: int) -> FactorTransfer:
     assert guides.paraphraser is not None
     assert weights.beta is not None
     with seeded(seed):
-        translator = Translator(4 * settings.student_channels, guides.paraphraser.factor_channels)
-    return FactorTransfer(guides.paraphraser, place(translator, torch.device(settings.device)), weight=weights.beta)
+        translator = Translator(settings.student_features().channels, guides.paraphraser.factor_channels)
+    return FactorTransfer(
+        guides.paraphraser,
+        place(translator, torch.device(settings.device)),
+        weight=weights.beta,
+        backend="reference" if settings.engine == "plain" else "auto",
+    )
+
+
+def _regressor(settings: Settings, seed: int) -> Regressor:
+    with seeded(seed):
+        regressor = Regressor(settings.student_features().channels, settings.teacher_features().channels)
+    return place(regressor, torch.device(settings.device))

@@ -1,4 +1,4 @@
-"""The frozen teacher: built from the settings, or read from a checkpoint that has to be of the same model."""
+"""The teacher: built from the settings, or read from a checkpoint that has to be of the same model."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill import checkpoint, models
+from ftfast.distill import checkpoint, foreign, libraries, models
 from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import CheckpointError
 from ftfast.distill.methods import Outputs
@@ -24,20 +24,31 @@ def student_description(settings: Settings) -> dict[str, Any]:
     return {"name": settings.student, "channels": settings.student_channels, "shortcut": settings.shortcut}
 
 
-def build(description: dict[str, Any], data: str, *, seed: int, device: torch.device) -> models.ResNet:
+def build(
+    description: dict[str, Any], data: str, *, seed: int, device: torch.device, pretrained: bool = False
+) -> nn.Module:
     """The described model for the images of a data set, channels_last on the device."""
     dataset = DATASETS[data]
-    model = models.build_model(**description, in_channels=dataset.image_shape[0], classes=dataset.classes, seed=seed)
+    model = models.build_model(
+        **description,
+        in_channels=dataset.image_shape[0],
+        classes=dataset.classes,
+        seed=seed,
+        pretrained=pretrained,
+    )
     return models.place(model, device)
 
 
 class Teacher(nn.Module):
-    """A model frozen for good: eval mode whatever is asked of it, no gradients, no graph."""
+    """A model in eval mode whatever is asked of it, without gradients or a graph, and otherwise as it is.
 
-    def __init__(self, model: nn.Module) -> None:
+    The plain engine's; :class:`ftfast.distill.frozen.FrozenTeacher` is faster and checked against it.
+    """
+
+    def __init__(self, model: nn.Module, layer: str = models.LAST_STAGE) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
-        self._tap = FeatureTap(self.model, models.LAST_STAGE)
+        self._tap = FeatureTap(self.model, layer)
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -50,13 +61,20 @@ class Teacher(nn.Module):
         return Outputs(*self._tap(images))
 
 
-def read_teacher_checkpoint(settings: Settings) -> dict[str, Tensor]:
-    """The tensors that ``settings.teacher_checkpoint`` names, checked against the teacher that the settings describe.
+def read_teacher(settings: Settings) -> dict[str, Tensor]:
+    """The tensors of a teacher that is not trained here, checked against the one that the settings describe.
+
+    They are those that ``settings.teacher_checkpoint`` names, or its library's.
 
     Raises:
         CheckpointError: not readable, not plain tensors, or of another model.
+        SettingsError: a library's weights that cannot be had, or are for other classes.
     """
-    assert settings.teacher_checkpoint is not None
+    dataset = DATASETS[settings.data]
+    if settings.teacher_checkpoint is None:
+        return libraries.pretrained_tensors(
+            settings.teacher, in_channels=dataset.image_shape[0], classes=dataset.classes
+        )
     path = Path(settings.teacher_checkpoint)
     tensors, description = checkpoint.load_tensors(path)
     expected = teacher_description(settings)
@@ -70,5 +88,7 @@ def read_teacher_checkpoint(settings: Settings) -> dict[str, Tensor]:
             f"{found.get('channels')} channels and {found.get('shortcut')} shortcuts; give --teacher, "
             "--teacher-channels and --shortcut to match."
         )
-    checkpoint.fill(build(expected, settings.data, seed=0, device=torch.device("cpu")), tensors, path, title)
+    model = build(expected, settings.data, seed=0, device=torch.device("cpu"))
+    tensors = foreign.to_own_layout(tensors, model, path, settings.data)
+    checkpoint.fill(model, tensors, path, title)
     return tensors

@@ -1,0 +1,240 @@
+"""A model as a graph of torch.fx: cut after one layer, batch norms folded, convolutions fused with what follows."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+_RELUS = (F.relu, torch.relu, "relu", "relu_", F.relu_, torch.relu_)
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_OUT_OF_PLACE = {operator.iadd: operator.add, F.relu_: F.relu, torch.relu_: torch.relu, "relu_": "relu", "add_": "add"}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model's graph whose outputs are the features of one layer and, with the classifier, the logits.
+
+    Attributes:
+        folded, left: batch norms that were folded into the convolution before them, and those that were not.
+        fused: convolutions that take their activation or residual along.
+    """
+
+    module: fx.GraphModule
+    folded: int
+    left: int
+    fused: int
+
+
+class FusedConvolution(nn.Module):
+    """Convolution, bias, optional residual and optional ReLU in one call of oneDNN; the weight packed at the first.
+
+    Maps are channels_last; a residual has the shape of the result.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, *, relu: bool) -> None:
+        super().__init__()
+        self.register_buffer("weight", convolution.weight.detach())
+        self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self._relu = "relu" if relu else None
+        self._shape = [
+            list(size) for size in (convolution.padding, convolution.stride, convolution.dilation)
+        ]  # padding is numbers here, not a name: is_fusable saw to it
+        self._groups = convolution.groups
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, K, H', W']``, ``relu(conv(x) + residual)``."""
+        operators = torch.ops.mkldnn
+        x = x.contiguous(memory_format=torch.channels_last)
+        padding, stride, dilation = self._shape
+        if self._packed is None:
+            self._packed = operators._reorder_convolution_weight(
+                self.weight, padding, stride, dilation, self._groups, list(x.shape)
+            )
+        common = (padding, stride, dilation, self._groups)
+        if residual is None:
+            y = operators._convolution_pointwise(x, self._packed, self.bias, *common, self._relu or "none", [], "")
+        else:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            y = operators._convolution_pointwise.binary(
+                x, residual, self._packed, self.bias, *common, "add", 1.0, self._relu, [], ""
+            )
+        return y.contiguous(memory_format=torch.channels_last)
+
+
+class _LayerTracer(fx.Tracer):
+    """Remembers the node that a layer returned, of one that runs several times the last."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = layer
+        self.found: Any = None
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        output = super().call_module(m, forward, args, kwargs)
+        if m is self._layer:
+            self.found = output
+        return output
+
+
+def trace(model: nn.Module, layer: str, *, classifier: bool) -> Cut:
+    """The graph of a model up to a layer, in the mode that it is in.
+
+    Args:
+        model: its modules are shared with the result.
+        layer: a submodule's name; its features are the first output.
+        classifier: keep the model's own output as the second; without it nothing past the layer runs.
+
+    Raises:
+        Exception: whatever torch.fx raises on a model that cannot be traced.
+    """
+    tracer = _LayerTracer(model.get_submodule(layer))
+    graph = tracer.trace(model)
+    if not isinstance(tracer.found, fx.Proxy):
+        raise TypeError(f"layer {layer!r} returned no single tensor")
+    features = tracer.found.node
+    last = next(node for node in reversed(graph.nodes) if node.op == "output")
+    last.args = ((features, last.args[0] if classifier else None),)
+    module = fx.GraphModule(model, graph)
+    graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return Cut(module, 0, 0, 0)
+
+
+def fold(found: Cut) -> Cut:
+    """The same with batch norms in eval folded into the convolutions before them, and nothing written in place.
+
+    The modules that are called are changed, so they should be nobody else's.
+    """
+    module = found.module
+    _write_nothing_in_place(module)
+    folded = _fold_batch_norms(module)
+    left = sum(isinstance(called, nn.modules.batchnorm._BatchNorm) for _, called in _called(module))
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return Cut(module, folded, left, 0)
+
+
+def fuse(found: Cut) -> Cut:
+    """The same with each convolution, its residual and its ReLU as one call of oneDNN."""
+    module, fused = found.module, 0
+    for node, convolution in _called(module):
+        if not isinstance(convolution, nn.Conv2d) or not _is_fusable(convolution):
+            continue
+        last, residual = node, None
+        following = _only_user(last)
+        if following is not None and (other := _summand(following, last)) is not None:
+            last, residual = following, other
+            following = _only_user(last)
+        has_relu = following is not None and _is_relu(module, following)
+        if has_relu:
+            assert following is not None
+            last = following
+        name = f"fused_{fused}"
+        module.add_submodule(name, FusedConvolution(convolution, relu=has_relu))
+        with module.graph.inserting_after(last):
+            arguments = (node.args[0],) if residual is None else (node.args[0], residual)
+            replacement = module.graph.call_module(name, arguments)
+        last.replace_all_uses_with(replacement)
+        fused += 1
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return Cut(module, found.folded, found.left, fused)
+
+
+def _called(module: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:
+    return [(node, module.get_submodule(str(node.target))) for node in module.graph.nodes if node.op == "call_module"]
+
+
+def _write_nothing_in_place(module: fx.GraphModule) -> None:
+    """A layer's output may be the features, so that what follows must not write to it."""
+    for node in module.graph.nodes:
+        node.target = _OUT_OF_PLACE.get(node.target, node.target)
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+    for _, called in _called(module):
+        if getattr(called, "inplace", False):
+            called.inplace = False  # type: ignore[assignment]
+
+
+def _fold_batch_norms(module: fx.GraphModule) -> int:
+    folded = 0
+    for node, norm in _called(module):
+        before = node.args[0] if node.args else None
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or not isinstance(before, fx.Node):
+            continue
+        if before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution = module.get_submodule(str(before.target))
+        if type(convolution) is not nn.Conv2d:
+            continue
+        assert norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        name = f"folded_{folded}"
+        module.add_submodule(name, _with(convolution, weight, bias))
+        before.target = name
+        node.replace_all_uses_with(before)
+        module.graph.erase_node(node)
+        folded += 1
+    return folded
+
+
+def _with(convolution: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter) -> nn.Conv2d:
+    """The same convolution with other parameters."""
+    made = nn.Conv2d(
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,  # type: ignore[arg-type]
+        convolution.stride,  # type: ignore[arg-type]
+        convolution.padding,  # type: ignore[arg-type]
+        convolution.dilation,  # type: ignore[arg-type]
+        convolution.groups,
+        padding_mode=convolution.padding_mode,
+        device="meta",
+    )
+    made.weight, made.bias = weight, bias
+    return made.requires_grad_(False).eval()
+
+
+def _is_fusable(convolution: nn.Conv2d) -> bool:
+    return (
+        type(convolution) is nn.Conv2d
+        and convolution.padding_mode == "zeros"
+        and not isinstance(convolution.padding, str)
+    )
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _summand(node: fx.Node, of: fx.Node) -> fx.Node | None:
+    """What a sum adds to a node; None where it is no plain sum of two tensors."""
+    if node.op not in ("call_function", "call_method") or node.target not in _SUMS or node.kwargs:
+        return None
+    others = [argument for argument in node.args if argument is not of]
+    if len(node.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    return others[0]
+
+
+def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))) is nn.ReLU
+    return node.op in ("call_function", "call_method") and node.target in _RELUS

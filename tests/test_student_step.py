@@ -1,0 +1,314 @@
+"""A step of training takes the gradient of the whole batch; a training goes on from anywhere as if nothing had been."""
+
+import copy
+import io
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ftfast.distill import data, models, resumable
+from ftfast.distill.engine import Stopped, Training
+from ftfast.distill.interrupts import StopRequest
+from ftfast.distill.methods import Outputs, Terms
+from ftfast.distill.schedule import Schedule
+from ftfast.distill.student_forward import student_forward
+from ftfast.distill.student_step import BesideStudent, DivergedError, LearningStep, LossRecord, Precision
+
+CPU = torch.device("cpu")
+FLOAT32 = Precision(CPU, torch.float32)
+PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.1, momentum=0.0, weight_decay=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def classifier() -> nn.Module:
+    with models.seeded(0):
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 4))
+
+
+def batch(count: int = 10) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(count, 3, 2, 2, generator=generator), torch.arange(count) % 4
+
+
+def cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Terms]:
+    return lambda images, labels: {"labels": F.cross_entropy(model(images).float(), labels), "other": images.mean()}
+
+
+def stepped(schedule: Schedule, precision: Precision = FLOAT32, rate: float = 0.1) -> tuple[nn.Module, Terms]:
+    model = classifier()
+    step = LearningStep(model, cross_entropy(model), schedule, precision)
+    return model, step(*batch(), rate)
+
+
+def expected_step(weight_decay: Callable[[Tensor], float] = lambda _: 0.0, largest: float = 1e9) -> list[Tensor]:
+    """Parameters after one step of SGD at 0.1, in float64."""
+    model = classifier().double()
+    images, labels = batch()
+    F.cross_entropy(model(images.double()), labels).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    scale = min(1.0, largest / float(norm))
+    return [
+        parameter.detach() - 0.1 * (scale * gradient + weight_decay(parameter) * parameter.detach())
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True)
+    ]
+
+
+def assert_near(model: nn.Module, expected: list[Tensor], limit: float = 1e-5) -> None:
+    moved = [before - after for before, after in zip(classifier().double().parameters(), expected, strict=True)]
+    for parameter, after, step in zip(model.parameters(), expected, moved, strict=True):
+        rounding = 2 * torch.finfo(torch.float32).eps * after.norm()
+        assert float((parameter.detach().double() - after).norm()) <= float(limit * step.norm() + rounding)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 10, 64])
+def test_a_batch_in_parts_takes_the_step_of_the_whole(parts: int) -> None:
+    model, terms = stepped(replace(PLAIN, accumulate=parts))
+    assert_near(model, expected_step())
+    _, whole = stepped(PLAIN)
+    for name, value in whole.items():
+        assert float(terms[name]) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_gradients_are_clipped_together() -> None:
+    assert_near(stepped(replace(PLAIN, clip_gradient=0.01))[0], expected_step(largest=0.01))
+    assert_near(stepped(replace(PLAIN, clip_gradient=0.01, accumulate=4))[0], expected_step(largest=0.01))
+
+
+def test_biases_and_norms_are_spared_where_asked() -> None:
+    schedule = replace(PLAIN, weight_decay=0.5)
+    assert_near(stepped(schedule)[0], expected_step(lambda _: 0.5))
+    assert_near(stepped(replace(schedule, decay_vectors=False))[0], expected_step(lambda p: 0.5 * (p.dim() > 1)))
+
+
+def test_float16_gradients_are_scaled_and_come_back_unscaled() -> None:
+    model, _ = stepped(replace(PLAIN, clip_gradient=0.01), Precision(CPU, torch.float16))
+    assert_near(model, expected_step(largest=0.01), limit=2e-2)
+
+
+def test_a_float16_step_that_overflows_is_left_out() -> None:
+    model = classifier()
+    step = LearningStep(
+        model, lambda images, labels: {"labels": 1e38 * model(images).sum()}, PLAIN, Precision(CPU, torch.float16)
+    )
+    step(*batch(), 0.1)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), classifier().parameters(), strict=True))
+
+
+def test_the_rate_falls_as_torchs_schedulers_do() -> None:
+    schedules = {
+        "cosine": (PLAIN, lambda optimiser: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 12)),
+        "steps": (
+            replace(PLAIN, kind="steps", milestones=(1, 2), gamma=0.2),
+            lambda optimiser: torch.optim.lr_scheduler.MultiStepLR(optimiser, [4, 8], 0.2),
+        ),
+    }
+    for schedule, build in schedules.values():
+        optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=schedule.learning_rate)
+        scheduler = build(optimiser)
+        for step in range(12):
+            assert schedule.rate(step, 4) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
+            optimiser.step()
+            scheduler.step()
+
+
+@pytest.mark.parametrize("bad_step", [0, 49, 50, 61])
+def test_the_first_loss_that_is_not_finite_is_named(bad_step: int) -> None:
+    record = LossRecord()
+
+    def train() -> None:
+        for step in range(70):
+            value = float("nan") if step >= bad_step else 1.0
+            record.add({"labels": torch.tensor(value)}, 8, step)
+        record.look(69)
+
+    with pytest.raises(DivergedError, match=rf"the loss is nan at step {bad_step + 1};.*--learning-rate"):
+        train()
+
+
+def split_of(count: int = 43) -> data.Split:
+    train, _ = data.load("digits", CPU)
+    return train.cut(count)[0]
+
+
+def training(precision: Precision = FLOAT32, bad_at: int | None = None, **changes: Any) -> Training:
+    model = models.place(models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0), CPU)
+    calls = 0
+
+    def terms(images: Tensor, labels: Tensor) -> Terms:
+        nonlocal calls
+        calls += 1
+        loss = F.cross_entropy(model(images).float(), labels)
+        return {"labels": loss * (float("inf") if calls == bad_at else 1.0)}
+
+    schedule = replace(PLAIN, momentum=0.9, weight_decay=1e-3, **changes)
+    return Training(nn.ModuleDict({"model": model}), terms, split_of(), schedule, precision, seed=0)
+
+
+def weights(trained: Training) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trained.learner.state_dict().items()}
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Through a file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 6, 7, 17])
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [
+        (FLOAT32, {}),
+        (Precision(CPU, torch.bfloat16), {"ema": 0.9, "clip_gradient": 1.0}),
+    ],
+)
+def test_stopped_after_any_step_it_goes_on_bit_equal(
+    precision: Precision, changes: dict[str, Any], stop_after: int
+) -> None:
+    whole = training(precision, **changes)
+    history = whole.run()
+    steps = iter(range(1, 100))
+    first = training(precision, **changes)
+    with pytest.raises(Stopped):
+        first.run(stop=lambda: next(steps) == stop_after)
+    second = training(precision, **changes)
+    second.load_state(saved(first.state()))
+    again = second.run()
+    assert [record.losses for record in again] == [record.losses for record in history]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(second)[name], tensor), name
+
+
+def test_the_average_is_what_is_kept_and_watched() -> None:
+    seen: list[dict[str, Tensor]] = []
+    averaged = training(ema=0.5)
+    averaged._accuracy = lambda: seen.append(weights(averaged)) or 1.0  # type: ignore[func-returns-value]
+    averaged.run()
+    plain = training()
+    expected: dict[str, Tensor] = {}
+
+    def follow() -> bool:
+        for name, tensor in weights(plain).items():
+            if tensor.is_floating_point():
+                before = expected.get(name)
+                expected[name] = tensor.double() if before is None else 0.5 * before + 0.5 * tensor.double()
+        return False
+
+    plain.run(stop=follow)
+    for name, tensor in expected.items():
+        assert float((weights(averaged)[name] - tensor).norm()) <= 1e-5 * float(tensor.norm() + 1e-3), name
+        assert torch.equal(seen[-1][name], weights(averaged)[name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_training_and_it_goes_on_bit_equal(tmp_path: Path, number: signal.Signals) -> None:
+    description = {"kind": "student"}
+    undisturbed = training()
+    resumable.finish(undisturbed, tmp_path / "whole", description, checkpoint_seconds=1e9)
+    before = signal.getsignal(number)
+    disturbed = training()
+    terms, calls = disturbed._step._terms, iter(range(100))
+
+    def interrupted(images: Tensor, labels: Tensor) -> Terms:
+        if next(calls) == 8:
+            signal.raise_signal(number)
+        return terms(images, labels)
+
+    disturbed._step._terms = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        resumable.finish(disturbed, tmp_path / "kept", description, checkpoint_seconds=1e9)
+    assert signal.getsignal(number) is before
+    assert [path.name for path in resumable.unfinished_folder(tmp_path / "kept").iterdir()] == [
+        "epoch00001-step0000003"
+    ]
+    resumed = training()
+    resumable.finish(resumed, tmp_path / "kept", description, checkpoint_seconds=1e9)
+    assert not resumable.unfinished_folder(tmp_path / "kept").exists()
+    for name, tensor in weights(undisturbed).items():
+        assert torch.equal(weights(resumed)[name], tensor), name
+
+
+def test_a_second_signal_interrupts_at_once() -> None:
+    with StopRequest() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        asked._asked = False  # met; the request would otherwise interrupt at the end
+
+
+def test_a_diverged_training_keeps_its_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="at step 9"):
+        resumable.finish(training(bad_at=9), tmp_path / "kept", {"kind": "student"}, checkpoint_seconds=0)
+    assert [path.name for path in resumable.unfinished_folder(tmp_path / "kept").iterdir()] == ["epoch00001"]
+
+
+def test_the_teacher_runs_before_the_student_on_a_cpu_and_on_its_own_stream_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            order.append(f"on {self.name}")
+
+        def __exit__(self, *_: object) -> None:
+            order.append(f"off {self.name}")
+
+    class Images(Tensor):
+        device = torch.device("cuda")  # type: ignore[assignment]
+
+        def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
+            order.append(f"recorded on {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream("aside"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+
+    def network(name: str) -> Callable[[Tensor], Outputs]:
+        return lambda images: order.append(name) or Outputs(images, images)  # type: ignore[func-returns-value]
+
+    both = BesideStudent(network("teacher"), network("student"))
+    both(torch.zeros(1))
+    assert order == ["teacher", "student"]
+    order.clear()
+    both(torch.zeros(1).as_subclass(Images))
+    assert order[:6] == ["aside waits for main", "on aside", "teacher", "off aside", "student", "main waits for aside"]
+    assert sorted(order[6:]) == ["recorded on aside", "recorded on main", "recorded on main"]
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_the_same() -> None:
+    student = models.build_model("resnet8", 4, in_channels=3, classes=5, seed=0)
+    images = torch.randn(4, 3, 8, 8)
+    gradients = []
+    for compiled in (False, True):
+        own = copy.deepcopy(student).train()
+        outputs = student_forward(own, "stage3", compiled=compiled)(images)
+        (outputs.logits.square().sum() + outputs.features.square().sum()).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in own.parameters()]))
+        assert own.norm.num_batches_tracked == 1
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-5
