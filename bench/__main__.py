@@ -1,65 +1,16 @@
-"""``python -m bench``: the run, and what it prints."""
+"""``python -m bench``: the commands, and what they print."""
 
 import argparse
-import os
-import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bench import machine, plots, quiet, readme
-from bench.arguments import build_parser, check_out, settings_from
-from bench.records import Record, RecordError, load, save
-from bench.registry import Bench, Settings, discover
-
-
-def measure(chosen: dict[str, Bench], settings: Settings, arguments: list[str], quick: bool) -> Record:
-    """Run benches and put what they found into a record."""
-    hardware = machine.hardware(settings.device)
-    notes = [note] if (note := quiet.busy_note()) else []
-    if quick:
-        notes.append("--quick: few calls, not to be quoted")
-    for note in notes:
-        print(f"python -m bench: {note}.", file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    errors = Console(stderr=True)
-    others = quiet.Others()
-    rows = []
-    with Progress(
-        *columns, console=errors, disable=not (errors.is_terminal and sys.stderr.isatty()), transient=True
-    ) as progress:
-        for bench in chosen.values():
-            task = progress.add_task("", total=bench.size(settings))
-
-            def advance(what: str, task: TaskID = task) -> None:
-                progress.update(task, advance=1, description=what)
-
-            rows += bench.run(settings, advance)
-    if note := others.note():
-        notes.append(note)
-        print(f"python -m bench: {note}.", file=sys.stderr)
-    return Record(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        hardware={**hardware, "cores_used_by_others": others.cores()},
-        software=machine.software(),
-        settings={
-            "command": shlex.join(["python", "-m", "bench", *arguments]),
-            "threads": torch.get_num_threads(),
-            "interop_threads": torch.get_num_interop_threads(),
-            "blocks": settings.plan.blocks,
-            "warmups_per_block": settings.plan.warmups,
-            "fewest_calls_per_block": settings.plan.calls,
-            "block_seconds": settings.plan.block_seconds,
-            "seed": settings.plan.seed,
-        },
-        rows=rows,
-        notes=notes,
-        formulas={name: bench.formula for name, bench in chosen.items() if bench.formula},
-    )
+from bench import compare, guard, plots, readme
+from bench.arguments import ALL, build_parser, check_out, settings_from
+from bench.records import RecordError, Row, load, save
+from bench.registry import discover
+from bench.running import Work, measure, prepare
 
 
 def plot_main(arguments: list[str]) -> int:
@@ -79,12 +30,18 @@ def plot_main(arguments: list[str]) -> int:
     return 0
 
 
+COMMANDS = {"readme": readme.main, "plot": plot_main, "compare": compare.main, "guard": guard.main}
+
+
+def is_failure(row: Row, peers_named: bool) -> bool:
+    """Whether a row without a figure should fail the run: not that of a peer that is not installed, unless named."""
+    return bool(row.reason) and (peers_named or not row.details.get("not_installed"))
+
+
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 where a candidate has no figure, or exits with 2 for bad input."""
-    if arguments[:1] == ["readme"]:
-        return readme.main(arguments[1:])
-    if arguments[:1] == ["plot"]:
-        return plot_main(arguments[1:])
+    if arguments[:1] and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     benches = discover()
     parser = build_parser(benches)
     options = parser.parse_args(arguments)
@@ -95,32 +52,33 @@ def main(arguments: list[str]) -> int:
             console.print(f"{name:<12} {bench.summary}", highlight=False)
         return 0
     for name in options.what:
-        if name not in benches:
-            parser.error(f"WHAT is {name!r}; take of {', '.join(benches)}.")
+        if name not in benches and name != ALL:
+            parser.error(f"WHAT is {name!r}; take of {', '.join(benches)}, or {ALL}.")
     settings = settings_from(options, parser)
     if options.out is not None and (problem := check_out(options.out, options.overwrite)):
         parser.error(problem)
-    torch.set_num_threads(options.threads or quiet.usable_cores())
-    # Idle compile workers would share the cores with what is measured.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    chosen = {}
-    for name in dict.fromkeys(options.what or benches):
+    prepare(options.threads)
+    named = [name for name in options.what if name != ALL]
+    everything = not options.what or ALL in options.what
+    works = []
+    for name in dict.fromkeys([*named, *benches] if everything else named):
         if not (refusal := benches[name].refuses(settings)):
-            chosen[name] = benches[name]
-        elif options.what:
+            works.append(Work(name, benches[name], settings))
+        elif name in named:
             parser.error(refusal)
         else:
             print(f"python -m bench: {refusal}", file=sys.stderr)
-    record = measure(chosen, settings, arguments, options.quick)
+    quick_note = ["--quick: few calls, not to be quoted"] if options.quick else []
+    record = measure(works, settings.device, arguments, quick_note)
     if options.out is not None:
         save(record, options.out)
     if options.json:
         print(record.to_json(), end="")
     else:
-        for name, bench in chosen.items():
-            for table in bench.tables(record.of(name)):
+        for work in works:
+            for table in work.bench.tables(record.of(work.name)):
                 console.print(table)
-    return 1 if any(row.reason for row in record.rows) else 0
+    return 1 if any(is_failure(row, options.peers is not None) for row in record.rows) else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,14 +29,21 @@ from ftfast import dispatch
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
+ALL = "all"
 LAYOUTS = ("nchw", "channels_last")
+QUICK_PEERS = ("eager", "compile")
+# They tune for minutes, and on a CPU to nothing better.
+GPU_PEERS = ("compile-max-autotune",)
 EPILOG = """\
 further commands:
   python -m bench readme [--check]   write the README's measured blocks and pictures from bench/records, or check them
   python -m bench plot RECORD ...    draw records, as SVG and PNG beside each
+  python -m bench compare A B        ratios of two records, where they can be compared
+  python -m bench guard [RECORD]     measure a few cases again and fail where their ratios are worse than the record's
 
 examples:
-  python -m bench                                      everything
+  python -m bench all --quick                          a look at everything, not to be quoted
+  python -m bench all --shapes imagenet-r50-r18        loss and head of one pair of networks
   python -m bench resources                            what the Triton kernels take of a GPU, without one
   python -m bench ft_loss --quick                      a look, not to be quoted
   python -m bench ft_loss --shapes 64x32x8x8 --dtype float16 --json
@@ -109,7 +117,7 @@ def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(benches)}; default: all")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(benches)}, or {ALL}, the default")
     parser.add_argument("--list", action="store_true", help="say what there is to measure, and stop")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where it is")
     parser.add_argument(
@@ -119,7 +127,7 @@ def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--shapes", type=comma_list("shapes", parse_shape), metavar="LIST",
-        help="factors, by the pair that makes them or as NxCxHxW, with commas: "
+        help="factors, by the pair that makes them or as NxCxHxW, with commas; the pairs' heads too, unless --heads: "
         + ", ".join(f"{name} ({shape})" for name, shape in SHAPES.items())
         + f"; default: {','.join(DEFAULT_SHAPES)} (--quick: {','.join(QUICK_SHAPES)})",
     )  # fmt: skip
@@ -137,7 +145,8 @@ def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--peers", type=peer_names, metavar="LIST",
-        help=f"of {', '.join(PEERS)}, with commas, or none; default: all (--quick: eager)",
+        help=f"of {', '.join(PEERS)}, with commas, or none; default: all, {', '.join(GPU_PEERS)} on a GPU alone "
+        f"(--quick: {', '.join(QUICK_PEERS)})",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, help="torch's threads, default: the cores that may be used")
     parser.add_argument("--blocks", type=positive, help=f"blocks of each candidate, default: {Plan.blocks}")
@@ -184,17 +193,19 @@ def settings_from(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     except (ValueError, RuntimeError) as error:
         parser.error(f"FTFAST_BACKEND cannot be met: {error}")
     plan = QUICK_PLAN if options.quick else Plan()
+    plan = replace(plan, blocks=options.blocks or plan.blocks, seed=options.seed)
     names = QUICK_SHAPES if options.quick else DEFAULT_SHAPES
     dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
-    peers = ("eager",) if options.quick else tuple(PEERS)
-    heads = options.heads or [HEADS[name] for name in (QUICK_HEADS if options.quick else DEFAULT_HEADS[device])]
+    peers = QUICK_PEERS if options.quick else tuple(name for name in PEERS if device == "cuda" or name not in GPU_PEERS)
+    heads = options.heads or [HEADS[shape.name] for shape in options.shapes or () if shape.name in HEADS]
+    heads = heads or [HEADS[name] for name in (QUICK_HEADS if options.quick else DEFAULT_HEADS[device])]
     return Settings(
         device=torch.device(device),
         dtypes=options.dtype or dtypes,
         shapes=options.shapes or tuple(SHAPES[name] for name in names),
         layouts=options.layouts,
         peers=peers if options.peers is None else options.peers,
-        plan=Plan(options.blocks or plan.blocks, plan.warmups, plan.calls, plan.block_seconds, options.seed),
+        plan=plan,
         heads=tuple(dict.fromkeys(head_on(head, device) for head in heads)),
         head_dtypes=options.dtype or (torch.bfloat16,),
         quick=options.quick,

@@ -7,6 +7,7 @@ from typing import Any
 from bench.gate import Errors, Gate
 
 FORWARD = "forward"
+BACKWARD = "backward"
 FORWARD_BACKWARD = "forward+backward"
 
 
@@ -20,7 +21,7 @@ class Candidate:
 
     Attributes:
         name: as tables show it.
-        work: what a step does, ``"forward"`` or ``"forward+backward"``.
+        work: what a step does, ``"forward"``, ``"backward"`` of a forward in ``prepare``, or ``"forward+backward"``.
         step: on the clock.
         prepare: before every step, off the clock.
         least_bytes: the fewest bytes of memory traffic that the step's result needs; GB/s are counted from these.

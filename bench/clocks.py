@@ -6,7 +6,9 @@ from typing import Protocol
 
 import torch
 
+from bench import power
 from bench.candidates import Candidate, nothing
+from bench.power import Energy
 
 
 class Clock(Protocol):
@@ -14,6 +16,12 @@ class Clock(Protocol):
 
     def time(self, candidate: Candidate, calls: int) -> list[float]:
         """Milliseconds of each of ``calls`` steps."""
+
+    def energy(self, candidate: Candidate, call_seconds: float, seconds: float) -> Energy | None:
+        """What steps of about ``call_seconds`` take when run back to back for ``seconds``, None where unknown."""
+
+    def peak_bytes(self, candidate: Candidate) -> int | None:
+        """The most memory that one step holds above what is there before it, None where unknown."""
 
 
 class CpuClock:
@@ -29,6 +37,12 @@ class CpuClock:
             elapsed.append((now() - begin) * 1e-6)
         return elapsed
 
+    def energy(self, candidate: Candidate, call_seconds: float, seconds: float) -> Energy | None:
+        return None
+
+    def peak_bytes(self, candidate: Candidate) -> int | None:
+        return None
+
 
 class CudaClock:
     """Device time between two events, with the L2 cache overwritten before every step."""
@@ -36,6 +50,8 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
+        self._device = device
+        self._gpu = power.gpu_of(device)
 
     def time(self, candidate: Candidate, calls: int) -> list[float]:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
@@ -47,6 +63,27 @@ class CudaClock:
             end.record()
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) for begin, end in events]
+
+    def energy(self, candidate: Candidate, call_seconds: float, seconds: float) -> Energy | None:
+        """Caches are as the steps leave them: a flush would take more energy than a small step."""
+
+        def step() -> None:
+            candidate.prepare()
+            candidate.step()
+
+        def synchronise() -> None:
+            torch.cuda.synchronize(self._device)
+
+        return power.measure_energy(self._gpu, step, synchronise, call_seconds=call_seconds, seconds=seconds)
+
+    def peak_bytes(self, candidate: Candidate) -> int | None:
+        candidate.prepare()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        candidate.step()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - before
 
 
 def clock_for(device: torch.device) -> Clock:

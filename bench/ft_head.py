@@ -121,7 +121,8 @@ def candidates(settings: Settings, shape: HeadShape, dtype: torch.dtype) -> list
     if "eager" in settings.peers:
         found += entries(peers.EAGER, eager, is_eager=True, saved_bytes=saved_bytes(eager, with_))
     if "compile" in settings.peers:
-        found += entries(peers.COMPILED, compiled_head(with_))
+        compiled = compiled_head(with_)
+        found += entries(peers.COMPILED, compiled, saved_bytes=saved_bytes(compiled, with_))
     library = eager_head(with_, ftfast.FTLoss())
     found += entries(LIBRARY, library, saved_bytes=saved_bytes(library, with_))
     ours = our_head(with_)
@@ -174,9 +175,10 @@ def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
 
 def show(rows: list[Row]) -> Iterator[Table]:
     """One table for each head."""
-    return throughput_tables(
-        rows, {"over eager": peers.EAGER, "over compile": peers.COMPILED}, {"saved MiB": "saved_bytes"}
-    )
+    kept = {"saved MiB": "saved_bytes"}
+    if any("peak_bytes" in row.details for row in rows):
+        kept["peak MiB"] = "peak_bytes"
+    return throughput_tables(rows, {"over eager": peers.EAGER, "over compile": peers.COMPILED}, kept)
 
 
 def markdown(newest: dict[str, tuple[str, Record]]) -> str:

@@ -1,19 +1,17 @@
-"""The loss alone, through ``ftfast.FTLoss``, against the official formula, torch.compile of it and yardstick F."""
+"""The loss alone, through ``ftfast.FTLoss``, against other implementations of it and yardstick F."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import ftfast
 from bench import peers, tables
 from bench.candidates import FORWARD, FORWARD_BACKWARD, Candidate, Group
+from bench.ceilings import copy_candidate
 from bench.clocks import clock_for, graph_replay
-from bench.gate import Gate, Judge
+from bench.loss_cases import FORMULA, LAYOUTS, WORKS, LossCases
 from bench.measuring import measure_group
+from bench.peer_losses import NotInstalledError
 from bench.records import Record, Row
 from bench.registry import Bench, Settings
 from bench.shapes import DEFAULT_SHAPES, SHAPES, FactorShape
@@ -21,16 +19,9 @@ from bench.shapes import DEFAULT_SHAPES, SHAPES, FactorShape
 STEM = "ft_loss"
 OURS = "ftfast"
 OTHER_UPSTREAM = 512.0
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 README_DTYPES = (torch.float32, torch.bfloat16)
 # Below this a step is over before Python has launched the next one, and a CUDA graph is the usual way to run it.
 LAUNCH_BOUND_NUMEL = 2**20
-FORMULA = (
-    "forward 2*N*D*e (both factors read), e bytes an element; forward+backward 3*N*D*e (the gradient written too) "
-    "where the gradient written in the forward pass can be the final one: 32 and 64 bit with upstream gradient 1; "
-    "5*N*D*e otherwise, since it is computed again or multiplied once the upstream gradient is known; "
-    "copy 2*N*D*e; yardstick F 3*N*D*e"
-)
 
 
 def group_name(shape: FactorShape, dtype: torch.dtype, layout: str) -> str:
@@ -64,112 +55,82 @@ def _builder(settings: Settings, shape: FactorShape, dtype: torch.dtype, layout:
     return lambda: candidates(settings, shape, dtype, layout)
 
 
-def factors(shape: FactorShape, dtype: torch.dtype, layout: str, device: torch.device, seed: int) -> list[Tensor]:
-    """A student and a teacher factor as the last LeakyReLU leaves them; the student's requires a gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (
-        F.leaky_relu(torch.randn(shape.dims, generator=generator), 0.1)
-        .to(device=device, dtype=dtype)
-        .contiguous(memory_format=LAYOUTS[layout])
-        for _ in range(2)
-    )
-    return [student.requires_grad_(), teacher]
-
-
 def candidates(settings: Settings, shape: FactorShape, dtype: torch.dtype, layout: str) -> list[Candidate]:
     """What is compared on one pair of factors."""
-    student, teacher = factors(shape, dtype, layout, settings.device, settings.plan.seed)
-    other_layout = next(name for name in LAYOUTS if name != layout)
-    unlike_teacher = teacher.contiguous(memory_format=LAYOUTS[other_layout])
-    judge = Judge(student, teacher, settings.plan.seed)
-    factor_bytes = shape.numel * dtype.itemsize
-
-    def clear() -> None:
-        student.grad = None
-
-    def entries(
-        name: str,
-        loss: peers.Loss,
-        *,
-        teacher: Tensor = teacher,
-        upstream: float = 1.0,
-        works: tuple[str, ...] = (FORWARD, FORWARD_BACKWARD),
-        judged: bool = True,
-        rounds_throughout: bool = False,
-        moved: int | None = None,
-        **details: Any,
-    ) -> list[Candidate]:
-        # A plain backward() for 1, as training scripts have it; the tensor stands for a loss weight or an AMP scale.
-        gradient = None if upstream == 1.0 else torch.tensor(upstream, device=settings.device)
-
-        def forward() -> None:
-            with torch.no_grad():
-                loss(student, teacher)
-
-        def forward_backward() -> None:
-            loss(student, teacher).backward(gradient)
-
-        @cache
-        def gate() -> Gate:
-            return judge(loss, student, teacher, rounds_throughout=rounds_throughout and dtype.itemsize < 4)
-
-        steps = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
-        return [
-            Candidate(
-                name=name,
-                work=work,
-                step=steps[work],
-                prepare=clear,
-                least_bytes=factor_bytes * (moved or least_factors(work, dtype, upstream)),
-                gate=gate if judged else None,
-                details={"upstream": upstream, **details},
-            )
-            for work in works
-        ]
-
+    cases = LossCases(shape, dtype, layout, settings.device, settings.plan.seed)
     found: list[Candidate] = []
-    for peer in settings.peers:
-        name, build = peers.PEERS[peer]
-        found += entries(name, build(), rounds_throughout=True)
-    found += entries(peers.YARDSTICK, peers.yardstick, judged=False, moved=3)
-    ours = ftfast.FTLoss()
-    backend = ftfast.explain(student, teacher).partition(" ")[0]
-    found += entries(OURS, ours, backend=backend)
-    both = (FORWARD_BACKWARD,)
-    found += entries(f"{OURS}, upstream {OTHER_UPSTREAM:g}", ours, upstream=OTHER_UPSTREAM, works=both, backend=backend)
-    found += entries(
-        f"{OURS}, teacher {other_layout}", ours, teacher=unlike_teacher, works=both,
-        teacher_layout=other_layout, backend=backend,
-    )  # fmt: skip
+    for name in peers_on(settings, dtype):
+        peer = peers.PEERS[name]
+        try:
+            loss = peer.build()
+        except NotInstalledError:
+            continue  # absent_peers() gives it a row
+        details = {**peer.details(), **cases.kept_by(loss)}
+        found += cases.entries(peer.title, loss, formula=peer.formula, rounds_throughout=True, **details)
+    kept = cases.kept_by(peers.yardstick)
+    # Its backward hands over what forward wrote.
+    works = (FORWARD, FORWARD_BACKWARD)
+    found += cases.entries(peers.YARDSTICK, peers.yardstick, works=works, formula=None, moved=3, **kept)
+    found += our_entries(cases, layout)
     if settings.device.type == "cuda" and shape.numel < LAUNCH_BOUND_NUMEL:
         graphed = [candidate for candidate in found if candidate.work == FORWARD_BACKWARD]
         found += [graph_replay(candidate) for candidate in graphed if candidate.name in (peers.EAGER, OURS)]
-    destination = torch.empty_like(teacher)
-    found.append(Candidate(peers.COPY, "copy", lambda: destination.copy_(teacher), least_bytes=2 * factor_bytes))
+    return [*found, copy_candidate(cases.teacher)]
+
+
+def our_entries(cases: LossCases, layout: str) -> list[Candidate]:
+    """The public loss, under another upstream gradient and with a teacher's factor of another layout too."""
+    other_layout = next(name for name in LAYOUTS if name != layout)
+    unlike_teacher = cases.teacher.contiguous(memory_format=LAYOUTS[other_layout])
+    ours, both = ftfast.FTLoss(), (FORWARD_BACKWARD,)
+    graph = ours(cases.student, cases.teacher).grad_fn
+    details = {
+        "backend": ftfast.explain(cases.student, cases.teacher).partition(" ")[0],
+        "gradient_in_forward": bool(getattr(graph, "holds_gradient", False)),
+        **cases.kept_by(ours),
+    }
+    other_upstream, other_teacher = f"{OURS}, upstream {OTHER_UPSTREAM:g}", f"{OURS}, teacher {other_layout}"
+    return [
+        *cases.entries(OURS, ours, **details),
+        *cases.entries(other_upstream, ours, upstream=OTHER_UPSTREAM, works=both, **details),
+        *cases.entries(other_teacher, ours, teacher=unlike_teacher, works=both, teacher_layout=other_layout, **details),
+    ]
+
+
+def peers_on(settings: Settings, dtype: torch.dtype) -> list[str]:
+    """The peers that are measured on factors of a dtype."""
+    return [name for name in settings.peers if peers.PEERS[name].takes(dtype)]
+
+
+def absent_peers(settings: Settings) -> dict[str, str]:
+    """Why peers that were asked for cannot be measured, by their name."""
+    found = {}
+    for name in settings.peers:
+        try:
+            peers.PEERS[name].build()
+        except NotInstalledError as error:
+            found[name] = str(error)
     return found
-
-
-def least_factors(work: str, dtype: torch.dtype, upstream: float) -> int:
-    """How many factors' worth of memory traffic the work needs at least; see ``FORMULA``."""
-    if work == FORWARD:
-        return 2
-    return 3 if upstream == 1.0 and dtype.itemsize >= 4 else 5
 
 
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
-    shapes = [shape for shape in settings.shapes for _ in settings.dtypes for _ in settings.layouts]
     total = 0
-    for shape in shapes:
-        graphs = settings.device.type == "cuda" and shape.numel < LAUNCH_BOUND_NUMEL
-        # Two for each peer, the yardstick and ours; two more of ours; the copy; the graphs of eager and ours.
-        total += 2 * (len(settings.peers) + 2) + 3 + (graphs * (1 + ("eager" in settings.peers)))
+    absent = absent_peers(settings)
+    for shape in settings.shapes:
+        for dtype in settings.dtypes:
+            installed = sum(name not in absent for name in peers_on(settings, dtype))
+            graphs = settings.device.type == "cuda" and shape.numel < LAUNCH_BOUND_NUMEL
+            # The works of each peer and of ours; two of the yardstick; two more of ours; the copy; the graphs.
+            of_group = len(WORKS) * (installed + 1) + 2 + 2 + 1 + (graphs * (1 + ("eager" in settings.peers)))
+            total += len(settings.layouts) * of_group
     return total * (1 + settings.plan.blocks)
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     """Measure every group."""
     clock = clock_for(settings.device)
+    absent = absent_peers(settings)
     rows = []
     for group in groups(settings):
 
@@ -177,6 +138,11 @@ def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
             advance(f"{name}: {candidate}")
 
         rows += measure_group(group, clock, settings.plan, advance_in_group)
+        for name, reason in absent.items():
+            details = {**group.details, "not_installed": True}
+            rows.append(
+                Row(STEM, group.name, peers.PEERS[name].title, FORWARD_BACKWARD, None, None, None, reason, details)
+            )
     return rows
 
 
@@ -201,12 +167,14 @@ def markdown(newest: dict[str, tuple[str, Record]]) -> str:
             f"Medians of forward and backward.{''.join(f' Note: {note}.' for note in record.notes)}"
         )
         blocks.append(tables.comparison_markdown(rows, OURS, names))
+        if further := tables.peers_markdown(rows, OURS, names):
+            blocks.append(f"Further peers, and their times in multiples of {OURS}'s:\n\n{further}")
         blocks.append(f"![Time of the loss against the yardstick and the official formula]({picture})")
     return "\n\n".join(blocks)
 
 
 BENCH = Bench(
-    summary="FTLoss, forward and forward+backward, against the official formula, torch.compile of it and yardstick F",
+    summary="FTLoss, forward, backward and both, against other implementations, torch.compile and yardstick F",
     size=size,
     run=run,
     tables=tables.comparison_tables,

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.peers import Loss
-from ftfast import reference
+from bench.peer_losses import OFFICIAL, Formula, Loss
+
+LARGEST_FLOAT16_UPSTREAM = 2.0**15
 
 
 class Limits(NamedTuple):
@@ -98,25 +99,25 @@ def within(errors: dict[str, float], limits: dict[str, float]) -> Errors:
 
 
 class Judge:
-    """Holds the float64 loss and gradient of one pair of factors under one random upstream gradient.
+    """Holds the float64 loss and gradient of one pair of factors and one formula under a random upstream gradient.
 
     Elements where the reference cannot tell the sign of ``a - b`` at the precision of the candidate are left out of
     the gradient's comparison: there either sign is right.
     """
 
-    def __init__(self, student_factor: Tensor, teacher_factor: Tensor, seed: int) -> None:
+    def __init__(self, student_factor: Tensor, teacher_factor: Tensor, seed: int, formula: Formula = OFFICIAL) -> None:
         generator = torch.Generator().manual_seed(seed)
         # Of the size N*D, which brings the mean form's gradient to where every dtype holds it.
         self._upstream = student_factor.numel() * (0.5 + torch.rand((), generator=generator).item())
         student = student_factor.detach().double().requires_grad_()
         teacher = teacher_factor.detach().double()
-        self._loss = reference.ft_loss(student, teacher)
+        self._loss = formula.loss(student, teacher)
         (self._gradient,) = torch.autograd.grad(self._loss * self._upstream, student)
-        samples = student.shape[0]
-        student_direction = torch.nn.functional.normalize(student.detach().reshape(samples, -1))
-        teacher_direction = torch.nn.functional.normalize(teacher.reshape(samples, -1))
-        span = student_direction.abs() + teacher_direction.abs()
-        self._margin = ((student_direction - teacher_direction).abs() / span).nan_to_num().view(student.shape)
+        with torch.no_grad():
+            student_direction, teacher_direction = formula.directions(student), formula.directions(teacher)
+            span = student_direction.abs() + teacher_direction.abs()
+            margin = ((student_direction - teacher_direction).abs() / span).nan_to_num()
+        self._margin = margin.expand(student.shape)
 
     def __call__(
         self, loss: Loss, student_factor: Tensor, teacher_factor: Tensor, *, rounds_throughout: bool = False
@@ -125,12 +126,14 @@ class Judge:
         dtype = student_factor.dtype
         student = student_factor.detach().clone().requires_grad_()
         value = loss(student, teacher_factor)
-        value.backward(torch.tensor(self._upstream, dtype=value.dtype, device=value.device))
+        # A loss of 16 bits takes an upstream gradient of 16 bits.
+        upstream = min(self._upstream, LARGEST_FLOAT16_UPSTREAM) if value.dtype == torch.float16 else self._upstream
+        value.backward(torch.tensor(upstream, dtype=value.dtype, device=value.device))
         if student.grad is None:
             return Gate(False, 0.0, 1.0, 1.0, "it gives the student factor no gradient")
         precision = dtype if rounds_throughout else max(dtype, torch.float32, key=lambda d: torch.finfo(d).bits)
         decided = self._margin > 8 * torch.finfo(precision).eps
-        expected = self._gradient[decided]
+        expected = self._gradient[decided] * (upstream / self._upstream)
         found = student.grad.double()[decided]
         loss_error = abs(value.item() / self._loss.item() - 1)
         scale_error = abs((found @ expected / (expected @ expected)).item() - 1)

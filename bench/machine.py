@@ -1,5 +1,6 @@
 """What a run was measured on."""
 
+import json
 import os
 import platform
 import shutil
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 import ftfast
+from bench import power
 from bench.quiet import load_average, usable_cores
+from ftfast import dispatch
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CPU_FLAGS: tuple[str, ...] = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
@@ -34,9 +37,10 @@ ALLOCATOR_PREFIXES = ("MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The processor, its caches and instruction sets, the load before the run, and the GPU where it is used."""
-    model, flags = _cpu()
+    name, model, flags = _cpu()
     found: dict[str, Any] = {
-        "cpu": model,
+        "cpu": name,
+        "cpu_model": model,
         "flags": flags,
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
@@ -54,7 +58,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_bytes": properties.L2_cache_size,
-            **_clocks(f"GPU-{properties.uuid}"),
+            **(gpu.describe() if (gpu := power.gpu_of(device)) else {}),
         }
     return found
 
@@ -71,19 +75,26 @@ def software() -> dict[str, Any]:
         "compiler": _first_line([os.environ.get("CXX", "c++"), "--version"]),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
+        "extension": _extension(),
         "environment": _allocator_environment(),
         **_revision(),
     }
 
 
-def _cpu() -> tuple[str, list[str]]:
+def _cpu() -> tuple[str, str, list[str]]:
+    """Name, maker with family and model, instruction sets; a cloud's names of a processor say little."""
     fields: dict[str, str] = {}
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip().lower(), value.strip())
-    model = fields.get("model name") or platform.processor() or platform.machine()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    model = " ".join(
+        f"{what} {fields[key]}".strip()
+        for key, what in (("vendor_id", ""), ("cpu family", "family"), ("model", "model"), ("stepping", "stepping"))
+        if key in fields
+    )
     present = set((fields.get("flags") or fields.get("features") or "").split())
-    return model, [flag for flag in CPU_FLAGS if flag in present]
+    return name, model, [flag for flag in CPU_FLAGS if flag in present]
 
 
 def _caches() -> dict[str, str]:
@@ -102,23 +113,14 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _clocks(uuid: str) -> dict[str, Any]:
-    """The GPU's driver, clocks and power limit, where nvidia-ml-py is installed."""
+def _extension() -> dict[str, Any]:
+    """What the compiled extension was built with, and the version of that compiler as it is now."""
     try:
-        import pynvml
-    except ImportError:
+        report = json.loads(dispatch.BUILD_REPORT.read_text())
+    except (OSError, json.JSONDecodeError):
         return {}
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "highest_sm_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-        }
-    except pynvml.NVMLError as error:
-        return {"driver": f"unknown: {error}"}
+    compiler = report.get("compiler")
+    return {**report, "compiler_version": _first_line([compiler, "--version"]) if compiler else None}
 
 
 def _allocator_environment() -> dict[str, str]:

@@ -4,12 +4,13 @@ import gc
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.candidates import Candidate, Group
+from bench.candidates import BACKWARD, Candidate, Group
 from bench.clocks import Clock
 from bench.gate import Errors, Gate
 from bench.records import Row, Timing
@@ -25,6 +26,8 @@ class Plan:
         calls: the fewest timed calls in a block.
         block_seconds: a fast candidate is called more often than ``calls``, until its block takes this long.
         seed: of the order of blocks and of the factors.
+        most_calls: the most in a block, which else takes seconds once a busy machine makes slow what was fast.
+        energy_seconds: on a GPU, how long a candidate runs back to back for its energy; 0 leaves it out.
     """
 
     blocks: int = 5
@@ -32,9 +35,11 @@ class Plan:
     calls: int = 10
     block_seconds: float = 0.25
     seed: int = 0
+    energy_seconds: float = 0.3
+    most_calls: int = 1000
 
 
-QUICK_PLAN = Plan(blocks=2, warmups=2, block_seconds=0.0)
+QUICK_PLAN = Plan(blocks=2, warmups=2, block_seconds=0.0, energy_seconds=0.0)
 
 
 @contextmanager
@@ -91,6 +96,8 @@ def measure_group(group: Group, clock: Clock, plan: Plan, advance: Callable[[str
             if index in blocks:
                 clock.time(candidates[index], plan.warmups)
                 blocks[index].append(clock.time(candidates[index], calls[index]))
+    timings = {index: summarise(of_candidate) for index, of_candidate in blocks.items()}
+    taken = {index: _taken(candidates[index], clock, plan, timing.median) for index, timing in timings.items()}
     rows = []
     for index, candidate in enumerate(candidates):
         gate, reason = verdicts[index]
@@ -100,11 +107,11 @@ def measure_group(group: Group, clock: Clock, plan: Plan, advance: Callable[[str
                 group=group.name,
                 candidate=candidate.name,
                 work=candidate.work,
-                timing=summarise(blocks[index]) if index in blocks else None,
+                timing=timings.get(index),
                 least_bytes=candidate.least_bytes,
                 gate=None if gate is None else _finite(asdict(gate)),
                 reason=reason,
-                details={**group.details, **candidate.details},
+                details={**group.details, **taken.get(index, {}), **candidate.details},
             )
         )
     return rows
@@ -129,6 +136,21 @@ def _verdict(candidate: Candidate) -> tuple[Gate | Errors | None, str]:
     return gate, ""
 
 
+def _taken(candidate: Candidate, clock: Clock, plan: Plan, milliseconds: float) -> dict[str, Any]:
+    """Memory and energy of a step, off the clock and as far as the device tells them."""
+    found: dict[str, Any] = {}
+    try:
+        if (peak_bytes := clock.peak_bytes(candidate)) is not None:
+            found["peak_bytes"] = peak_bytes
+        # Back to back, a backward cannot be told from the forward that prepares it.
+        seconds = 0.0 if candidate.work == BACKWARD else plan.energy_seconds
+        if energy := clock.energy(candidate, milliseconds * 1e-3, seconds):
+            found |= {"joules_per_call": energy.joules_per_call, "watts": energy.watts}
+    except RuntimeError as error:  # The times are there and stand.
+        found["not_taken"] = raised(error)
+    return found
+
+
 def _finite(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has no nan and no infinity; the gate's reason says them in words."""
     return {
@@ -137,5 +159,9 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calls_per_block(candidate: Candidate, clock: Clock, plan: Plan) -> int:
-    typical = statistics.median(clock.time(candidate, 3)) * 1e-3
-    return max(plan.calls, min(1000, int(plan.block_seconds / max(typical, 1e-9))))
+    # With its preparation: a backward may be over at once, and need a forward before it.
+    begin = time.perf_counter()
+    calls = 3
+    clock.time(candidate, calls)
+    typical = (time.perf_counter() - begin) / calls
+    return max(plan.calls, min(plan.most_calls, int(plan.block_seconds / max(typical, 1e-9))))

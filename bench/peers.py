@@ -1,29 +1,30 @@
-"""What ftfast is measured against: the official formula, torch.compile of it, and the yardsticks."""
+"""What ftfast is measured against: other implementations by name, and the yardsticks."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+from bench.peer_losses import (
+    ATTENTION,
+    OFFICIAL,
+    Formula,
+    Loss,
+    autocast_formula,
+    mmrazor_formula,
+    official_formula,
+    repdistiller_formula,
+    torchdistill_loss,
+)
 
 EAGER = "eager"
 COMPILED = "torch.compile"
+TUNED = "torch.compile, max-autotune"
 YARDSTICK = "yardstick F"
 COPY = "copy"
-
-
-def official_formula(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
-    """The loss of the official code (Jangho-Kim/Factor-Transfer-pytorch, train.py).
-
-    ``reshape`` stands for its ``view``, which raises on channels_last factors.
-    """
-    samples = student_factor.shape[0]
-    student_direction = F.normalize(student_factor.reshape(samples, -1))
-    teacher_direction = F.normalize(teacher_factor.reshape(samples, -1))
-    return nn.functional.l1_loss(student_direction, teacher_direction)
 
 
 def compiled_formula() -> Loss:
@@ -33,10 +34,56 @@ def compiled_formula() -> Loss:
     return torch.compile(official_formula, dynamic=False)
 
 
-# By the name that --peers takes; each is built anew for a shape.
-PEERS: dict[str, tuple[str, Callable[[], Loss]]] = {
-    "eager": (EAGER, lambda: official_formula),
-    "compile": (COMPILED, compiled_formula),
+def tuned_formula() -> Loss:
+    """:func:`compiled_formula`, tuned for as long as the compiler likes; CUDA graphs are measured apart."""
+    torch.compiler.reset()
+    return torch.compile(official_formula, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation of the loss.
+
+    Attributes:
+        title: as tables show it.
+        build: makes the loss, anew for each shape; raises ``NotInstalledError`` where its package is missing.
+        formula: what it computes; another than the official one is judged against its own float64 result.
+        package: the distribution whose version belongs into the record.
+        only_16_bit: it is the same as another peer on wider factors.
+    """
+
+    title: str
+    build: Callable[[], Loss]
+    formula: Formula = OFFICIAL
+    package: str = ""
+    only_16_bit: bool = False
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether it is measured on factors of ``dtype``."""
+        return dtype.itemsize < 4 or not self.only_16_bit
+
+    def details(self) -> dict[str, Any]:
+        """Fields of its record rows."""
+        found: dict[str, Any] = {}
+        if self.formula is not OFFICIAL:
+            found["other_formula"] = True
+        if self.package:
+            try:
+                found["package"] = f"{self.package} {metadata.version(self.package)}"
+            except metadata.PackageNotFoundError:
+                found["package"] = self.package
+        return found
+
+
+# By the name that --peers takes.
+PEERS: dict[str, Peer] = {
+    "eager": Peer(EAGER, lambda: official_formula),
+    "autocast": Peer("eager, autocast", lambda: autocast_formula, only_16_bit=True),
+    "compile": Peer(COMPILED, compiled_formula),
+    "compile-max-autotune": Peer(TUNED, tuned_formula),
+    "torchdistill": Peer("torchdistill", torchdistill_loss, package="torchdistill"),
+    "repdistiller": Peer("RepDistiller", lambda: repdistiller_formula, formula=ATTENTION),
+    "mmrazor": Peer("mmrazor", lambda: mmrazor_formula),
 }
 
 

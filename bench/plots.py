@@ -1,42 +1,41 @@
-"""Pictures of a record: time against the yardstick, and speed-ups. Made from the record alone."""
+"""Pictures of a record, made from the record alone: bars here, curves and rooflines in modules of their own."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import curves, drawing, roofline
 from bench.candidates import FORWARD_BACKWARD
+from bench.drawing import OURS, STYLES, digest_in, picture_paths
 from bench.figures import Figures, groups
 from bench.peers import COMPILED, EAGER, YARDSTICK
 from bench.records import Record
-from bench.tables import provenance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OURS = "ftfast"
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-COLOURS = {EAGER: "#E69F00", COMPILED: "#56B4E9", OURS: "#009E73"}
-DIGEST_LABEL = "ftfast bench record"
+__all__ = ["digest_in", "picture_names", "picture_paths", "plot"]
+
+BARS = (EAGER, COMPILED, OURS)
 
 
-def picture_paths(record_path: Path, bench: str) -> tuple[Path, Path]:
-    """Where the SVG and the PNG of a record go: beside it."""
-    return record_path.with_suffix(f".{bench}.svg"), record_path.with_suffix(f".{bench}.png")
-
-
-def digest_in(svg: Path) -> str:
-    """The digest of the record that a picture was made from, or nothing."""
-    _, found, rest = svg.read_text().partition(f"{DIGEST_LABEL} ")
-    return rest[:16] if found else ""
+def picture_names(bench: str) -> tuple[str, ...]:
+    """What :func:`plot` may draw of a bench, as :func:`bench.drawing.picture_paths` takes it."""
+    return bench, roofline.picture_name(bench)
 
 
 def plot(record: Record, bench: str, record_path: Path) -> list[Path]:
     """Draw a bench of a record as SVG and PNG beside the record.
 
-    Groups without a timed yardstick are left out.
-
     Returns:
-        The files written; none where the record has nothing to draw.
+        The files written: bars or, of a sweep, curves, and a roofline; each only where the record has its figures.
     """
+    draw = curves.plot if curves.sweeps(record.of(bench)) else _plot_bars
+    found = draw(record, bench, picture_paths(record_path, bench))
+    return found + roofline.plot(record, bench, picture_paths(record_path, roofline.picture_name(bench)))
+
+
+def _plot_bars(record: Record, bench: str, paths: tuple[Path, Path]) -> list[Path]:
+    """Time against the yardstick, and speed-ups; groups without a timed yardstick are left out."""
     drawn = {
         name: bars
         for name, members in groups(record.of(bench)).items()
@@ -44,15 +43,9 @@ def plot(record: Record, bench: str, record_path: Path) -> list[Path]:
     }
     if not drawn:
         return []
-    import matplotlib  # Here, since only pictures need it.
-    from matplotlib.figure import Figure
-
-    # A fixed salt makes the SVG's identifiers, and so the file, the same each time.
-    with matplotlib.rc_context({"svg.hashsalt": "ftfast", "font.size": 9, "svg.fonttype": "path"}):
-        # An opaque background, so that the text reads in a dark page too.
-        figure = Figure(figsize=(11, 1.6 + 0.75 * len(drawn)), facecolor="white", layout="constrained")
+    with drawing.figure(11, 1.6 + 0.75 * len(drawn)) as figure:
         times, speedups = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        _bars(times, drawn, dict.fromkeys((EAGER, COMPILED, OURS), "over_yardstick"))
+        _bars(times, drawn, dict.fromkeys(BARS, "over_yardstick"))
         times.set_xlabel(f"time / time of {YARDSTICK}, log scale: shorter is faster")
         ours = {EAGER: "speedup_over_eager", COMPILED: "speedup_over_compile"}
         _bars(speedups, {name: _speedups(bars) for name, bars in drawn.items()}, ours)
@@ -61,19 +54,11 @@ def plot(record: Record, bench: str, record_path: Path) -> list[Path]:
         times.invert_yaxis()
         handles, labels = times.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
-        title = f"{bench}, forward and backward, medians\n{provenance(record)}"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=9)
-        paths = picture_paths(record_path, bench)
-        for path in paths:
-            metadata: dict[str, str | None] = {"Description": f"{DIGEST_LABEL} {record.digest}"}
-            if path.suffix == ".svg":
-                metadata["Date"] = None
-            figure.savefig(path, dpi=150, metadata=metadata)
-    return list(paths)
+        return drawing.save(figure, record, f"{bench}, forward and backward, medians", paths)
 
 
 def _is_drawn(figures: Figures) -> bool:
-    return figures.row.work == FORWARD_BACKWARD and figures.row.candidate in COLOURS and bool(figures.over_yardstick)
+    return figures.row.work == FORWARD_BACKWARD and figures.row.candidate in BARS and bool(figures.over_yardstick)
 
 
 def _speedups(bars: dict[str, Figures]) -> dict[str, Figures]:
@@ -94,7 +79,10 @@ def _bars(axes: "Axes", drawn: dict[str, dict[str, Figures]], fields: dict[str, 
                 ratio - 1,
                 height * 0.9,
                 left=1,
-                color=COLOURS[candidate],
+                color=STYLES[candidate].colour,
+                hatch=STYLES[candidate].hatch,
+                edgecolor="white",
+                linewidth=0,
                 label=candidate if at == bars[0][0] else None,
             )
             axes.bar_label(container, [f"{ratio:.3g}"], padding=3, fontsize=8)

@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BUSY_SHARE = 0.25  # of the cores, as a load average before the start
@@ -11,6 +13,33 @@ OTHERS_SHARE = 0.05  # of the cores' time, while measuring
 def usable_cores() -> int:
     """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[list[int] | None]:
+    """Keep the process on as many cores as it has threads, the first that it may use; yields them, or None.
+
+    On a machine of many cores the scheduler then moves no thread to another cache or memory node. It may still swap
+    threads between those cores: bound one by one, a thread would wait for whatever else runs on its core. Where the
+    threads take all cores nothing changes, and the system may have no such call.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if not allowed:
+        yield None
+        return
+    kept = allowed[: max(1, threads)]
+    _keep_on(kept)
+    try:
+        yield kept
+    finally:
+        _keep_on(allowed)
+
+
+def _keep_on(cores: list[int]) -> None:
+    # Threads that are there already keep to where they are unless told one by one.
+    for thread in [int(entry.name) for entry in Path("/proc/self/task").glob("*")] or [0]:
+        with suppress(OSError):  # A thread that has ended meanwhile.
+            os.sched_setaffinity(thread, cores)
 
 
 def load_average() -> list[float] | None:

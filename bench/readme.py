@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import plots
@@ -56,15 +57,23 @@ def regenerate(text: str, folder: Path, readme: Path) -> str:
     return BLOCK.sub(block, text)
 
 
-def stale_pictures(text: str, folder: Path) -> list[Path]:
-    """Pictures that the README needs and that were made from another record, or not at all."""
-    stale = []
+def shown_pictures(text: str, folder: Path) -> Iterator[tuple[str, Path, Record, list[Path]]]:
+    """``(bench, record's path, record, pictures)`` of every newest record of which the README shows pictures."""
     for name, devices in newest_records(folder).items():
         for path, record in devices.values():
-            svg = plots.picture_paths(path, name)[0]
-            if svg.name in text and not (svg.is_file() and plots.digest_in(svg) == record.digest):
-                stale.append(svg)
-    return stale
+            pictures = [plots.picture_paths(path, picture)[0] for picture in plots.picture_names(name)]
+            if shown := [picture for picture in pictures if picture.name in text]:
+                yield name, path, record, shown
+
+
+def stale_pictures(text: str, folder: Path) -> list[Path]:
+    """Pictures that the README needs and that were made from another record, or not at all."""
+    return [
+        svg
+        for _, _, record, pictures in shown_pictures(text, folder)
+        for svg in pictures
+        if not (svg.is_file() and plots.digest_in(svg) == record.digest)
+    ]
 
 
 def _link(picture: Path, readme: Path) -> str:
@@ -76,7 +85,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench readme",
         description="Write the README's measured blocks, <!-- bench:NAME --> to <!-- /bench -->, from the newest "
-        "record of each device type, and draw the records' pictures.",
+        "record of each device type, and draw the pictures that they show.",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README and records differ")
     parser.add_argument("--readme", type=Path, default=CHECKOUT / "README.md", help="default: the checkout's")
@@ -91,9 +100,8 @@ def main(arguments: list[str]) -> int:
             for out_of_date in stale:
                 print(f"{out_of_date} differs from the records; run python -m bench readme.", file=sys.stderr)
             return 1 if stale else 0
-        for name, devices in newest_records(options.records).items():
-            for path, record in devices.values():
-                plots.plot(record, name, path)
+        for name, path, record, _ in shown_pictures(fresh, options.records):
+            plots.plot(record, name, path)
         if fresh != text:
             write_whole(options.readme, fresh)
     except (OSError, UnicodeDecodeError, ReadmeError, RecordError) as error:

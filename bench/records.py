@@ -4,13 +4,19 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.power import FAULTS
+
 SCHEMA = "ftfast-bench"
-VERSION = 1
+# 2: hardware names the processor by its family and model too, and a GPU's clocks, power and throttling during the run;
+# software what the extension was built with; rows of a GPU their energy and peak memory.
+VERSION = 2
+# GPU clocks further apart than this are another device for a figure's purposes.
+CLOCK_TOLERANCE = 0.03
 
 
 class RecordError(ValueError):
@@ -69,6 +75,7 @@ class Record:
         hardware, software, settings: as :mod:`bench.machine` and the command line found them.
         notes: what a reader of the figures has to know, such as a busy machine.
         formulas: what ``least_bytes`` counts, by bench.
+        version: of the file; an older one's is kept, and with it the digest that its pictures carry.
     """
 
     created: str
@@ -78,10 +85,13 @@ class Record:
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
     formulas: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
 
     def to_json(self) -> str:
         """The record as a file holds it."""
-        return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        fields = asdict(self)
+        version = fields.pop("version")
+        return json.dumps({"schema": SCHEMA, "version": version, **fields}, indent=1, allow_nan=False) + "\n"
 
     @property
     def digest(self) -> str:
@@ -91,6 +101,69 @@ class Record:
     def of(self, bench: str) -> list[Row]:
         """The rows of one bench."""
         return [row for row in self.rows if row.bench == bench]
+
+    def groups(self, bench: str) -> set[tuple[str, str]]:
+        """Bench and name of the groups of one bench."""
+        return {(row.bench, row.group) for row in self.of(bench)}
+
+    def only(self, groups: Collection[tuple[str, str]]) -> "Record":
+        """The record with the rows of some groups alone, each given as its bench and its name."""
+        return replace(self, rows=[row for row in self.rows if (row.bench, row.group) in groups])
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or the processor's with what tells it from others of the name."""
+        if gpu := self.hardware.get("gpu"):
+            return str(gpu["name"])
+        caches = ", ".join(f"{level} {size}" for level, size in self.hardware.get("caches", {}).items())
+        return f"{self.hardware['cpu']}{f' ({caches})' if caches else ''}"
+
+
+def other_device(a: Record, b: Record) -> str:
+    """Why two records are of different devices or, on a CPU, of different numbers of threads, or nothing."""
+    if a.device_name != b.device_name:
+        return f"the devices differ: {a.device_name} and {b.device_name}."
+    if "gpu" in a.hardware:
+        return ""
+    models = [record.hardware.get("cpu_model") for record in (a, b)]
+    if all(models) and models[0] != models[1]:
+        return f"the processors differ: {models[0]} and {models[1]}."
+    threads = [record.settings.get("threads") for record in (a, b)]
+    if threads[0] != threads[1]:
+        return f"the threads differ: {threads[0]} and {threads[1]}; measure again with the same --threads."
+    return ""
+
+
+def comparable(a: Record, b: Record) -> str:
+    """Why the figures of two records say nothing about each other, in one sentence, or nothing.
+
+    Device, a CPU's threads, the dtypes of the benches that both have, and a GPU's clocks have to agree, the latter to
+    within ``CLOCK_TOLERANCE``, and neither GPU may have been slowed down by its temperature or its supply. A power cap
+    alone is no reason: large matmuls meet it on a sound GPU, and it shows in the clocks.
+    """
+    if reason := other_device(a, b):
+        return reason
+    shared = {row.bench for row in a.rows} & {row.bench for row in b.rows}
+    if not shared:
+        return "they have no bench in common."
+    for bench in sorted(shared):
+        dtypes = [sorted({row.details.get("dtype", "") for row in record.of(bench)} - {""}) for record in (a, b)]
+        if dtypes[0] != dtypes[1]:
+            found = " and ".join(", ".join(names) or "none" for names in dtypes)
+            return f"the dtypes of {bench} differ: {found}; measure again with the same --dtype."
+    return _clocks_differ(a, b) if "gpu" in a.hardware else ""
+
+
+def _clocks_differ(a: Record, b: Record) -> str:
+    runs = [record.hardware["gpu"].get("run", {}) for record in (a, b)]
+    for run in runs:
+        if faults := sorted(FAULTS.intersection(run.get("throttling", {}))):
+            return f"a GPU was throttled during its run ({', '.join(faults)}); measure again once it is not."
+    for clock, what in (("sm_clock_mhz", "SM"), ("memory_clock_mhz", "memory")):
+        medians = [run[clock]["median"] for run in runs if clock in run]
+        if len(medians) == 2 and abs(medians[0] - medians[1]) > CLOCK_TOLERANCE * max(medians):
+            return f"the {what} clocks differ by more than {CLOCK_TOLERANCE:.0%}: {medians[0]} and {medians[1]} MHz."
+    return ""
 
 
 def parse(text: str, source: str) -> Record:
@@ -116,7 +189,7 @@ def parse(text: str, source: str) -> Record:
             Row(**{**row, "timing": None if row["timing"] is None else Timing(**row["timing"])})
             for row in fields.pop("rows")
         ]
-        return Record(**fields, rows=rows)
+        return Record(**fields, rows=rows, version=version)
     except (KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{source} is damaged: {error}; measure it again.") from None
 

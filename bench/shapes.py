@@ -32,7 +32,7 @@ SHAPES = {
         FactorShape("cifar-r56-r20", 128, 32, 8, 8),
         FactorShape("cifar-wrn40x2-wrn16x2", 128, 64, 8, 8),
         FactorShape("imagenet-r34-r18", 256, 256, 7, 7),
-        FactorShape("imagenet-r50-mobilenet", 256, 1024, 7, 7),
+        FactorShape("imagenet-r50-r18", 256, 1024, 7, 7),
     )
 }
 DEFAULT_SHAPES = ("cifar-r56-r20", "imagenet-r34-r18")
@@ -86,6 +86,7 @@ HEADS = {
         HeadShape("cifar-r56-r20", 128, 64, 64, 32, 8, 8),
         HeadShape("cifar-wrn40x2-wrn16x2", 128, 128, 128, 64, 8, 8),
         HeadShape("imagenet-r34-r18", 256, 512, 512, 256, 7, 7),
+        HeadShape("imagenet-r50-r18", 256, 512, 2048, 1024, 7, 7),
         HeadShape("imagenet-r101-r50-stage3", 64, 1024, 1024, 512, 14, 14),
         HeadShape("imagenet-r101-r50", 256, 2048, 2048, 1024, 7, 7),
     )
@@ -96,7 +97,7 @@ DEFAULT_HEADS = {
 }
 QUICK_HEADS = ("digits-r20-r8",)
 # A named head's batch where the GPU's would take minutes.
-CPU_SAMPLES = {"imagenet-r34-r18": 32, "imagenet-r101-r50-stage3": 4, "imagenet-r101-r50": 4}
+CPU_SAMPLES = {"imagenet-r34-r18": 32, "imagenet-r50-r18": 8, "imagenet-r101-r50-stage3": 4, "imagenet-r101-r50": 4}
 
 
 def parse_head(text: str) -> HeadShape:

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from bench.candidates import FORWARD_BACKWARD
 from bench.figures import groups
-from bench.peers import COMPILED, EAGER, YARDSTICK
+from bench.peers import COMPILED, EAGER, PEERS, YARDSTICK
 from bench.records import Record, Row
 
 NOT_MEASURED = "not measured yet"
+OTHER_FORMULA = "other formula"
 RATIOS = ("over_yardstick", "speedup_over_eager", "speedup_over_compile")
 
 
@@ -22,23 +24,47 @@ def number(value: float | None, suffix: str = "") -> str:
     return f"{value:.{digits}f}{suffix}"
 
 
+def mebibytes(count: int | None) -> str:
+    """Bytes as MiB."""
+    if count is not None and 0 < count < 2**20 / 1000:
+        return "<0.001"
+    return number(None if count is None else count / 2**20)
+
+
 def comparison_tables(rows: list[Row]) -> Iterator[Table]:
-    """One table for each group; why a row has no figure stands below it."""
+    """One table for each group; why a row has no figure stands below it.
+
+    Memory is what is kept for backward, of it what lies beyond the factors themselves, and on a GPU the peak.
+    """
     for name, members in groups(rows).items():
-        table = Table(title=name, title_justify="left", title_style="bold")
+        table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("candidate")
-        table.add_column("work")
-        for heading in ("median ms", "p20-p80 ms", "x yardstick", "over eager", "over compile", "GB/s", "% of copy"):
+        table.add_column("work", no_wrap=True)
+        headings = [
+            "median\nms",
+            "p20-p80\nms",
+            "x yard-\nstick",
+            "over\neager",
+            "over\ncompile",
+            "GB/s",
+            "% of\nceiling",
+        ]
+        headings += ["saved\nMiB", "of it\nnew"]
+        if has_peak := any("peak_bytes" in figures.row.details for figures in members):
+            headings.append("peak\nMiB")
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
-        missing: list[str] = []
+        below: list[Text] = []
         for figures in members:
             row, timing = figures.row, figures.row.timing
             if timing is None:
-                table.add_row(row.candidate, row.work, Text("none", style="red"))
-                missing.append(f"{row.candidate}, {row.work}: {row.reason}")
+                style = "dim" if row.details.get("not_installed") else "red"
+                table.add_row(row.candidate, row.work, Text("none", style=style))
+                below.append(Text(f"{row.candidate}, {row.work}: {row.reason}", style=style))
                 continue
+            other = "*" if row.details.get("other_formula") else ""
             table.add_row(
-                row.candidate,
+                row.candidate + other,
                 row.work,
                 number(timing.median),
                 f"{number(timing.p20)}-{number(timing.p80)}",
@@ -46,10 +72,16 @@ def comparison_tables(rows: list[Row]) -> Iterator[Table]:
                 number(figures.speedup_over_eager, "x"),
                 number(figures.speedup_over_compile, "x"),
                 number(row.gbps),
-                number(figures.percent_of_copy),
+                number(figures.percent_of_ceiling),
+                mebibytes(row.details.get("saved_bytes")),
+                mebibytes(row.details.get("saved_beyond_factors_bytes")),
+                *([mebibytes(row.details.get("peak_bytes"))] if has_peak else []),
             )
-        if missing:
-            table.caption = Text("\n".join(missing), style="red", justify="left")
+        if any(figures.row.details.get("other_formula") for figures in members):
+            below.append(Text(f"* {OTHER_FORMULA}"))
+        if below:
+            table.caption = Text("\n").join(below)
+            table.caption.justify = "left"
         yield table
 
 
@@ -86,6 +118,37 @@ def comparison_markdown(rows: list[Row], ours: str, group_names: Sequence[str]) 
                 *(NOT_MEASURED if ratio is None else number(ratio) for ratio in ratios),
             ]
         )
+    return markdown_table(headings, lines, numbers_from=1)
+
+
+def peers_markdown(rows: list[Row], ours: str, group_names: Sequence[str]) -> str:
+    """Forward and backward of the further peers that a record has: milliseconds, and in multiples of ``ours``."""
+    further = [peer.title for peer in PEERS.values() if peer.title not in (EAGER, COMPILED)]
+    found = {(row.group, row.candidate): row for row in rows if row.work == FORWARD_BACKWARD}
+    titles = [title for title in further if any((name, title) in found for name in group_names)]
+    if not titles:
+        return ""
+    other = {row.candidate for row in rows if row.details.get("other_formula")}
+    lines = []
+    for name in group_names:
+        mine = found.get((name, ours))
+
+        def cell(title: str, name: str = name, mine: Row | None = mine) -> str:
+            row = found.get((name, title))
+            if row is None:
+                return ""
+            if row.timing is None:
+                return row.reason
+            ratio = f", {number(row.timing.median / mine.timing.median)}x" if mine and mine.timing else ""
+            return number(row.timing.median, " ms") + ratio
+
+        cells = [cell(title) for title in titles]
+        if any(cells):
+            lines.append([name, *cells])
+    headings = (
+        "factors, dtype, layout",
+        *(f"{title} ({OTHER_FORMULA})" if title in other else title for title in titles),
+    )
     return markdown_table(headings, lines, numbers_from=1)
 
 

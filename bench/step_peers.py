@@ -1,0 +1,230 @@
+"""A whole distillation step, the ways to compute it, and what judges them against float32."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import ftfast
+from bench import gate
+from bench.peers import official_formula
+from ftfast import FeatureTap
+from ftfast.distill import models
+from ftfast.distill.frozen import FrozenTeacher
+from ftfast.distill.methods import Weights
+from ftfast.distill.schedule import schedule_of
+from ftfast.distill.settings import Settings
+from ftfast.distill.setup import precision_of
+from ftfast.distill.student_step import LearningStep
+from ftfast.distill.students import Guides, learner_of
+
+BETA = 500.0
+RATE = 0.1
+SGD = {"lr": RATE, "momentum": 0.9, "weight_decay": 5e-4}
+TEACHER, STUDENT, SIZE, CHANNELS, CLASSES = "resnet56", "resnet20", 32, 16, 10
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way to do the step: called, it does one and returns the loss.
+
+    Attributes:
+        run: the step.
+        student: whose gradients are compared.
+        optimiser: the student's; its gradients are read before it steps.
+        note: what was done to the teacher, where that is known.
+    """
+
+    run: Callable[[], Tensor]
+    student: nn.Module
+    optimiser: torch.optim.Optimizer
+    note: str = ""
+
+
+class Operands:
+    """The networks as every way gets them, drawn from a seed, and one batch of synthetic images and labels."""
+
+    def __init__(self, batch: int, device: torch.device, seed: int) -> None:
+        self.device, self.seed = device, seed
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device)
+        self.labels = torch.randint(CLASSES, (batch,), generator=generator).to(device)
+        self._teacher = models.build_model(TEACHER, CHANNELS, in_channels=3, classes=CLASSES, seed=seed)
+        with models.seeded(seed):
+            self._paraphraser = ftfast.Paraphraser(4 * CHANNELS)
+            self._translator = ftfast.Translator(4 * CHANNELS, self._paraphraser.factor_channels)
+        self._teacher.train()
+        with torch.no_grad():  # batch norms that have seen images, as a teacher's have
+            for _ in range(8):
+                self._teacher(torch.randn(32, 3, SIZE, SIZE, generator=generator))
+        self._teacher.eval()
+
+    def teacher(self) -> nn.Module:
+        """In eval, its parameters still asking for gradients, as a checkpoint is loaded."""
+        return copy.deepcopy(self._teacher).to(self.device)
+
+    def paraphraser(self) -> ftfast.Paraphraser:
+        """The teacher's paraphraser, in eval."""
+        return copy.deepcopy(self._paraphraser).to(self.device).eval()
+
+    def translator(self) -> ftfast.Translator:
+        """The student's translator."""
+        return copy.deepcopy(self._translator).to(self.device)
+
+    def student(self) -> nn.Module:
+        """A student in train mode."""
+        student = models.build_model(STUDENT, CHANNELS, in_channels=3, classes=CLASSES, seed=self.seed + 1)
+        return student.to(self.device)
+
+
+def _encode(network: Any, x: Tensor) -> Tensor:
+    for layer in network.encoder:
+        x = F.leaky_relu(F.conv2d(x, layer.weight, layer.bias, stride=1, padding=1), network.negative_slope)
+    return x
+
+
+def official(with_: Operands) -> Step:
+    """float32, NCHW, teacher and paraphraser under autograd, the factor detached at the end, two optimisers."""
+    teacher, student = (FeatureTap(net, models.LAST_STAGE) for net in (with_.teacher(), with_.student()))
+    paraphraser, translator = with_.paraphraser(), with_.translator()
+    optimisers = [
+        torch.optim.SGD(network.parameters(), **SGD, nesterov=True)  # type: ignore[arg-type]
+        for network in (student, translator)
+    ]
+
+    def run() -> Tensor:
+        _, taught = teacher(with_.images)
+        factor = _encode(paraphraser, taught)
+        logits, features = student(with_.images)
+        loss = F.cross_entropy(logits, with_.labels)
+        loss = loss + BETA * official_formula(_encode(translator, features), factor.detach())
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+        return loss.detach()
+
+    return Step(run, student.model, optimisers[0])
+
+
+def _folded(resnet: nn.Module) -> nn.Module:
+    """The same with every batch norm in the convolution before it."""
+    for module in list(resnet.modules()):
+        for convolution, norm in (("stem", "norm"), ("conv1", "norm1"), ("conv2", "norm2")):
+            if hasattr(module, convolution):
+                fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, fused)
+                setattr(module, norm, nn.Identity())
+    return resnet
+
+
+def hand_tuned(with_: Operands) -> Step:
+    """Eager as far as one gets by hand: channels_last, bfloat16 autocast, a folded bfloat16 teacher, fused SGD."""
+    folded = _folded(with_.teacher()).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    teacher = FeatureTap(folded, models.LAST_STAGE, features_only=True).eval()
+    student = FeatureTap(with_.student().to(memory_format=torch.channels_last), models.LAST_STAGE)
+    paraphraser, translator = (
+        network.to(memory_format=torch.channels_last) for network in (with_.paraphraser(), with_.translator())
+    )
+    parameters = [*student.parameters(), *translator.parameters()]
+    optimiser = torch.optim.SGD(parameters, **SGD, nesterov=True, fused=True)  # type: ignore[arg-type]
+    images = with_.images.contiguous(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        with torch.autocast(with_.device.type, torch.bfloat16):
+            with torch.no_grad():
+                factor = _encode(paraphraser, teacher(images.bfloat16()))
+            logits, features = student(images)
+            loss = F.cross_entropy(logits.float(), with_.labels)
+            loss = loss + BETA * official_formula(_encode(translator, features).float(), factor.float())
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return Step(run, student.model, optimiser)
+
+
+def ours(with_: Operands, method: str) -> Step:
+    """The step of ``ftfast distill``, through its own engine; method ``"none"`` has no teacher."""
+    settings = Settings(
+        methods=(method,),
+        teacher=TEACHER,
+        student=STUDENT,
+        teacher_channels=CHANNELS,
+        student_channels=CHANNELS,
+        learning_rate=RATE,
+        device=with_.device.type,
+        dtype="bfloat16",
+        threads=torch.get_num_threads(),
+    ).resolved()
+    precision = precision_of(settings)
+    images = with_.images.contiguous(memory_format=torch.channels_last)
+    execution = "compile" if settings.compile == "on" else "eager"
+    teacher = FrozenTeacher(
+        with_.teacher(), models.LAST_STAGE, dtype=precision.dtype, example=images, execution=execution
+    )
+    student = models.place(with_.student(), with_.device)
+    weights = Weights(beta=BETA if method == "ft" else None)
+    guides = Guides(teacher, models.place(with_.paraphraser(), with_.device))
+    learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=with_.seed)
+    if "translator" in learner:
+        learner["translator"].load_state_dict(with_.translator().state_dict())  # the same as the others'
+    step = LearningStep(learner, terms, schedule_of(settings, 1), precision)
+    learner.train()
+
+    def run() -> Tensor:
+        return torch.stack(list(step(images, with_.labels, RATE).values())).sum()
+
+    return Step(run, student, step.optimiser, teacher.explain() if method != "none" else "")
+
+
+class StepJudge:
+    """Holds the loss and the student's gradient of the official step, which is the float32 reference."""
+
+    def __init__(self, with_: Operands) -> None:
+        self._with = with_
+        self._expected: tuple[Tensor, Tensor] | None = None
+        self._tuned: dict[str, float] = {}
+
+    def __call__(self, step: Step, *, is_float32: bool = False) -> gate.Errors:
+        """No way may be further off than the hand-tuned one by more than chance; that one has wide limits.
+
+        ``step`` must not have been taken yet.
+        """
+        if self._expected is None:
+            self._expected = _first_step(official(self._with))
+        if not self._tuned:
+            self._tuned = self._errors(hand_tuned(self._with))
+        if is_float32:
+            return gate.within(self._errors(step), dict.fromkeys(self._tuned, 1e-2))
+        limits = {name: min(1.3 * error + 1e-2, 0.5) for name, error in self._tuned.items()}
+        return gate.within(self._errors(step), limits)
+
+    def _errors(self, step: Step) -> dict[str, float]:
+        assert self._expected is not None
+        loss, gradient = _first_step(step)
+        errors = gate.relative_errors("loss", loss, self._expected[0])
+        return errors | gate.relative_errors("student's gradient", gradient, self._expected[1])
+
+
+def _first_step(step: Step) -> tuple[Tensor, Tensor]:
+    """Loss and the student's gradient, read before the optimiser clears it."""
+    kept: list[Tensor] = []
+
+    def read(*_: Any) -> None:
+        gradients = [parameter.grad for parameter in step.student.parameters()]
+        kept.append(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None]))
+
+    handle = step.optimiser.register_step_pre_hook(read)
+    try:
+        loss = step.run()
+    finally:
+        handle.remove()
+    return loss.detach().float(), kept[0]

@@ -1,0 +1,59 @@
+"""``pytest bench``: the quick cases of every registered bench, under pytest-benchmark.
+
+A bench whose module yields groups has a case for each candidate; of another the whole quick run is one case.
+"""
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from bench.candidates import Candidate
+from bench.measuring import QUICK_PLAN
+from bench.registry import Bench, Settings, discover
+from bench.shapes import HEADS, QUICK_HEADS, QUICK_SHAPES, SHAPES
+
+SETTINGS = Settings(
+    device=torch.device("cpu"),
+    dtypes=(torch.float32, torch.bfloat16),
+    shapes=tuple(SHAPES[name] for name in QUICK_SHAPES),
+    layouts=("nchw", "channels_last"),
+    peers=("eager", "autocast", "repdistiller", "mmrazor"),
+    plan=QUICK_PLAN,
+    heads=tuple(HEADS[name] for name in QUICK_HEADS),
+    head_dtypes=(torch.bfloat16,),
+    quick=True,
+)
+BENCHES = {name: bench for name, bench in discover().items() if not bench.refuses(SETTINGS)}
+GROUPED = [name for name in BENCHES if hasattr(import_module(f"bench.{name}"), "groups")]
+WHOLE = [name for name in BENCHES if name not in GROUPED]
+
+
+def cases() -> Iterator[Any]:
+    for name in GROUPED:
+        for group in import_module(f"bench.{name}").groups(SETTINGS):
+            for candidate in group.build():
+                yield pytest.param(
+                    group.name, candidate, id=f"{name}: {group.name}, {candidate.name}, {candidate.work}"
+                )
+
+
+@pytest.mark.parametrize(("group", "candidate"), list(cases()))
+def test_candidate(benchmark: Any, group: str, candidate: Candidate) -> None:
+    if candidate.gate is not None:
+        gate = candidate.gate()
+        assert gate.passed, gate.reason
+    benchmark.group = f"{group}, {candidate.work}"
+    benchmark.pedantic(candidate.step, setup=candidate.prepare, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_bench(benchmark: Any, name: str) -> None:
+    bench: Bench = BENCHES[name]
+    benchmark.group = name
+    rows = benchmark.pedantic(bench.run, args=(SETTINGS, lambda _: None), rounds=1)
+    assert rows
+    assert not [row.reason for row in rows if row.reason]
