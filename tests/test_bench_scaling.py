@@ -179,11 +179,11 @@ def test_roofline_places_whole_steps_under_the_measured_ceilings(tmp_path: Path)
 
 
 def test_committed_heads_have_a_roofline(tmp_path: Path) -> None:
-    path = readme.RECORDS / "cpu-amd-epyc-head.json"
+    path = readme.RECORDS / "cpu-amd-epyc.json"
     record = records.load(path)
     assert len(roofline.points(record.of("ft_head"))) >= 6
     names = [picture.name for picture in plots.plot(record, "ft_head", tmp_path / path.name)]
-    assert names == ["cpu-amd-epyc-head.ft_head.roofline.svg", "cpu-amd-epyc-head.ft_head.roofline.png"]
+    assert names == ["cpu-amd-epyc.ft_head.roofline.svg", "cpu-amd-epyc.ft_head.roofline.png"]
 
 
 # Ceilings
