@@ -69,7 +69,9 @@ def expected_step(weight_decay: Callable[[Tensor], float] = lambda _: 0.0, large
 
 
 def assert_near(model: nn.Module, expected: list[Tensor], limit: float = 1e-5) -> None:
-    moved = [before.detach() - after for before, after in zip(classifier().double().parameters(), expected, strict=True)]
+    moved = [
+        before.detach() - after for before, after in zip(classifier().double().parameters(), expected, strict=True)
+    ]
     for parameter, after, step in zip(model.parameters(), expected, moved, strict=True):
         rounding = 2 * torch.finfo(torch.float32).eps * after.norm()
         assert float((parameter.detach().double() - after).norm()) <= float(limit * step.norm() + rounding)
