@@ -115,7 +115,7 @@ def test_hardware_names_driver_and_clocks(nvml: FakeNvml) -> None:
 
 
 @pytest.mark.parametrize(
-    "fails", [{"nvmlInit"}, {"nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByPciBusId"}], ids=str
+    "fails", [{"nvmlInit"}, {"nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByPciBusId"}], ids=["start", "handles"]
 )
 def test_a_device_that_nvml_does_not_know_has_no_figures(nvml: FakeNvml, fails: set[str]) -> None:
     nvml.fails = fails
