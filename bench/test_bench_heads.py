@@ -1,9 +1,6 @@
-"""``pytest bench``: the cases of bench/ft_head.py and bench/conv3x3.py on a small head, under pytest-benchmark.
+"""What the figures of bench/ft_head.py and bench/conv3x3.py rest on: gates, counts, and the text made from records."""
 
-And what their figures rest on: gates, counts, and the text made from records.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import conv3x3, ft_head, throughput
 from bench.__main__ import main
-from bench.candidates import Candidate
 from bench.layers import Operands
 from bench.measuring import QUICK_PLAN
 from bench.records import Record, Row, Timing
@@ -31,26 +27,6 @@ SETTINGS = Settings(
     head_dtypes=(torch.float32, torch.bfloat16),
     quick=True,
 )
-
-
-def cases() -> Iterator[Any]:
-    for module in (ft_head, conv3x3):
-        for group in module.groups(SETTINGS):
-            for candidate in group.build():
-                name = f"{module.STEM}: {group.name}, {candidate.name}, {candidate.work}"
-                yield pytest.param(group.name, candidate, id=name)
-
-
-@pytest.mark.parametrize(("group", "candidate"), list(cases()))
-def test_heads(benchmark: Any, group: str, candidate: Candidate) -> None:
-    if candidate.gate is not None:
-        gate = candidate.gate()
-        assert gate.passed, gate.reason
-    benchmark.group = f"{group}, {candidate.work}"
-    benchmark.pedantic(candidate.step, setup=candidate.prepare, rounds=10, warmup_rounds=2)
-
-
-# What stands between a candidate and its figure
 
 
 def wrong_heads(right: ft_head.Loss) -> dict[str, ft_head.Loss]:

@@ -23,7 +23,7 @@ SETTINGS = Settings(
     peers=("eager", "autocast", "repdistiller", "mmrazor"),
     plan=QUICK_PLAN,
     heads=tuple(HEADS[name] for name in QUICK_HEADS),
-    head_dtypes=(torch.bfloat16,),
+    head_dtypes=(torch.float32, torch.bfloat16),
     quick=True,
 )
 BENCHES = {name: bench for name, bench in discover().items() if not bench.refuses(SETTINGS)}
