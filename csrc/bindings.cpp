@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "batch_norm.h"
 #include "conv3x3.h"
 #include "ft_head.h"
 #include "ft_loss.h"
@@ -154,6 +155,55 @@ void weight_gradient(uintptr_t input, uintptr_t gradient, int64_t samples, int64
   conv3x3_weight_gradient(work);
 }
 
+// addresses as NormForward has them; residual may be 0
+void norm_forward(const py::tuple& addresses, int dtype, int64_t rows, int64_t channels, double eps, double momentum,
+                  bool relu, int threads) {
+  const auto at = numbers(addresses);
+  NormForward work;
+  work.z = reinterpret_cast<void*>(at[0]);
+  work.residual = reinterpret_cast<void*>(at[1]);
+  work.y = reinterpret_cast<void*>(at[2]);
+  work.weight = reinterpret_cast<float*>(at[3]);
+  work.bias = reinterpret_cast<float*>(at[4]);
+  work.running_mean = reinterpret_cast<float*>(at[5]);
+  work.running_variance = reinterpret_cast<float*>(at[6]);
+  work.mean = reinterpret_cast<float*>(at[7]);
+  work.inverse_deviation = reinterpret_cast<float*>(at[8]);
+  work.dtype = DType(dtype);
+  work.rows = rows;
+  work.channels = channels;
+  work.eps = eps;
+  work.momentum = momentum;
+  work.relu = relu;
+  work.threads = threads;
+  py::gil_scoped_release release;
+  batch_norm_forward(work);
+}
+
+// addresses as NormBackward has them; y and residual_gradient may be 0
+void norm_backward(const py::tuple& addresses, int dtype, int64_t rows, int64_t channels, bool relu, int threads) {
+  const auto at = numbers(addresses);
+  NormBackward work;
+  work.gradient = reinterpret_cast<void*>(at[0]);
+  work.y = reinterpret_cast<void*>(at[1]);
+  work.z = reinterpret_cast<void*>(at[2]);
+  work.residual_gradient = reinterpret_cast<void*>(at[3]);
+  work.z_gradient = reinterpret_cast<void*>(at[4]);
+  work.weight = reinterpret_cast<float*>(at[5]);
+  work.bias = reinterpret_cast<float*>(at[6]);
+  work.mean = reinterpret_cast<float*>(at[7]);
+  work.inverse_deviation = reinterpret_cast<float*>(at[8]);
+  work.weight_gradient = reinterpret_cast<float*>(at[9]);
+  work.bias_gradient = reinterpret_cast<float*>(at[10]);
+  work.dtype = DType(dtype);
+  work.rows = rows;
+  work.channels = channels;
+  work.relu = relu;
+  work.threads = threads;
+  py::gil_scoped_release release;
+  batch_norm_backward(work);
+}
+
 }  // namespace
 }  // namespace ftfast
 
@@ -169,6 +219,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("ft_loss_forward", &ftfast::forward);
   module.def("ft_loss_backward", &ftfast::backward);
   module.def("leaky_relu_backward", &ftfast::slope);
+  module.def("batch_norm_forward", &ftfast::norm_forward);
+  module.def("batch_norm_backward", &ftfast::norm_backward);
   module.def("unfold_3x3", &ftfast::unfold);
   module.def("weight_taps_first", &ftfast::taps_first);
   module.def("weight_taps_last", &ftfast::taps_last);

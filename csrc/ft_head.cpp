@@ -1,26 +1,16 @@
 // The driver of the head's CPU kernels: shares rows, images and output channels between threads.
 #include "ft_head.h"
 
-#include <algorithm>
 #include <cstring>
 #include <vector>
+
+#include "share.h"
 
 namespace ftfast {
 namespace {
 
 // Column sums are kept for this many blocks of rows, however many threads there are.
 constexpr int64_t row_blocks = 16;
-
-// Bytes that are worth a second thread: waking one costs microseconds.
-constexpr int64_t bytes_per_thread = 32768;
-
-template <class Body>
-void share(int64_t count, int64_t bytes, int threads, Body body) {
-  const int workers = int(std::max<int64_t>(1, std::min<int64_t>({threads, count, bytes / bytes_per_thread})));
-  (void)workers;
-#pragma omp parallel for num_threads(workers) schedule(static)
-  for (int64_t i = 0; i < count; ++i) body(i);
-}
 
 int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "batch_norm.h"
 #include "conv3x3.h"
 #include "ft_head.h"
 #include "ft_loss.h"
@@ -11,15 +12,18 @@ namespace ftfast {
 namespace baseline {
 RowKernels row_kernels(DType student, DType teacher);
 HeadKernels head_kernels(DType dtype);
+NormKernels norm_kernels(DType dtype);
 }
 #if defined(FTFAST_X86)
 namespace avx2 {
 RowKernels row_kernels(DType student, DType teacher);
 HeadKernels head_kernels(DType dtype);
+NormKernels norm_kernels(DType dtype);
 }
 namespace avx512 {
 RowKernels row_kernels(DType student, DType teacher);
 HeadKernels head_kernels(DType dtype);
+NormKernels norm_kernels(DType dtype);
 }
 #endif
 #if defined(FTFAST_AVX512_BF16)
@@ -34,6 +38,7 @@ struct InstructionSet {
   const char* name;
   RowKernels (*row_kernels)(DType, DType);
   HeadKernels (*head_kernels)(DType);
+  NormKernels (*norm_kernels)(DType);
 };
 
 InstructionSet detect() {
@@ -44,10 +49,10 @@ InstructionSet detect() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (allowed("avx512") && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {"avx512", avx512::row_kernels, avx512::head_kernels};
-  if (allowed("avx2") && has_avx2) return {"avx2", avx2::row_kernels, avx2::head_kernels};
+    return {"avx512", avx512::row_kernels, avx512::head_kernels, avx512::norm_kernels};
+  if (allowed("avx2") && has_avx2) return {"avx2", avx2::row_kernels, avx2::head_kernels, avx2::norm_kernels};
 #endif
-  return {"baseline", baseline::row_kernels, baseline::head_kernels};
+  return {"baseline", baseline::row_kernels, baseline::head_kernels, baseline::norm_kernels};
 }
 
 const InstructionSet& current() {
@@ -59,6 +64,7 @@ const InstructionSet& current() {
 
 RowKernels row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
 HeadKernels head_kernels(DType dtype) { return current().head_kernels(dtype); }
+NormKernels norm_kernels(DType dtype) { return current().norm_kernels(dtype); }
 WeightGradientKernels weight_gradient_kernels() {
 #if defined(FTFAST_AVX512_BF16)
   static const bool supported = std::strcmp(current().name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16");

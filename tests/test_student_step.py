@@ -18,8 +18,8 @@ from ftfast.distill.engine import Stopped, Training
 from ftfast.distill.interrupts import StopRequest
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.schedule import Schedule
-from ftfast.distill.student_forward import student_forward
 from ftfast.distill.student_step import BesideStudent, DivergedError, LearningStep, LossRecord, Precision
+from ftfast.distill.training_forward import training_forward
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, torch.float32)
@@ -309,7 +309,7 @@ def test_a_compiled_student_learns_the_same() -> None:
     gradients = []
     for compiled in (False, True):
         own = copy.deepcopy(student).train()
-        outputs = student_forward(own, "stage3", compiled=compiled)(images)
+        outputs = training_forward(own, "stage3", compiled=compiled)(images)
         (outputs.logits.square().sum() + outputs.features.square().sum()).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in own.parameters()]))
         assert own.norm.num_batches_tracked == 1

@@ -112,6 +112,7 @@ inline void store(Float16* target, Floats values) {
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats subtract_product(Floats c, Floats a, Floats b) { return c - a * b; }
 #endif
+inline float multiply_add(float a, float b, float c) { return a * b + c; }
 inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 inline Doubles subtract_product(Doubles c, Doubles a, Doubles b) { return c - a * b; }
 

@@ -116,7 +116,7 @@ def fold(found: Cut) -> Cut:
     module = found.module
     _write_nothing_in_place(module)
     folded = _fold_batch_norms(module)
-    left = sum(isinstance(called, nn.modules.batchnorm._BatchNorm) for _, called in _called(module))
+    left = sum(isinstance(called, nn.modules.batchnorm._BatchNorm) for _, called in called_modules(module))
     module.delete_all_unused_submodules()
     module.recompile()
     return Cut(module, folded, left, 0)
@@ -125,15 +125,15 @@ def fold(found: Cut) -> Cut:
 def fuse(found: Cut) -> Cut:
     """The same with each convolution, its residual and its ReLU as one call of oneDNN."""
     module, fused = found.module, 0
-    for node, convolution in _called(module):
+    for node, convolution in called_modules(module):
         if not isinstance(convolution, nn.Conv2d) or not _is_fusable(convolution):
             continue
         last, residual = node, None
-        following = _only_user(last)
-        if following is not None and (other := _summand(following, last)) is not None:
+        following = only_user(last)
+        if following is not None and (other := summand(following, last)) is not None:
             last, residual = following, other
-            following = _only_user(last)
-        has_relu = following is not None and _is_relu(module, following)
+            following = only_user(last)
+        has_relu = following is not None and is_relu(module, following)
         if has_relu:
             assert following is not None
             last = following
@@ -150,7 +150,8 @@ def fuse(found: Cut) -> Cut:
     return Cut(module, found.folded, found.left, fused)
 
 
-def _called(module: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:
+def called_modules(module: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:
+    """Each call of a module in the graph, with the module."""
     return [(node, module.get_submodule(str(node.target))) for node in module.graph.nodes if node.op == "call_module"]
 
 
@@ -160,14 +161,14 @@ def _write_nothing_in_place(module: fx.GraphModule) -> None:
         node.target = _OUT_OF_PLACE.get(node.target, node.target)
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
-    for _, called in _called(module):
+    for _, called in called_modules(module):
         if getattr(called, "inplace", False):
             called.inplace = False  # type: ignore[assignment]
 
 
 def _fold_batch_norms(module: fx.GraphModule) -> int:
     folded = 0
-    for node, norm in _called(module):
+    for node, norm in called_modules(module):
         before = node.args[0] if node.args else None
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or not isinstance(before, fx.Node):
             continue
@@ -220,12 +221,13 @@ def _is_fusable(convolution: nn.Conv2d) -> bool:
     )
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
+    """Who reads a node's result, if it is one alone."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _summand(node: fx.Node, of: fx.Node) -> fx.Node | None:
-    """What a sum adds to a node; None where it is no plain sum of two tensors."""
+def summand(node: fx.Node, of: fx.Node) -> fx.Node | None:
+    """What a sum adds to ``of``; None where ``node`` is no plain sum of two tensors."""
     if node.op not in ("call_function", "call_method") or node.target not in _SUMS or node.kwargs:
         return None
     others = [argument for argument in node.args if argument is not of]
@@ -234,7 +236,8 @@ def _summand(node: fx.Node, of: fx.Node) -> fx.Node | None:
     return others[0]
 
 
-def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a ReLU, as a module or a function."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))) is nn.ReLU
     return node.op in ("call_function", "call_method") and node.target in _RELUS

@@ -16,6 +16,7 @@ from ftfast.distill.resized import resized
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.setup import Setup
 from ftfast.distill.teacher import Teacher, build, read_teacher, teacher_description
+from ftfast.distill.training_forward import training_forward
 from ftfast.modules import Paraphraser
 
 
@@ -65,9 +66,10 @@ def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
 def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, Any]) -> None:
     settings = setup.settings
     learner = torch.nn.ModuleDict({"model": model})
+    forward = training_forward(model, settings.teacher_features().layer, compiled=False, fused=settings.is_fused)
     training = Training(
         learner,
-        lambda images, labels: {"labels": torch.nn.functional.cross_entropy(model(images).float(), labels)},
+        lambda images, labels: {"labels": torch.nn.functional.cross_entropy(forward(images).logits.float(), labels)},
         setup.train,
         schedule_of(settings, settings.teacher_epochs),
         setup.precision,

@@ -90,6 +90,11 @@ class Settings(Recipe):
         """Where a teacher comes from that is not trained here: a checkpoint's path, or its library."""
         return self.teacher_checkpoint or (f"{self.teacher} (pretrained)" if self.pretrained else None)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether convolutions train together with the batch norms behind them."""
+        return self.engine == "fast" and self.device == "cpu"
+
     def teacher_features(self) -> models.FeatureMap:
         """The teacher's layer that is compared, and its shape."""
         shape = DATASETS[self.data].image_shape

@@ -13,9 +13,9 @@ from ftfast.distill.models import place, seeded
 from ftfast.distill.resized import resized
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.settings import Settings
-from ftfast.distill.student_forward import student_forward
 from ftfast.distill.student_step import BesideStudent
 from ftfast.distill.teacher import build, student_description
+from ftfast.distill.training_forward import training_forward
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
 
@@ -78,7 +78,7 @@ def learner_of(
     elif chosen.uses_hints:
         guide = learner["regressor"] = _regressor(settings, seed)
     features = settings.student_features()
-    forward = student_forward(student, features.layer, compiled=settings.compile == "on")
+    forward = training_forward(student, features.layer, compiled=settings.compile == "on", fused=settings.is_fused)
     forward = resized(forward, features, settings.map_size())
     both = BesideStudent(guides.teacher, forward)
 
