@@ -295,7 +295,14 @@ def test_printed_settings_are_resolved_and_can_be_read_back(capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
-def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        pytest.param(signal.SIGINT, "tensorboard/students/none/seed0", id="Ctrl-C-in-a-training"),
+        pytest.param(signal.SIGTERM, "settings.json", id="SIGTERM-before-any"),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(tmp_path: Path, number: signal.Signals, moment: str) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "ftfast", *TINY, "--output", str(folder), "--student-epochs", "5000"],
@@ -304,10 +311,10 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
         text=True,
     )
     deadline = time.monotonic() + 90
-    while not (folder / "tensorboard/students/none/seed0").exists() and process.poll() is None:
+    while not (folder / moment).exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""

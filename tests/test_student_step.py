@@ -128,6 +128,13 @@ def test_the_rate_falls_as_torchs_schedulers_do() -> None:
             scheduler.step()
 
 
+def test_milestones_past_the_last_epoch_are_warned_of() -> None:
+    steps = Schedule(epochs=10, batch_size=8, learning_rate=0.1, momentum=0, weight_decay=0, kind="steps")
+    assert "82, 123" in str(replace(steps, milestones=(82, 123)).warning)
+    for quiet in (replace(steps, milestones=(9, 123)), replace(steps, kind="cosine", milestones=(82,)), steps):
+        assert quiet.warning is None
+
+
 @pytest.mark.parametrize("bad_step", [0, 49, 50, 61])
 def test_the_first_loss_that_is_not_finite_is_named(bad_step: int) -> None:
     record = LossRecord()

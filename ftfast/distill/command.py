@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ftfast.distill import options
 from ftfast.distill.errors import SettingsError
+from ftfast.distill.interrupts import termination_interrupts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +35,10 @@ def run(args: argparse.Namespace) -> int:
 
     output = Path(args.output or f"runs/{args.preset or settings.data}")
     try:
-        results = run_distillation(
-            settings, output, resume=args.resume, checkpoint_seconds=_seconds(args.checkpoint_seconds)
-        )
+        with termination_interrupts():
+            results = run_distillation(
+                settings, output, resume=args.resume, checkpoint_seconds=_seconds(args.checkpoint_seconds)
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"run the same command with --resume to continue {output}") from None
     write_report(output, results)

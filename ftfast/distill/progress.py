@@ -59,6 +59,12 @@ class Progress:
         self._bars.advance(self._phase, images)
         self._bars.advance(self._all, images)
 
+    def skip(self, images: int) -> None:
+        """The phase begins with that many drawn earlier, which say nothing of its rate."""
+        self._left -= images
+        self._bars.reset(self._phase, completed=images)
+        self._bars.advance(self._all, images)
+
     def end(self) -> None:
         """The phase is over, whether it drew its images or was read back."""
         self.advance(self._left)

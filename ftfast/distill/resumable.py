@@ -56,6 +56,7 @@ def finish(
     *,
     checkpoint_seconds: float,
     after_epoch: Callable[[Epoch], None] = lambda _: None,
+    resumed: Callable[[list[Epoch]], None] = lambda _: None,
 ) -> list[Epoch]:
     """Runs a training to its end, from its last checkpoint where there is one, and leaves its checkpoint at ``folder``.
 
@@ -63,6 +64,7 @@ def finish(
         description: what is trained, ``"kind"`` among it; the last epoch's ``"accuracy"`` is added at the end.
         checkpoint_seconds: the time between two checkpoints on the way; 0 keeps one after every epoch.
         after_epoch: called after each epoch that runs now.
+        resumed: called with the epochs that had run before.
 
     Raises:
         CheckpointError: the last checkpoint is not as it was written, or of another training.
@@ -73,6 +75,7 @@ def finish(
     kept = sorted(on_the_way.glob("epoch*"))
     if kept:
         training.load_state(_state_of(_load_expected(kept[-1], unfinished)))
+        resumed(training.history)
     last_saved = time.monotonic()
 
     def save(training: Training) -> None:

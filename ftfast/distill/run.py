@@ -19,6 +19,7 @@ from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
 from ftfast.distill.methods import METHODS
 from ftfast.distill.progress import Progress
 from ftfast.distill.results import collect
+from ftfast.distill.schedule import schedule_of
 from ftfast.distill.selection import candidates, trial_images
 from ftfast.distill.settings import DTYPES, Settings
 from ftfast.distill.setup import Setup, precision_of
@@ -53,6 +54,9 @@ def _run_in(folder: RunFolder, settings: Settings, checkpoint_seconds: float, *,
     with _reproducible(settings), Progress(_planned_images(settings)) as progress:
         if starts_anew:
             progress.say(f"{folder.path} holds no run yet: --resume starts a new run")
+        for epochs in sorted({settings.teacher_epochs, settings.student_epochs}):
+            if (warning := schedule_of(settings, epochs).warning) is not None:
+                progress.say(f"warning: {warning}")
         train, test = data.load(settings.data, torch.device(settings.device), settings.image_source())
         students, _ = train.cut(settings.student_images)
         setup = Setup(settings, precision_of(settings), folder, progress, checkpoint_seconds, train, students, test)

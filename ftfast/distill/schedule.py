@@ -42,6 +42,16 @@ class Schedule:
         passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
         return self.learning_rate * self.gamma**passed
 
+    @property
+    def warning(self) -> str | None:
+        """The sentence to show where the rate never falls, though it was meant to."""
+        if self.kind == "cosine" or not self.milestones or min(self.milestones) < self.epochs:
+            return None
+        return (
+            f"the learning rate never falls, since every milestone ({', '.join(map(str, self.milestones))}) lies past "
+            f"the {self.epochs} epochs: give --milestones that lie before them."
+        )
+
 
 def cosine(peak: float, step: int, steps: int) -> float:
     """``peak`` at step 0, falling to 0 at ``steps``."""

@@ -44,5 +44,10 @@ class Setup:
                 log.add(record)
 
             resumable.finish(
-                training, path, description, checkpoint_seconds=self.checkpoint_seconds, after_epoch=after_epoch
+                training,
+                path,
+                description,
+                checkpoint_seconds=self.checkpoint_seconds,
+                after_epoch=after_epoch,
+                resumed=lambda history: self.progress.skip(sum(record.images for record in history)),
             )
