@@ -6,6 +6,7 @@
 
 #include "batch_norm.h"
 #include "conv3x3.h"
+#include "conv3x3_direct.h"
 #include "ft_head.h"
 #include "ft_loss.h"
 
@@ -155,6 +156,37 @@ void weight_gradient(uintptr_t input, uintptr_t gradient, int64_t samples, int64
   conv3x3_weight_gradient(work);
 }
 
+// bias and residual may be 0
+void direct_convolution(uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t result,
+                        int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t outputs,
+                        float negative_slope, int threads) {
+  DirectConvolution work;
+  work.input = reinterpret_cast<uint16_t*>(input);
+  work.weight = reinterpret_cast<uint16_t*>(weight);
+  work.bias = reinterpret_cast<float*>(bias);
+  work.residual = reinterpret_cast<uint16_t*>(residual);
+  work.result = reinterpret_cast<uint16_t*>(result);
+  work.samples = samples;
+  work.height = height;
+  work.width = width;
+  work.channels = channels;
+  work.outputs = outputs;
+  work.negative_slope = negative_slope;
+  work.threads = threads;
+  py::gil_scoped_release release;
+  conv3x3_direct(work);
+}
+
+void pack_direct(uintptr_t from, const py::tuple& strides, int64_t outputs, int64_t channels, bool for_gradient,
+                 uintptr_t to, int threads) {
+  int64_t of_weight[4];
+  const auto given = numbers(strides);
+  std::copy_n(given.begin(), 4, of_weight);
+  py::gil_scoped_release release;
+  pack_direct_weight(reinterpret_cast<float*>(from), of_weight, outputs, channels, for_gradient,
+                     reinterpret_cast<uint16_t*>(to), threads);
+}
+
 // addresses as NormForward has them; residual may be 0
 void norm_forward(const py::tuple& addresses, int dtype, int64_t rows, int64_t channels, double eps, double momentum,
                   bool relu, int threads) {
@@ -226,6 +258,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("weight_taps_last", &ftfast::taps_last);
   // absent where the processor cannot run it
   if (ftfast::weight_gradient_kernels().tile) module.def("conv3x3_weight_gradient", &ftfast::weight_gradient);
+  if (ftfast::direct_kernels().rows16) {
+    module.def("conv3x3_direct", &ftfast::direct_convolution);
+    module.def("pack_direct_weight", &ftfast::pack_direct);
+  }
 #if defined(FTFAST_CUDA)
   ftfast::cuda::bind(module);
 #endif

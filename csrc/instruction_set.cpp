@@ -4,6 +4,7 @@
 
 #include "batch_norm.h"
 #include "conv3x3.h"
+#include "conv3x3_direct.h"
 #include "ft_head.h"
 #include "ft_loss.h"
 
@@ -29,6 +30,7 @@ NormKernels norm_kernels(DType dtype);
 #if defined(FTFAST_AVX512_BF16)
 namespace avx512_bf16 {
 WeightGradientKernels weight_gradient_kernels();
+DirectKernels direct_kernels();
 }
 #endif
 
@@ -65,13 +67,19 @@ const InstructionSet& current() {
 RowKernels row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
 HeadKernels head_kernels(DType dtype) { return current().head_kernels(dtype); }
 NormKernels norm_kernels(DType dtype) { return current().norm_kernels(dtype); }
-WeightGradientKernels weight_gradient_kernels() {
 #if defined(FTFAST_AVX512_BF16)
+static bool has_bf16() {
   static const bool supported = std::strcmp(current().name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16");
-  if (supported) return avx512_bf16::weight_gradient_kernels();
-#endif
-  return {};
+  return supported;
 }
+WeightGradientKernels weight_gradient_kernels() {
+  return has_bf16() ? avx512_bf16::weight_gradient_kernels() : WeightGradientKernels();
+}
+DirectKernels direct_kernels() { return has_bf16() ? avx512_bf16::direct_kernels() : DirectKernels(); }
+#else
+WeightGradientKernels weight_gradient_kernels() { return {}; }
+DirectKernels direct_kernels() { return {}; }
+#endif
 const char* instruction_set() { return current().name; }
 
 }  // namespace ftfast

@@ -62,18 +62,22 @@ def test_a_training_step_in_bfloat16_is_no_worse_than_torchs(backend, device, la
         pytest.skip("CUDA C++ has the loss alone")
     if (backend, device) == ("triton", "cpu"):
         pytest.skip("Triton's interpreter rounds bfloat16 towards zero")
-    paraphraser = ftfast.Paraphraser(16, 0.5).to(device)
-    features = torch.randn(4, 16, 5, 5, device=device, requires_grad=True)
-    with torch.autocast(device, torch.bfloat16):
-        reconstructed = paraphraser(features)
-    found = step(paraphraser, reconstructed, features)
-    assert reconstructed.dtype == torch.bfloat16
-    wanted = exact(paraphraser, features)
-    with torch.autocast(device, torch.bfloat16):
-        theirs = reconstruct(paraphraser, features)
-    for got, rounded, truth in zip(found, theirs, wanted, strict=True):
-        assert got.dtype == rounded.dtype
-        assert relative_error(got, truth) < 1.5 * relative_error(rounded, truth) + 2**-8
+    ours, torchs = [], []
+    for seed in range(20):  # a number that rounding takes across zero changes one draw's gradients by a tenth
+        torch.manual_seed(seed)
+        paraphraser = ftfast.Paraphraser(16, 0.5).to(device)
+        features = torch.randn(4, 16, 5, 5, device=device, requires_grad=True)
+        with torch.autocast(device, torch.bfloat16):
+            reconstructed = paraphraser(features)
+        found = step(paraphraser, reconstructed, features)
+        assert reconstructed.dtype == torch.bfloat16
+        wanted = exact(paraphraser, features)
+        with torch.autocast(device, torch.bfloat16):
+            theirs = reconstruct(paraphraser, features)
+        assert [got.dtype for got in found] == [got.dtype for got in theirs]
+        ours.append([relative_error(got, truth) for got, truth in zip(found, wanted, strict=True)])
+        torchs.append([relative_error(got, truth) for got, truth in zip(theirs, wanted, strict=True)])
+    assert sum(map(sum, ours)) < 1.2 * sum(map(sum, torchs))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ftfast.ops import conv3x3_direct as direct
+from ftfast.ops.conv3x3_direct import PackedWeight
+
 _RELUS = (F.relu, torch.relu, "relu", "relu_", F.relu_, torch.relu_)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _OUT_OF_PLACE = {operator.iadd: operator.add, F.relu_: F.relu, torch.relu_: torch.relu, "relu_": "relu", "add_": "add"}
@@ -30,7 +33,9 @@ class Cut:
 
 
 class FusedConvolution(nn.Module):
-    """Convolution, bias, optional residual and optional ReLU in one call of oneDNN; the weight packed at the first.
+    """Convolution, bias, optional residual and optional ReLU in one call; the weight packed at the first.
+
+    3x3 convolutions of bfloat16 are our own, the others oneDNN's.
 
     Maps are channels_last; a residual has the shape of the result.
     """
@@ -46,12 +51,25 @@ class FusedConvolution(nn.Module):
             list(size) for size in (convolution.padding, convolution.stride, convolution.dilation)
         ]  # padding is numbers here, not a name: is_fusable saw to it
         self._groups = convolution.groups
-        self._packed: Tensor | None = None
+        self._packed: Tensor | PackedWeight | None = None
+        self._bias: Tensor | None = None
+
+    def _is_direct(self, x: Tensor) -> bool:
+        outputs, channels = self.weight.shape[:2]
+        plain = self.weight.shape[2:] == (3, 3) and self._shape == [[1, 1], [1, 1], [1, 1]] and self._groups == 1
+        return plain and direct.takes(x.dtype, channels, outputs)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``[N, C, H, W]`` to ``[N, K, H', W']``, ``relu(conv(x) + residual)``."""
         operators = torch.ops.mkldnn
         x = x.contiguous(memory_format=torch.channels_last)
+        if self._packed is None and self._is_direct(x):
+            self._packed = direct.pack(self.weight)
+            self._bias = None if self.bias is None else self.bias.float()
+        if isinstance(self._packed, PackedWeight):
+            residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+            slope = 0.0 if self._relu else 1.0
+            return direct.convolve(x, self._packed, self._bias, residual=residual, negative_slope=slope)
         padding, stride, dilation = self._shape
         if self._packed is None:
             self._packed = operators._reorder_convolution_weight(

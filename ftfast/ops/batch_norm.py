@@ -2,7 +2,7 @@
 
     y = relu(batch_norm(conv(x)) + residual)
 
-oneDNN convolves; C++ of our own does the rest in two reads of the convolution's result and one write, and in backward
+C++ of our own does what follows the convolution in two reads of the convolution's result and one write, and in backward
 in two reads of each map and one write. Backward keeps x, the convolution's result and, behind a residual, y, where
 modules one by one keep the norm's result and the sum too. Ioffe, Szegedy, "Batch Normalization", ICML 2015.
 """
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ftfast.dispatch import extension, load_extension
-from ftfast.ops.conv3x3_native import CANDIDATES, cast_weight, gradients
+from ftfast.ops import conv3x3_direct as direct
+from ftfast.ops.conv3x3_native import cast_weight, gradients
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
@@ -132,8 +133,11 @@ class _ConvolutionNorm(torch.autograd.Function):
         norm = layer.norm
         with no_autocast("cpu"):
             operand = as_map(x, dtype)
-            bias = None if bias is None else bias.to(dtype)
-            z = as_map(F.conv2d(operand, _cast(weight, dtype), bias, stride, padding, dilation), dtype)
+            if layer.is_plain_3x3 and direct.takes(dtype, *weight.shape[:2]):
+                z = direct.convolve(operand, direct.pack(weight), None if bias is None else bias.float())
+            else:
+                bias = None if bias is None else bias.to(dtype)
+                z = as_map(F.conv2d(operand, _cast(weight, dtype), bias, stride, padding, dilation), dtype)
             if residual is not None:
                 residual = as_map(residual, dtype)
         samples, channels, height, width = z.shape
@@ -213,32 +217,23 @@ def _convolution_gradients(
     layer: Layer, x: Tensor, dz: Tensor, weight: Tensor, added: Tensor | None, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a convolution's input, ``added`` included, and of its weight, as autograd wants them."""
+    if layer.is_plain_3x3 and direct.takes(dz.dtype, *weight.shape[:2]):
+        added = None if added is None else as_map(added, dz.dtype)
+        return gradients(x, dz, weight, need_input=need_x, need_weight=need_weight, added=added)
     stride, padding, dilation = layer.geometry
-    # The processor's dot products want at least a register of channels.
-    own_weight = need_weight and layer.is_plain_3x3 and "native" in CANDIDATES and x.shape[1] >= 16
-    own_weight = own_weight and x.dtype == torch.bfloat16
-    adds_inside = need_x and added is not None and layer.is_plain_3x3 and _adds_in_convolution()
-    mask = [need_x and not adds_inside, need_weight and not own_weight, False]
-    for_x, for_weight = None, None
-    if any(mask):
-        for_x, for_weight, _ = torch.ops.aten.convolution_backward(
-            dz, x, _cast(weight, x.dtype), None, stride, padding, dilation, False, [0, 0], 1, mask
-        )
-        for_x = for_x if mask[0] else None
-        for_weight = for_weight.to(weight.dtype) if mask[1] else None
-    if own_weight:
-        _, for_weight = gradients(x, dz, weight, need_input=False, kernel="native")
-    if adds_inside:
-        assert added is not None
-        # The input's gradient is the convolution with the flipped weight.
-        flipped = _cast(weight, x.dtype).flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        for_x = torch.ops.mkldnn._convolution_pointwise.binary(
-            dz, as_map(added, dz.dtype), flipped, None, padding, stride, dilation, 1, "add", 1.0, None, [], None
-        )
-    elif for_x is not None and added is not None:
+    for_x, for_weight, _ = torch.ops.aten.convolution_backward(
+        dz,
+        x,
+        _cast(weight, x.dtype),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        1,
+        [need_x, need_weight, False],
+    )
+    if need_x and added is not None:
         for_x = for_x.add_(added)
-    return for_x, for_weight
-
-
-def _adds_in_convolution() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return for_x if need_x else None, for_weight.to(weight.dtype) if need_weight else None

@@ -1,4 +1,4 @@
-"""3x3 convolutions with LeakyReLU on the CPU: oneDNN's through torch, and C++ of our own for what lies between them.
+"""3x3 convolutions with LeakyReLU on the CPU: C++ of our own for bfloat16, else oneDNN's through torch.
 
 Maps are channels_last ``[N, C, H, W]`` in the compute dtype, float32 or bfloat16. Nothing is checked here.
 """
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ftfast.choices import Work, choose_kernel
 from ftfast.dispatch import extension, load_extension
+from ftfast.ops import conv3x3_direct as direct
+from ftfast.ops.conv3x3_direct import PackedWeight
 from ftfast.ops.maps import as_map
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
@@ -31,8 +33,18 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return as_map(weight, dtype)
 
 
-def freeze_weight(weight: Tensor, dtype: torch.dtype, samples: int, height: int, width: int) -> Tensor:
-    """The weight reordered once for maps of ``[samples, C, height, width]``."""
+def prepare_weight(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor | PackedWeight:
+    """The weight as :func:`forward` takes it, for one step."""
+    outputs, channels = weight.shape[:2]
+    if direct.takes(dtype, channels, outputs):
+        return direct.pack(weight, for_gradient=transposed)
+    return cast_weight(weight, dtype)
+
+
+def freeze_weight(weight: Tensor, dtype: torch.dtype, samples: int, height: int, width: int) -> Tensor | PackedWeight:
+    """The weight as :func:`forward` takes it, reordered once for maps of ``[samples, C, height, width]``."""
+    if direct.takes(dtype, weight.shape[1], weight.shape[0]):
+        return direct.pack(weight)
     cast = as_map(weight, dtype)
     try:
         return torch.ops.mkldnn._reorder_convolution_weight(
@@ -48,8 +60,12 @@ def _fuses_activations() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, *, transposed: bool = False) -> Tensor:
-    """``leaky_relu(conv(x))``; weight from :func:`cast_weight`, or not transposed from :func:`freeze_weight`."""
+def forward(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor, negative_slope: float, *, transposed: bool = False
+) -> Tensor:
+    """``leaky_relu(conv(x))``; weight from :func:`prepare_weight`, or not transposed from :func:`freeze_weight`."""
+    if isinstance(weight, PackedWeight):
+        return direct.convolve(x, weight, bias.float(), negative_slope=negative_slope)
     bias = bias.to(x.dtype)
     if weight.is_mkldnn or (not transposed and _fuses_activations()):
         y = torch.ops.mkldnn._convolution_pointwise(
@@ -63,7 +79,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, *, t
 
 def layer(x: Tensor, parameter: Tensor, bias: Tensor, negative_slope: float, *, transposed: bool) -> Tensor:
     """:func:`forward` with the weight as it stands in its module."""
-    return forward(x, cast_weight(parameter, x.dtype), bias, negative_slope, transposed=transposed)
+    weight = prepare_weight(parameter, x.dtype, transposed=transposed)
+    return forward(x, weight, bias, negative_slope, transposed=transposed)
 
 
 def leaky_relu_backward_(gradient: Tensor, output: Tensor | None, negative_slope: float) -> Tensor:
@@ -88,8 +105,8 @@ def weight_gradient_kernel(x: Tensor, outputs: int) -> str:
     samples, channels, height, width = x.shape
     dtype = str(x.dtype).removeprefix("torch.")
     work = Work("weight_gradient", dtype, samples, height, width, channels, outputs)
-    # Where there is one, our own was faster than either at every size measured.
-    default = "native" if "native" in CANDIDATES and x.dtype == torch.bfloat16 else "library"
+    # Where there is one, our own was faster than either at every size measured, unless there are few channels.
+    default = "native" if direct.takes(x.dtype, channels, outputs) else "library"
     return choose_kernel(work, x.device, CANDIDATES, default).kernel
 
 
@@ -102,6 +119,7 @@ def gradients(
     need_weight: bool = True,
     transposed: bool = False,
     kernel: str | None = None,
+    added: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of one convolution, given that of its result before the activation.
 
@@ -114,6 +132,7 @@ def gradients(
             input's gradient that convolution's result.
         kernel: one of CANDIDATES for the weight's gradient; by default the one measured fastest. "native" takes
             bfloat16 alone.
+        added: what is added to the input's gradient, channels_last in its dtype.
 
     Returns:
         The input's gradient, channels_last, and the weight's; None for what is not wanted.
@@ -121,7 +140,12 @@ def gradients(
     Raises:
         ValueError: a kernel that is no candidate here, or not one for this dtype.
     """
-    for_input = F.conv2d(dz, cast_weight(parameter, dz.dtype), padding=1) if transposed and need_input else None
+    for_input = None
+    if need_input and direct.takes(dz.dtype, *parameter.shape[:2]):
+        for_input = direct.convolve(dz, direct.pack(parameter, for_gradient=not transposed), residual=added)
+        need_input, added = False, None
+    elif need_input and transposed:
+        for_input = F.conv2d(dz, cast_weight(parameter, dz.dtype), padding=1)
     if transposed:
         x, dz = dz, x
     if need_weight:
@@ -135,6 +159,8 @@ def gradients(
             dz, x, cast_weight(parameter, dz.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
         )
         for_input = found if mask[0] else for_input
+    if for_input is not None and added is not None:
+        for_input = for_input.add_(added)
     if need_weight and kernel == "unfolded":
         for_weight = _unfolded_weight_gradient(x, dz)
     if need_weight and kernel == "native":

@@ -1,4 +1,4 @@
-"""The head on the CPU: oneDNN's convolutions with the activations in place between them, and the native loss.
+"""The head on the CPU: convolutions with their activations, and the native loss.
 
 Nothing is kept for backward but the three inputs of the translator's convolutions, the gradient at its end, and the
 weights as they were computed with.
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from ftfast.ops import conv3x3_native as conv3x3
+from ftfast.ops.conv3x3_direct import PackedWeight
 from ftfast.ops.convolution_stack import Stack, prepare_once
 from ftfast.ops.ft_head_plan import Head
 from ftfast.ops.ft_loss_native import ft_loss_forward, ft_loss_forward_with_gradient
 from ftfast.ops.maps import as_map
 
 
-def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Tensor | PackedWeight, Tensor]]:
     samples, _, height, width = x.shape
 
-    def prepare() -> list[tuple[Tensor, Tensor]]:
+    def prepare() -> list[tuple[Tensor | PackedWeight, Tensor]]:
         return [
-            (conv3x3.freeze_weight(weight, dtype, samples, height, width), bias.to(dtype))
+            (conv3x3.freeze_weight(weight, dtype, samples, height, width), bias.float())
             for weight, bias in stack.folded()
         ]
 
@@ -47,7 +48,7 @@ def ft_head_forward(
         assert head.paraphraser is not None
         teacher_factor = teacher_factor_of(teacher, head.paraphraser, dtype)
     maps = [as_map(student, dtype)]
-    weights = [conv3x3.cast_weight(weight, dtype) for weight in translator.weights]
+    weights = [conv3x3.prepare_weight(weight, dtype) for weight in translator.weights]
     for weight, bias in zip(weights, translator.biases, strict=True):
         maps.append(conv3x3.forward(maps[-1], weight, bias, translator.negative_slope))
     student_factor = maps.pop()
