@@ -10,20 +10,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ftfast import reference
+    from ftfast.conversion import convert_state_dict
     from ftfast.dispatch import explain
     from ftfast.distill.doctor import doctor
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
     from ftfast.loss import FTLoss, ft_loss
     from ftfast.modules import Paraphraser, Translator
+    from ftfast.taps import FactorTransfers, FeatureTaps
 
 _HOMES = {
     "FTLoss": "loss",
     "ft_loss": "loss",
     "FactorTransfer": "head",
+    "FactorTransfers": "taps",
     "Paraphraser": "modules",
     "Translator": "modules",
     "FeatureTap": "features",
+    "FeatureTaps": "taps",
+    "convert_state_dict": "conversion",
     "doctor": "distill.doctor",
     "explain": "dispatch",
     "reference": "",
@@ -32,10 +37,13 @@ _HOMES = {
 __all__ = [
     "FTLoss",
     "FactorTransfer",
+    "FactorTransfers",
     "FeatureTap",
+    "FeatureTaps",
     "Paraphraser",
     "Translator",
     "__version__",
+    "convert_state_dict",
     "doctor",
     "explain",
     "ft_loss",

@@ -18,6 +18,11 @@ COMMANDS = {
     "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.distill.command"),
     "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.tune"),
     "evaluate": ("the test accuracy of a checkpoint, and what is taken for what", "ftfast.distill.evaluate"),
+    "features": ("a model's layers with the shapes of what they give", "ftfast.features_command"),
+    "convert": (
+        "a paraphraser's or translator's checkpoint under another project's names",
+        "ftfast.convert_command",
+    ),
     "export": ("a trained student by itself, as safetensors or a program of torch.export", "ftfast.distill.export"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130

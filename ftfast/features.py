@@ -1,6 +1,8 @@
 """FeatureTap: a model's output and one of its feature maps, the layer given by name."""
 
+import difflib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,21 +21,18 @@ class FeatureTap(nn.Module):
             the layer runs (a teacher's classifier, say); the mode is then set by ``tap.train()`` and ``tap.eval()``.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer; the message has the nearest names.
         RuntimeError: from a call in which the layer did not run.
     """
 
     def __init__(self, model: nn.Module, layer: str, *, features_only: bool = False) -> None:
         super().__init__()
-        names = [name for name, _ in model.named_modules() if name]
-        if layer not in names:
-            top = ", ".join(name for name in names if "." not in name)
-            raise ValueError(f"layer is {layer!r}, which the model does not have; its top-level layers are {top}.")
+        check_layer(model, layer)
         self.layer = layer
         self.features_only = features_only
         self._listening = False  # the model may also be called past the tap; its features are then not kept alive
         self._features: Any = None
-        cut = _cut_model(model, layer) if features_only else None
+        cut = cut_model(model, {layer: "features"}) if features_only else None
         self.is_cut = cut is not None
         self.model = model if cut is None else cut
         if cut is None:
@@ -59,17 +58,33 @@ class FeatureTap(nn.Module):
         return features if self.features_only else (output, features)
 
 
-def _cut_model(model: nn.Module, layer: str) -> nn.Module | None:
-    """The model up to the layer, sharing its parameters; None where fx cannot trace it to one place."""
+def check_layer(model: nn.Module, layer: str) -> None:
+    """Raises ValueError with the nearest names where the model has no such layer."""
+    names = [name for name, _ in model.named_modules() if name]
+    if layer in names:
+        return
+    near = difflib.get_close_matches(str(layer), names, n=4, cutoff=0.5)
+    top = ", ".join(name for name in names if "." not in name) or "none, it is a layer itself"
+    advice = f"the nearest are {', '.join(near)}" if near else f"its top-level layers are {top}"
+    raise ValueError(f"layer is {layer!r}, which the model does not have; {advice}.")
+
+
+def cut_model(model: nn.Module, outputs: Mapping[str, str]) -> nn.Module | None:
+    """The model up to the last of some layers, sharing its parameters; None where fx cannot trace it to one place each.
+
+    Args:
+        outputs: layers to the names that their outputs have in the dictionary that the model then returns.
+    """
     try:
         from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
     except ImportError:
         return None
     modes = {module: module.training for module in model.modules()}
     try:
-        if any(re.fullmatch(re.escape(layer) + r"_\d+", name) for name in get_graph_node_names(model)[0]):
-            return None  # the layer runs several times, and the extractor would take the first
-        cut = create_feature_extractor(model, {layer: "features"})
+        nodes = get_graph_node_names(model)[0]
+        if any(re.fullmatch(re.escape(layer) + r"_\d+", node) for layer in outputs for node in nodes):
+            return None  # a layer runs several times, and the extractor would take the first
+        cut = create_feature_extractor(model, dict(outputs))
     except Exception:  # fx gives up on data-dependent forwards in many ways; the hook serves them all
         return None
     finally:

@@ -22,8 +22,10 @@ class FactorTransfer(nn.Module):
     ``.train()``. It stays in the state_dict, gets no gradient, and keeps out of optimisers and DDP's buckets.
 
     Args:
-        paraphraser: trained beforehand; its ``factor_channels`` must equal the translator's.
-        translator: trained with the student: give ``head.parameters()`` to the student's optimiser.
+        paraphraser: trained beforehand; a :class:`ftfast.Paraphraser`, or any module with ``encode``, which may then
+            take and give features of another kind, such as tokens ``[N, L, C]``.
+        translator: trained with the student: give ``head.parameters()`` to the student's optimiser. Where both have
+            ``factor_channels``, these must be equal.
         p, reduction, eps, weight, backend: as :class:`ftfast.FTLoss`.
 
     Raises:
@@ -48,11 +50,11 @@ class FactorTransfer(nn.Module):
                 f"paraphraser is a {type(paraphraser).__name__}, which has no encode; the order is "
                 "FactorTransfer(paraphraser, translator)."
             )
-        if paraphraser.factor_channels != translator.factor_channels:
+        given, made = (getattr(module, "factor_channels", None) for module in (paraphraser, translator))
+        if None not in (given, made) and given != made:
             raise ValueError(
-                f"translator makes factors of {translator.factor_channels} channels and the paraphraser of "
-                f"{paraphraser.factor_channels}; build it as Translator(..., factor_channels="
-                f"{paraphraser.factor_channels})."
+                f"translator makes factors of {made} channels and the paraphraser of {given}; build it as "
+                f"Translator(..., factor_channels={given})."
             )
         self.paraphraser = paraphraser.requires_grad_(False).eval()
         self.translator = translator

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ftfast.distill.observed_step import Observed, StepLoss, loss_without, observe
 from ftfast.head import FactorTransfer
 from ftfast.loss import FTLoss
+from ftfast.modules import Translator
 
 # A weight this many times off 500 * sqrt(D / 2048) was meant for another reduction.
 LIKELY_FACTOR = 100
@@ -144,7 +145,7 @@ def _losses(step: Observed) -> list[tuple[FTLoss, int, int]]:
     found: list[tuple[FTLoss, int, int]] = []
     seen: set[nn.Module] = set()
     for module, inputs in step.whole.items():
-        if isinstance(module, FactorTransfer) and inputs:
+        if isinstance(module, FactorTransfer) and isinstance(module.translator, Translator) and inputs:
             samples, _, *sides = inputs[0].shape
             found.append((module.loss, module.translator.factor_channels * math.prod(sides), samples))
             seen.add(module.loss)

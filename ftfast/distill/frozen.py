@@ -29,7 +29,7 @@ class FrozenTeacher(nn.Module):
 
     Batch norms are folded into the convolutions before them, weights are in ``dtype`` and channels_last, nothing runs
     past the layer unless the classifier is kept, and on a CPU each convolution takes its residual and ReLU along
-    (oneDNN's fused operators, no compiler). What cannot be done is said by :meth:`explain`; the result is compared
+    (our own 3x3 convolution or oneDNN's fused operators, no compiler). What cannot be done is said by :meth:`explain`; the result is compared
     with the model's own in float32, and a copy that differs too much is never handed out.
 
     The model itself is set to eval and left as it is otherwise. It may be dropped afterwards; where it is kept and
@@ -164,7 +164,7 @@ class FrozenTeacher(nn.Module):
             f"{found.folded} batch norms folded" + (f", {found.left} not" if found.left else ""),
         ]
         if found.fused:
-            parts.append(f"{found.fused} convolutions fused by oneDNN")
+            parts.append(f"{found.fused} convolutions fused with what follows them")
         return f"{', '.join(parts)}, {str(self.dtype).removeprefix('torch.')} channels_last"
 
     def _whole(self, model: nn.Module) -> tuple[Callable[[Tensor], Any], str]:

@@ -141,7 +141,7 @@ def fold(found: Cut) -> Cut:
 
 
 def fuse(found: Cut) -> Cut:
-    """The same with each convolution, its residual and its ReLU as one call of oneDNN."""
+    """The same with each convolution, its residual and its ReLU as one call."""
     module, fused = found.module, 0
     for node, convolution in called_modules(module):
         if not isinstance(convolution, nn.Conv2d) or not _is_fusable(convolution):
