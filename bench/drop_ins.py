@@ -11,7 +11,7 @@ from bench import peers
 from bench.peer_losses import ATTENTION, OFFICIAL, Formula, Loss, NotInstalledError, attention, official_formula
 from bench.shapes import FactorShape
 from ftfast.compat import mmrazor, official, repdistiller, zoo
-from ftfast.compat.attention_formula import attention_difference
+from ftfast.ops.attention import attention_difference
 
 # So small that only Python is timed.
 TINY = FactorShape("tiny", 2, 2, 2, 2)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention.h"
 #include "batch_norm.h"
 #include "conv3x3.h"
 #include "conv3x3_direct.h"
@@ -156,6 +157,24 @@ void weight_gradient(uintptr_t input, uintptr_t gradient, int64_t samples, int64
   conv3x3_weight_gradient(work);
 }
 
+// upstream is 0 for the map, else result is the features' gradient
+void attention(uintptr_t features, uintptr_t upstream, uintptr_t result, int dtype, int64_t samples, int64_t channels,
+               int64_t pixels, bool channels_last, int exponent, int threads) {
+  AttentionMap work;
+  work.features = reinterpret_cast<void*>(features);
+  work.upstream = reinterpret_cast<float*>(upstream);
+  work.result = reinterpret_cast<void*>(result);
+  work.dtype = DType(dtype);
+  work.samples = samples;
+  work.channels = channels;
+  work.pixels = pixels;
+  work.channels_last = channels_last;
+  work.exponent = exponent;
+  work.threads = threads;
+  py::gil_scoped_release release;
+  (upstream ? attention_gradient : attention_map)(work);
+}
+
 // bias and residual may be 0
 void direct_convolution(uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t result,
                         int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t outputs,
@@ -251,6 +270,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("ft_loss_forward", &ftfast::forward);
   module.def("ft_loss_backward", &ftfast::backward);
   module.def("leaky_relu_backward", &ftfast::slope);
+  module.def("attention", &ftfast::attention);
   module.def("batch_norm_forward", &ftfast::norm_forward);
   module.def("batch_norm_backward", &ftfast::norm_backward);
   module.def("unfold_3x3", &ftfast::unfold);

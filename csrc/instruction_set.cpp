@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "attention.h"
 #include "batch_norm.h"
 #include "conv3x3.h"
 #include "conv3x3_direct.h"
@@ -14,17 +15,20 @@ namespace baseline {
 RowKernels row_kernels(DType student, DType teacher);
 HeadKernels head_kernels(DType dtype);
 NormKernels norm_kernels(DType dtype);
+AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent);
 }
 #if defined(FTFAST_X86)
 namespace avx2 {
 RowKernels row_kernels(DType student, DType teacher);
 HeadKernels head_kernels(DType dtype);
 NormKernels norm_kernels(DType dtype);
+AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent);
 }
 namespace avx512 {
 RowKernels row_kernels(DType student, DType teacher);
 HeadKernels head_kernels(DType dtype);
 NormKernels norm_kernels(DType dtype);
+AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent);
 }
 #endif
 #if defined(FTFAST_AVX512_BF16)
@@ -41,6 +45,7 @@ struct InstructionSet {
   RowKernels (*row_kernels)(DType, DType);
   HeadKernels (*head_kernels)(DType);
   NormKernels (*norm_kernels)(DType);
+  AttentionKernels (*attention_kernels)(DType, bool, int);
 };
 
 InstructionSet detect() {
@@ -51,10 +56,10 @@ InstructionSet detect() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (allowed("avx512") && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {"avx512", avx512::row_kernels, avx512::head_kernels, avx512::norm_kernels};
-  if (allowed("avx2") && has_avx2) return {"avx2", avx2::row_kernels, avx2::head_kernels, avx2::norm_kernels};
+    return {"avx512", avx512::row_kernels, avx512::head_kernels, avx512::norm_kernels, avx512::attention_kernels};
+  if (allowed("avx2") && has_avx2) return {"avx2", avx2::row_kernels, avx2::head_kernels, avx2::norm_kernels, avx2::attention_kernels};
 #endif
-  return {"baseline", baseline::row_kernels, baseline::head_kernels, baseline::norm_kernels};
+  return {"baseline", baseline::row_kernels, baseline::head_kernels, baseline::norm_kernels, baseline::attention_kernels};
 }
 
 const InstructionSet& current() {
@@ -66,6 +71,9 @@ const InstructionSet& current() {
 
 RowKernels row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
 HeadKernels head_kernels(DType dtype) { return current().head_kernels(dtype); }
+AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent) {
+  return current().attention_kernels(dtype, channels_last, exponent);
+}
 NormKernels norm_kernels(DType dtype) { return current().norm_kernels(dtype); }
 #if defined(FTFAST_AVX512_BF16)
 static bool has_bf16() {

@@ -107,3 +107,53 @@ def factor_transfer(
     with torch.no_grad():
         teacher_factor = paraphraser.encode(teacher_features)  # type: ignore[operator]
     return ft_loss(translator(student_features), teacher_factor, p=p, reduction=reduction, eps=eps, weight=weight)
+
+
+def attention_map(features: Tensor, exponent: float) -> Tensor:
+    """``features ** exponent`` averaged over channels: ``[N, C, H, W]`` to ``[N, H*W]``, float32 or float64."""
+    with _no_autocast(features.device.type):
+        wide = features if features.dtype == torch.float64 else features.float()
+        return wide.pow(exponent).mean(1).flatten(1)
+
+
+def attention_difference(
+    student_features: Tensor, teacher_features: Tensor, *, exponent: float = 2, p: float = 1
+) -> Tensor:
+    """The difference of two attention maps, as :func:`ftfast.ops.attention.attention_difference`."""
+    check_attention(student_features, teacher_features, exponent, p)
+    height = min(student_features.shape[2], teacher_features.shape[2])
+    directions = []
+    with _no_autocast(student_features.device.type):
+        for features in (student_features, teacher_features):
+            features = features if features.dtype == torch.float64 else features.float()
+            if features.shape[2] != height:
+                features = F.adaptive_avg_pool2d(features, (height, height))
+            directions.append(F.normalize(attention_map(features, exponent), dim=1))
+        difference = directions[0] - directions[1]
+        return (difference.abs() if p == 1 else difference.pow(p)).mean()
+
+
+def check_attention(student: Tensor, teacher: Tensor, exponent: float, p: float) -> None:
+    """Raises TypeError or ValueError where two maps cannot be compared."""
+    for name, features in (("student_features", student), ("teacher_features", teacher)):
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            kind = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise TypeError(f"{name} is {kind}; it takes a floating-point map [N, C, H, W].")
+        if features.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(features.shape)}; it takes a map [N, C, H, W].")
+    if student.shape[0] != teacher.shape[0] or student.device != teacher.device:
+        sides = [f"{side.shape[0]} samples on {side.device}" for side in (student, teacher)]
+        raise ValueError(
+            f"student_features has {sides[0]} and teacher_features {sides[1]}; both must see one batch, on one device."
+        )
+    height = min(student.shape[2], teacher.shape[2])
+    widths = [side.shape[3] if side.shape[2] == height else height for side in (student, teacher)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"student_features has maps of {tuple(student.shape[2:])} and teacher_features of "
+            f"{tuple(teacher.shape[2:])}; only square maps are pooled to each other, so pool one side yourself."
+        )
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        raise TypeError(f"exponent is {exponent!r}; it takes a number, 2 in both papers.")
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p is {p!r}; it takes a number, 1 or 2 in both papers.")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ftfast.compat.attention_formula import attention_difference
 from ftfast.compat.networks import PeerNetwork, check_channels, convolutions, truncated_channels
+from ftfast.ops.attention import attention_difference
 
 __all__ = ["Attention", "FactorTransfer", "Paraphraser", "Translator"]
 
@@ -37,7 +37,7 @@ class FactorTransfer(nn.Module):
 
         Raises:
             TypeError, ValueError: maps or powers that cannot be compared, as
-                :func:`~ftfast.compat.attention_formula.attention_difference`.
+                :func:`ftfast.ops.attention.attention_difference`.
         """
         return attention_difference(f_s, f_t, exponent=self.p1, p=self.p2)
 

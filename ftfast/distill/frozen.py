@@ -29,8 +29,8 @@ class FrozenTeacher(nn.Module):
 
     Batch norms are folded into the convolutions before them, weights are in ``dtype`` and channels_last, nothing runs
     past the layer unless the classifier is kept, and on a CPU each convolution takes its residual and ReLU along
-    (our own 3x3 convolution or oneDNN's fused operators, no compiler). What cannot be done is said by :meth:`explain`; the result is compared
-    with the model's own in float32, and a copy that differs too much is never handed out.
+    (our own 3x3 convolution or oneDNN's fused operators, no compiler). What cannot be done is said by :meth:`explain`;
+    the result is compared with the model's own in float32, and a copy that differs too much is never handed out.
 
     The model itself is set to eval and left as it is otherwise. It may be dropped afterwards; where it is kept and
     written to (``load_state_dict``, say), the next call raises, since the copy does not follow.

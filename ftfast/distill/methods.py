@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftfast.ops.attention import attention_difference
+
 Terms = dict[str, Tensor]
 
 
@@ -99,16 +101,11 @@ def _factors(student: Outputs, teacher: Outputs | None, head: nn.Module | None) 
     return {"factors": head(student.features, teacher.features)}
 
 
-def _attention_map(features: Tensor) -> Tensor:
-    """``[N, C, H, W]`` to unit vectors ``[N, H*W]``: the mean of squares over channels."""
-    return F.normalize(features.float().square().mean(1).flatten(1))
-
-
 def _attention(student: Outputs, teacher: Outputs | None, weights: Weights) -> Terms:
+    """The mean square of the difference of two unit vectors ``[N, H*W]``, the mean of squares over channels."""
     assert teacher is not None
     assert weights.attention is not None
-    distance = F.mse_loss(_attention_map(student.features), _attention_map(teacher.features))
-    return {"attention": weights.attention * distance}
+    return {"attention": weights.attention * attention_difference(student.features, teacher.features, p=2)}
 
 
 def _hints(student: Outputs, teacher: Outputs | None, regressor: nn.Module | None, weights: Weights) -> Terms:

@@ -1,0 +1,39 @@
+// Attention maps on the CPU: m[n, i] = mean over channels of f[n, :, i]^e, and the gradient of f.
+// Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017.
+#pragma once
+
+#include <cstdint>
+
+#include "ft_loss.h"
+
+namespace ftfast {
+
+constexpr int largest_exponent = 4;
+
+// Features are [N, C, H * W], or [N, H * W, C] with channels_last; maps are float [N, H * W].
+struct AttentionMap {
+  const void* features = nullptr;
+  const float* upstream = nullptr;  // of the map, for the gradient
+  void* result = nullptr;           // the map, or the features' gradient in their dtype and layout
+  DType dtype = DType::float32;
+  int64_t samples = 0, channels = 0, pixels = 0;
+  bool channels_last = false;
+  int exponent = 2;  // 1 to largest_exponent
+  int threads = 1;
+};
+
+// Each sum is one thread's, in one order, so the number of threads does not change a bit.
+void attention_map(const AttentionMap& work);
+// result = upstream * e / C * f^(e - 1), rounded once
+void attention_gradient(const AttentionMap& work);
+
+// Some pixels of one sample; pointers are at the sample's first number.
+struct AttentionKernels {
+  void (*map)(const AttentionMap& work, int64_t first, int64_t last);
+  void (*gradient)(const AttentionMap& work, int64_t first, int64_t last);
+};
+
+// Empty (all null) for a dtype other than float32, bfloat16 and float16.
+AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent);
+
+}  // namespace ftfast

@@ -1,0 +1,137 @@
+// Pixels of attention maps; compiled once for each instruction set.
+#include "../attention.h"
+
+#include <type_traits>
+
+#include "vector.h"
+
+namespace ftfast {
+namespace FTFAST_INSTRUCTION_SET {
+namespace {
+
+template <class T>
+float number(T value) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  else return to_float(value);
+}
+template <class T>
+T rounded(float value) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  else if constexpr (std::is_same_v<T, BFloat16>) return to_bfloat16(value);
+  else return to_float16(value);
+}
+
+template <int exponent, class V>
+inline V power(V x) {
+  if constexpr (exponent == 0) return V{} + 1;
+  else if constexpr (exponent == 1) return x;
+  else if constexpr (exponent == 2) return x * x;
+  else if constexpr (exponent == 3) return x * x * x;
+  else return (x * x) * (x * x);
+}
+
+// [C, pixels]: rows are added up one after another, so memory is read in its order.
+template <class T, int exponent>
+void map_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
+  const T* features = static_cast<const T*>(work.features);
+  float* sums = static_cast<float*>(work.result);
+  const int64_t whole = first + (last - first) / float_lanes * float_lanes, row = work.pixels;
+  for (int64_t i = first; i < last; ++i) sums[i] = 0;
+  int64_t c = 0;
+  for (; c + 4 <= work.channels; c += 4) {
+    const T* from = features + c * row;
+    for (int64_t i = first; i < whole; i += float_lanes) {
+      const Floats pair = power<exponent>(load(from + i)) + power<exponent>(load(from + row + i));
+      const Floats next = power<exponent>(load(from + 2 * row + i)) + power<exponent>(load(from + 3 * row + i));
+      store(sums + i, load(sums + i) + (pair + next));
+    }
+    for (int64_t i = whole; i < last; ++i)
+      for (int64_t k = 0; k < 4; ++k) sums[i] += power<exponent>(number(from[k * row + i]));
+  }
+  for (; c < work.channels; ++c) {
+    const T* from = features + c * row;
+    for (int64_t i = first; i < whole; i += float_lanes)
+      store(sums + i, load(sums + i) + power<exponent>(load(from + i)));
+    for (int64_t i = whole; i < last; ++i) sums[i] += power<exponent>(number(from[i]));
+  }
+  const float channels = float(work.channels);
+  for (int64_t i = first; i < last; ++i) sums[i] /= channels;
+}
+
+// [pixels, C]
+template <class T, int exponent>
+void map_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
+  const int64_t channels = work.channels;
+  float* map = static_cast<float*>(work.result);
+  for (int64_t i = first; i < last; ++i) {
+    const T* from = static_cast<const T*>(work.features) + i * channels;
+    Floats sums[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * float_lanes <= channels; c += 4 * float_lanes)
+      for (int u = 0; u < 4; ++u) sums[u] += power<exponent>(load(from + c + u * float_lanes));
+    for (; c + float_lanes <= channels; c += float_lanes) sums[0] += power<exponent>(load(from + c));
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; c < channels; ++c) total += power<exponent>(number(from[c]));
+    map[i] = total / float(channels);
+  }
+}
+
+template <class T, int exponent>
+void gradient_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
+  const float scale = float(exponent) / float(work.channels);
+  const int64_t whole = first + (last - first) / float_lanes * float_lanes;
+  for (int64_t c = 0; c < work.channels; ++c) {
+    const T* from = static_cast<const T*>(work.features) + c * work.pixels;
+    T* to = static_cast<T*>(work.result) + c * work.pixels;
+    for (int64_t i = first; i < whole; i += float_lanes)
+      store(to + i, power<exponent - 1>(load(from + i)) * (load(work.upstream + i) * scale));
+    for (int64_t i = whole; i < last; ++i)
+      to[i] = rounded<T>(power<exponent - 1>(number(from[i])) * (work.upstream[i] * scale));
+  }
+}
+
+template <class T, int exponent>
+void gradient_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
+  const int64_t channels = work.channels;
+  const float scale = float(exponent) / float(channels);
+  for (int64_t i = first; i < last; ++i) {
+    const T* from = static_cast<const T*>(work.features) + i * channels;
+    T* to = static_cast<T*>(work.result) + i * channels;
+    const float factor = work.upstream[i] * scale;
+    int64_t c = 0;
+    for (; c + float_lanes <= channels; c += float_lanes)
+      store(to + c, power<exponent - 1>(load(from + c)) * factor);
+    for (; c < channels; ++c) to[c] = rounded<T>(power<exponent - 1>(number(from[c])) * factor);
+  }
+}
+
+template <class T, int exponent>
+AttentionKernels kernels_of(bool channels_last) {
+  if (channels_last) return {map_of_pixels<T, exponent>, gradient_of_pixels<T, exponent>};
+  return {map_of_rows<T, exponent>, gradient_of_rows<T, exponent>};
+}
+
+template <class T>
+AttentionKernels kernels_of(bool channels_last, int exponent) {
+  switch (exponent) {
+    case 1: return kernels_of<T, 1>(channels_last);
+    case 2: return kernels_of<T, 2>(channels_last);
+    case 3: return kernels_of<T, 3>(channels_last);
+    case 4: return kernels_of<T, 4>(channels_last);
+    default: return {};
+  }
+}
+
+}  // namespace
+
+AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent) {
+  switch (dtype) {
+    case DType::float32: return kernels_of<float>(channels_last, exponent);
+    case DType::bfloat16: return kernels_of<BFloat16>(channels_last, exponent);
+    case DType::float16: return kernels_of<Float16>(channels_last, exponent);
+    default: return {};
+  }
+}
+
+}  // namespace FTFAST_INSTRUCTION_SET
+}  // namespace ftfast

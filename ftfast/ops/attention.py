@@ -1,0 +1,142 @@
+"""The difference of two attention maps: attention transfer, and the form of Factor Transfer that RepDistiller has.
+
+    m(f)[n, i] = mean over channels of f[n, :, i]^exponent        q = m / max(|m|_2, 1e-12)
+
+    p = 1: mean over n and i of |q_s - q_t|                       p = 2: mean over n and i of (q_s - q_t)^2
+
+The maps take nearly all the time: one read of each feature map forward, and backward one read and one write of the
+student's. What lies between is a factor transfer loss of H*W numbers a sample, and is computed as one. Backward keeps
+the features and the maps. Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017; HobbitLong's
+RepDistiller, distiller_zoo/FT.py and AT.py.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftfast import reference
+from ftfast.dispatch import extension, resolve, supports
+from ftfast.ops.ft_loss import needs_torch_operators, run
+from ftfast.ops.maps import no_autocast
+
+_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_LARGEST_EXPONENT = 4
+_EPS = 1e-12
+
+
+def attention_difference(
+    student_features: Tensor, teacher_features: Tensor, *, exponent: float = 2, p: float = 1, backend: str = "auto"
+) -> Tensor:
+    """The mean over N*H*W of ``|q_s - q_t|`` for p=1, else of ``(q_s - q_t) ** p``, without a root.
+
+    Args:
+        student_features, teacher_features: ``[N, C, H, W]``, float64, float32, bfloat16 or float16, any strides; C may
+            differ. Where H differs, the larger map is pooled to squares of the other's height.
+        exponent: of the features; 1 to 4 have kernels.
+        p: of the difference; 1 and 2 have kernels.
+        backend: as :func:`ftfast.ft_loss`.
+
+    Returns:
+        0-d, float64 where a map is float64, else float32, inside autocast too.
+
+    Raises:
+        TypeError: maps that are no floating-point tensors, or an exponent or p that is no number.
+        ValueError: maps of other dimensions, samples or devices, of unlike widths after pooling.
+    """
+    reference.check_attention(student_features, teacher_features, exponent, p)
+    wanted = resolve(backend)
+    if wanted == "reference" or p not in (1, 2) or needs_torch_operators(student_features, teacher_features):
+        return reference.attention_difference(student_features, teacher_features, exponent=exponent, p=p)
+    size = min(student_features.shape[2], teacher_features.shape[2])
+    maps = [attention_map(_pooled(side, size), exponent, wanted) for side in (student_features, teacher_features)]
+    if p == 1:
+        return run(*maps, p=1, reduction="mean", eps=_EPS, weight=1.0, backend=backend)
+    lengths = run(*maps, p=2, reduction="none", eps=_EPS, weight=1.0, backend=backend)
+    return lengths.square().mean() / maps[0].shape[1]
+
+
+def attention_map(features: Tensor, exponent: float, backend: str = "auto") -> Tensor:
+    """``features ** exponent`` averaged over channels, ``[N, H*W]`` in float32 (float64 for float64).
+
+    Args:
+        features: ``[N, C, H, W]``, any strides.
+        backend: "auto", "native" or "triton".
+    """
+    if not _has_kernel(features, exponent, backend):
+        return reference.attention_map(features, exponent)
+    if torch.is_grad_enabled() and features.requires_grad:
+        return AttentionMapFunction.apply(features, int(exponent))
+    return _map_of(_dense(features), int(exponent))
+
+
+def _has_kernel(features: Tensor, exponent: float, backend: str) -> bool:
+    if torch.compiler.is_compiling() or exponent not in range(1, _LARGEST_EXPONENT + 1) or features.numel() == 0:
+        return False
+    own = "native" if features.device.type == "cpu" else "triton"
+    if backend not in ("auto", own) or features.dtype not in _CODES or own == "triton":
+        return False
+    return supports(own, features.device, features.dtype, features.dtype).ok
+
+
+class AttentionMapFunction(torch.autograd.Function):
+    """Keeps the features alone."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, exponent: int) -> Tensor:
+        ctx.exponent = exponent
+        ctx.save_for_backward(features)
+        return _map_of(_dense(features), exponent)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (features,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(upstream):
+            return _differentiable_gradient(features, upstream, ctx.exponent), None
+        features = _dense(features)
+        result = torch.empty_like(features)
+        _run(features, upstream.contiguous(), result, ctx.exponent)
+        return result, None
+
+
+def _map_of(features: Tensor, exponent: int) -> Tensor:
+    result = torch.empty(features.shape[0], features.shape[2] * features.shape[3], device=features.device)
+    _run(features, None, result, exponent)
+    return result
+
+
+def _differentiable_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Tensor:
+    samples, channels, height, width = features.shape
+    factor = upstream.view(samples, 1, height, width) * (exponent / channels)
+    return (features.to(factor.dtype).pow(exponent - 1) * factor).to(features.dtype)
+
+
+def _run(features: Tensor, upstream: Tensor | None, result: Tensor, exponent: int) -> None:
+    samples, channels, height, width = features.shape
+    extension().attention(
+        features.data_ptr(),
+        0 if upstream is None else upstream.data_ptr(),
+        result.data_ptr(),
+        _CODES[features.dtype],
+        samples,
+        channels,
+        height * width,
+        not features.is_contiguous(),
+        exponent,
+        torch.get_num_threads(),
+    )
+
+
+def _dense(features: Tensor) -> Tensor:
+    if features.is_contiguous() or features.is_contiguous(memory_format=torch.channels_last):
+        return features
+    return features.contiguous()
+
+
+def _pooled(features: Tensor, height: int) -> Tensor:
+    if features.shape[2] == height:
+        return features
+    wide = features if features.dtype == torch.float64 else features.float()
+    with no_autocast(features.device.type):
+        return F.adaptive_avg_pool2d(wide, (height, height))

@@ -1,0 +1,154 @@
+"""The difference of attention maps is float64's, in value and gradient, whatever the dtype, layout and sizes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ftfast import reference
+from ftfast.ops.attention import attention_difference, attention_map
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUNDED_ONCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+SHAPES = [(4, 32, 7, 7), (3, 5, 2, 3), (2, 70, 1, 9), (1, 17, 50, 60), (5, 1, 4, 4), (2, 33, 1, 1)]
+
+
+def features_of(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "nchw") -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "slices":
+        return torch.stack([values, values], dim=-1)[..., 0]
+    return values
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
+
+
+@pytest.mark.parametrize("exponent", [1, 2, 3, 4, 2.5])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_every_exponent_and_order_in_both_layouts(exponent: float, p: int) -> None:
+    for layout in ("nchw", "channels_last", "slices"):
+        for shape in SHAPES[:3]:
+            student = features_of(shape, torch.float32, 1, layout).abs().requires_grad_()
+            teacher = features_of(shape, torch.float32, 2, layout).abs()
+            wide = student.detach().double().requires_grad_()
+            found = attention_difference(student, teacher, exponent=exponent, p=p)
+            expected = reference.attention_difference(wide, teacher.double(), exponent=exponent, p=p)
+            found.backward()
+            expected.backward()
+            assert found.dtype == torch.float32
+            assert relative(found, expected) < 2e-5
+            assert relative(student.grad, wide.grad) < 2e-4  # the loss subtracts neighbours; inputs are float32
+            assert student.grad.stride() == student.stride() or layout == "slices"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
+def test_maps_and_their_gradients_are_rounded_once(dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> None:
+    for exponent in (1, 2, 3, 4):
+        features = features_of(shape, dtype, 3, layout).requires_grad_()
+        wide = features.detach().double().requires_grad_()
+        found, expected = attention_map(features, exponent), reference.attention_map(wide, exponent)
+        upstream = torch.linspace(-1, 1, found.numel()).view_as(found) + 0.01
+        found.backward(upstream)
+        expected.backward(upstream.double())
+        assert found.dtype == torch.float32
+        assert relative(found, expected) < 5e-6
+        assert features.grad.dtype == dtype
+        assert relative(features.grad, wide.grad) < ROUNDED_ONCE[dtype]
+
+
+def test_both_sides_get_a_gradient_and_channels_and_sizes_may_differ() -> None:
+    student = features_of((3, 8, 4, 4), torch.float32, 4).requires_grad_()
+    teacher = features_of((3, 20, 8, 8), torch.bfloat16, 5).requires_grad_()
+    sides = [side.detach().double().requires_grad_() for side in (student, teacher)]
+    attention_difference(student, teacher).backward()
+    reference.attention_difference(*sides).backward()
+    assert relative(student.grad, sides[0].grad) < 1e-5
+    assert relative(teacher.grad, sides[1].grad) < 2**-8
+
+
+def test_gradients_of_gradients() -> None:
+    student, teacher = (features_of((2, 3, 3, 3), torch.float64, seed) + 3 for seed in (6, 7))
+    assert torch.autograd.gradcheck(lambda s: attention_difference(s, teacher, p=2), student.requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda s: attention_difference(s, teacher, p=2), student)
+    wide = student.detach().requires_grad_()
+    narrow = student.detach().float().requires_grad_()
+    found = []
+    for side in (narrow, wide):
+        (first,) = torch.autograd.grad(attention_map(side, 3).sum(), side, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), side)[0])
+    assert relative(*found) < 1e-5
+
+
+def test_a_zero_sample_is_finite_and_its_neighbours_do_not_notice() -> None:
+    student, teacher = (features_of((3, 4, 5, 5), torch.float32, seed) for seed in (8, 9))
+    student[1] = 0
+    student.requires_grad_()
+    attention_difference(student, teacher).backward()
+    assert torch.isfinite(student.grad).all()
+    assert not student.grad[1].any()
+    alone = student.detach()[[0, 2]].requires_grad_()
+    attention_difference(alone, teacher[[0, 2]]).backward()
+    torch.testing.assert_close(student.grad[[0, 2]] * 3 / 2, alone.grad, rtol=1e-5, atol=0)
+
+
+def test_float16_neither_overflows_nor_vanishes() -> None:
+    student, teacher = (features_of((4, 8, 6, 6), torch.float16, seed) * 500 for seed in (10, 11))
+    student.requires_grad_()
+    wide = student.detach().double().requires_grad_()
+    (attention_difference(student, teacher) * 65536).backward()
+    (reference.attention_difference(wide, teacher.double()) * 65536).backward()
+    assert relative(student.grad, wide.grad) < 2**-10
+
+
+def test_autocast_changes_nothing() -> None:
+    student, teacher = (features_of((4, 8, 6, 6), torch.float32, seed) for seed in (12, 13))
+    expected = attention_difference(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_difference(student, teacher), expected)
+
+
+def test_every_bit_is_the_same_on_any_number_of_threads() -> None:
+    student, teacher = (features_of((4, 40, 30, 30), torch.float32, seed) for seed in (14, 15))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.stack([attention_map(student, 2), attention_map(teacher, 3)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_inference_tensors_compiled_functions_and_vmap() -> None:
+    student = features_of((3, 4, 5, 5), torch.float32, 16).requires_grad_()
+    with torch.inference_mode():
+        teacher = features_of((3, 4, 5, 5), torch.float32, 17)
+    expected = reference.attention_difference(student, teacher.clone())
+    assert relative(attention_difference(student, teacher), expected) < 1e-6
+    compiled = torch.compile(attention_difference, backend="aot_eager", fullgraph=True)
+    assert relative(compiled(student, teacher.clone()), expected) < 1e-6
+    stacked = torch.func.vmap(lambda s: attention_difference(s[None], teacher.clone()[:1]))(student.detach())
+    assert relative(stacked[0], attention_difference(student[:1], teacher[:1])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "error", "message"),
+    [
+        ((2, 3, 4), (2, 3, 4, 4), {}, ValueError, "student_features has shape"),
+        ((2, 3, 4, 4), (3, 3, 4, 4), {}, ValueError, "2 samples"),
+        ((2, 3, 4, 5), (2, 3, 4, 4), {}, ValueError, "only square maps"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), {"exponent": "2"}, TypeError, "exponent is '2'"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), {"p": None}, TypeError, "p is None"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), {"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+    ],
+    ids=["dims", "samples", "widths", "exponent", "p", "backend"],
+)
+def test_what_cannot_be_compared_is_said_in_a_sentence(student, teacher, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        attention_difference(torch.ones(student), torch.ones(teacher), **options)
+    with pytest.raises(TypeError, match=r"a tensor of torch\.int64"):
+        attention_difference(torch.ones(1, 1, 2, 2, dtype=torch.int64), torch.ones(1, 1, 2, 2))
