@@ -10,6 +10,7 @@ the features and the maps. Zagoruyko and Komodakis, "Paying More Attention to At
 RepDistiller, distiller_zoo/FT.py and AT.py.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast import reference
-from ftfast.dispatch import extension, resolve, supports
+from ftfast.dispatch import interpreting, resolve, supports
+from ftfast.ops import attention_native
 from ftfast.ops.ft_loss import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
 
-_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_EXPONENT = 4
 _EPS = 1e-12
 
@@ -64,68 +66,51 @@ def attention_map(features: Tensor, exponent: float, backend: str = "auto") -> T
         features: ``[N, C, H, W]``, any strides.
         backend: "auto", "native" or "triton".
     """
-    if not _has_kernel(features, exponent, backend):
+    kernels = _kernels(features, exponent, backend)
+    if kernels is None:
         return reference.attention_map(features, exponent)
     if torch.is_grad_enabled() and features.requires_grad:
-        return AttentionMapFunction.apply(features, int(exponent))
-    return _map_of(_dense(features), int(exponent))
+        return AttentionMapFunction.apply(features, int(exponent), kernels)
+    return kernels.attention_map(_dense(features), int(exponent))
 
 
-def _has_kernel(features: Tensor, exponent: float, backend: str) -> bool:
+def _kernels(features: Tensor, exponent: float, backend: str) -> ModuleType | None:
+    """Whose kernels compute this map; None for torch's operators."""
     if torch.compiler.is_compiling() or exponent not in range(1, _LARGEST_EXPONENT + 1) or features.numel() == 0:
-        return False
-    own = "native" if features.device.type == "cpu" else "triton"
-    if backend not in ("auto", own) or features.dtype not in _CODES or own == "triton":
-        return False
-    return supports(own, features.device, features.dtype, features.dtype).ok
+        return None
+    own = "native" if features.device.type == "cpu" and not (backend == "triton" and interpreting()) else "triton"
+    if backend not in ("auto", own) or features.dtype not in _DTYPES:
+        return None
+    if not supports(own, features.device, features.dtype, features.dtype).ok:
+        return None
+    if own == "native":
+        return attention_native
+    from ftfast.kernels import attention
+
+    return attention
 
 
 class AttentionMapFunction(torch.autograd.Function):
     """Keeps the features alone."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, exponent: int) -> Tensor:
-        ctx.exponent = exponent
+    def forward(ctx: Any, features: Tensor, exponent: int, kernels: ModuleType) -> Tensor:
+        ctx.exponent, ctx.kernels = exponent, kernels
         ctx.save_for_backward(features)
-        return _map_of(_dense(features), exponent)
+        return kernels.attention_map(_dense(features), exponent)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (features,) = ctx.saved_tensors
         if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(upstream):
-            return _differentiable_gradient(features, upstream, ctx.exponent), None
-        features = _dense(features)
-        result = torch.empty_like(features)
-        _run(features, upstream.contiguous(), result, ctx.exponent)
-        return result, None
-
-
-def _map_of(features: Tensor, exponent: int) -> Tensor:
-    result = torch.empty(features.shape[0], features.shape[2] * features.shape[3], device=features.device)
-    _run(features, None, result, exponent)
-    return result
+            return _differentiable_gradient(features, upstream, ctx.exponent), None, None
+        return ctx.kernels.attention_gradient(_dense(features), upstream.contiguous(), ctx.exponent), None, None
 
 
 def _differentiable_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Tensor:
     samples, channels, height, width = features.shape
     factor = upstream.view(samples, 1, height, width) * (exponent / channels)
     return (features.to(factor.dtype).pow(exponent - 1) * factor).to(features.dtype)
-
-
-def _run(features: Tensor, upstream: Tensor | None, result: Tensor, exponent: int) -> None:
-    samples, channels, height, width = features.shape
-    extension().attention(
-        features.data_ptr(),
-        0 if upstream is None else upstream.data_ptr(),
-        result.data_ptr(),
-        _CODES[features.dtype],
-        samples,
-        channels,
-        height * width,
-        not features.is_contiguous(),
-        exponent,
-        torch.get_num_threads(),
-    )
 
 
 def _dense(features: Tensor) -> Tensor:
