@@ -4,8 +4,8 @@
     df[n, c, i] = upstream[n, i] * e / C * f[n, c, i]^(e - 1)
 
 Features are dense ``[N, C, H * W]``, or ``[N, H * W, C]`` where channels lie innermost; maps are ``[N, H * W]``
-float32. A program owns a tile of pixels of one sample and walks its channels: every number is read once, and the order of the
-sums is fixed. Backward needs the features and nothing else. Zagoruyko and Komodakis, "Paying More Attention to
+float32. A program owns a tile of pixels of one sample and walks its channels: every number is read once, and the order
+of the sums is fixed. Backward needs the features and nothing else. Zagoruyko and Komodakis, "Paying More Attention to
 Attention", ICLR 2017.
 """
 

@@ -4,14 +4,15 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from ftfast.cli import COMMANDS
+from ftfast.distill.presets import settings_of
 from ftfast.distill.report import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-DIGITS = ROOT / "docs" / "digits"
 
 
 def test_python_blocks_run_one_after_another():
@@ -23,17 +24,32 @@ def test_python_blocks_run_one_after_another():
     assert torch.isfinite(names["transfer"])
 
 
-def table_of(text):
-    return [line for line in text.splitlines() if re.match(r"\| (method|none|ft|kd|ft\+kd) ", line)]
+def tables_of(text):
+    """The tables of methods, each its lines."""
+    tables = re.findall(r"^\| method \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    return [[line for line in table.splitlines() if not line.startswith("| ---")] for table in tables]
 
 
-def test_the_digits_report_is_that_of_its_results():
-    results = json.loads((DIGITS / "results.json").read_text())
-    report = (DIGITS / "report.md").read_text()
+RUNS = ("digits", "fashion-mnist")  # in the README's order
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_committed_report_and_the_readmes_table_are_those_of_the_runs_results(run):
+    folder = ROOT / "docs" / run
+    results = json.loads((folder / "results.json").read_text())
+    report = (folder / "report.md").read_text()
     assert report == to_markdown(results)
-    shown = table_of(README)
+    assert len(tables_of(README)) == len(RUNS)
+    shown = tables_of(README)[RUNS.index(run)]
     assert len(shown) == 1 + len(results["methods"])
     assert set(shown) <= set(report.splitlines())
+
+
+def test_the_fashion_mnist_run_is_that_of_its_preset():
+    kept = json.loads((ROOT / "docs" / "fashion-mnist" / "settings.json").read_text())
+    found = settings_of("fashion-mnist", device="cpu", dtype="bfloat16", threads=2).resolved().to_json()
+    differing = {name for name in kept if kept[name] != found.get(name)}
+    assert differing <= {"data_dir"}
 
 
 def test_commands_and_files_that_it_names_exist():
