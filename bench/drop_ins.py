@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,9 @@ def calls(device: torch.device) -> dict[str, dict[str, Callable[[], Loss]]]:
         "attention_difference": {
             "attention_difference": lambda: attention_difference,
             "repdistiller.FactorTransfer": repdistiller.FactorTransfer,
+        },
+        "attention_difference, p=2": {
+            "attention_difference, p=2": lambda: partial(attention_difference, p=2),
             "repdistiller.Attention": _attention,
         },
         "Translator": {
