@@ -12,7 +12,8 @@ Attention", ICLR 2017.
 # mypy: disallow-incomplete-defs=False
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
-from typing import NamedTuple
+import math
+from typing import Any
 
 import torch
 import triton
@@ -22,15 +23,17 @@ from torch import Tensor
 from .launch import device_guard
 
 LARGEST_EXPONENT = 4
-# Along the innermost dimension a tile is as long as a warp's widest loads, across it as deep as hides their latency.
-ALONG, ACROSS = 128, 16
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Along the innermost dimension a tile is at most as long as a warp's widest loads; the rest of its numbers lie across
+# it, so that a map of few pixels fills its lanes too.
+ALONG, TILE = 128, 4096
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+_BYTES_AT_ONCE = 16
 
 
 @triton.jit
 def _power(x, EXPONENT: tl.constexpr):
     if EXPONENT == 0:
-        result = x * 0 + 1
+        result = tl.full(x.shape, 1.0, tl.float32)
     elif EXPONENT == 1:
         result = x
     elif EXPONENT == 2:
@@ -43,27 +46,37 @@ def _power(x, EXPONENT: tl.constexpr):
 
 
 @triton.jit
+def _places(c, i, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Where channels ``c`` of pixels ``i`` are in a sample."""
+    return c[:, None] + i[None, :] * channels if CHANNELS_LAST else c[:, None] * pixels + i[None, :]
+
+
+@triton.jit
 def _attention_map_kernel(
     features,  # [N, C, P] or [N, P, C]
     maps,  # [N, P]
-    channels,
-    pixels,
-    stride_c,
-    stride_p,
+    channel_units,
+    pixel_units,
+    UNIT_C: tl.constexpr,
+    UNIT_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     EXPONENT: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_P: tl.constexpr,
 ):
-    """The module's first formula; the grid is samples by tiles of pixels."""
-    sample = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * TILE_P + tl.arange(0, TILE_P)
+    """The module's first formula; the grid is samples times tiles of pixels."""
+    channels = channel_units * UNIT_C
+    pixels = pixel_units * UNIT_P
+    tiles = tl.cdiv(pixels, TILE_P)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tl.program_id(0) % tiles * TILE_P + tl.arange(0, TILE_P)
     source = features + sample * channels * pixels
     sums = tl.zeros((TILE_C, TILE_P), tl.float32)
     for first in range(0, channels, TILE_C):
         c = first + tl.arange(0, TILE_C)
         within = (c < channels)[:, None] & (i < pixels)[None, :]
-        values = tl.load(source + c[:, None] * stride_c + i[None, :] * stride_p, mask=within, other=0.0).to(tl.float32)
-        sums += _power(values, EXPONENT)
+        places = _places(c, i, channels, pixels, CHANNELS_LAST)
+        sums += _power(tl.load(source + places, mask=within, other=0.0).to(tl.float32), EXPONENT)
     tl.store(maps + sample * pixels + i, tl.sum(sums, 0) / channels, mask=i < pixels)
 
 
@@ -72,40 +85,51 @@ def _attention_gradient_kernel(
     features,  # [N, C, P] or [N, P, C]
     upstream,  # [N, P]
     gradient,  # as features
-    channels,
-    pixels,
-    stride_c,
-    stride_p,
+    channel_units,
+    pixel_units,
+    UNIT_C: tl.constexpr,
+    UNIT_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     EXPONENT: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_P: tl.constexpr,
 ):
-    """The module's second formula; the grid is samples by tiles of pixels by tiles of channels."""
-    sample = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * TILE_P + tl.arange(0, TILE_P)
-    c = tl.program_id(2) * TILE_C + tl.arange(0, TILE_C)
+    """The module's second formula; the grid is samples times tiles of pixels, by tiles of channels."""
+    channels = channel_units * UNIT_C
+    pixels = pixel_units * UNIT_P
+    tiles = tl.cdiv(pixels, TILE_P)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tl.program_id(0) % tiles * TILE_P + tl.arange(0, TILE_P)
+    c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     within = (c < channels)[:, None] & (i < pixels)[None, :]
-    places = sample * channels * pixels + c[:, None] * stride_c + i[None, :] * stride_p
+    places = sample * channels * pixels + _places(c, i, channels, pixels, CHANNELS_LAST)
     factor = tl.load(upstream + sample * pixels + i, mask=i < pixels, other=0.0) * (EXPONENT / channels)
     values = tl.load(features + places, mask=within, other=0.0).to(tl.float32)
     result = _power(values, EXPONENT - 1) * factor[None, :]
     tl.store(gradient + places, result.to(gradient.dtype.element_ty), mask=within)
 
 
-class _Layout(NamedTuple):
-    """Strides of a sample's channels and pixels, and the tile that goes along the innermost of them."""
+def _sizes(features: Tensor, exponent: int) -> dict[str, Any]:
+    """What both kernels are told of the features' sizes.
 
-    stride_c: int
-    stride_p: int
-    tile_c: int
-    tile_p: int
-
-
-def _layout(features: Tensor) -> _Layout:
-    channels, height, width = features.shape[1:]
-    if features.is_contiguous():
-        return _Layout(height * width, 1, ACROSS, ALONG)
-    return _Layout(1, channels, ALONG, ACROSS)
+    The innermost dimension is given in units that divide it, as long as a load where they can be: Triton assumes an
+    alignment of rows only where it sees a factor, and 14 * 14 pixels have 4 of the 16 that it looks for by itself.
+    """
+    channels, pixels = features.shape[1], features.shape[2] * features.shape[3]
+    channels_last = not features.is_contiguous()
+    innermost = channels if channels_last else pixels
+    unit = math.gcd(innermost, _BYTES_AT_ONCE // features.element_size())
+    along = min(ALONG, triton.next_power_of_2(innermost))
+    return {
+        "channel_units": channels // unit if channels_last else channels,
+        "pixel_units": pixels if channels_last else pixels // unit,
+        "UNIT_C": unit if channels_last else 1,
+        "UNIT_P": 1 if channels_last else unit,
+        "CHANNELS_LAST": channels_last,
+        "EXPONENT": exponent,
+        "TILE_C": along if channels_last else TILE // along,
+        "TILE_P": TILE // along if channels_last else along,
+    }
 
 
 def attention_map(features: Tensor, exponent: int) -> Tensor:
@@ -113,44 +137,21 @@ def attention_map(features: Tensor, exponent: int) -> Tensor:
 
     Nothing is checked here; ``exponent`` is 1 to LARGEST_EXPONENT.
     """
-    samples, channels, height, width = features.shape
-    pixels, layout = height * width, _layout(features)
-    maps = torch.empty((samples, pixels), dtype=torch.float32, device=features.device)
-    grid = (samples, triton.cdiv(pixels, layout.tile_p))
+    samples, _, height, width = features.shape
+    maps = torch.empty((samples, height * width), dtype=torch.float32, device=features.device)
+    sizes = _sizes(features, exponent)
+    grid = (samples * triton.cdiv(height * width, sizes["TILE_P"]),)
     with device_guard(features.device):
-        _attention_map_kernel[grid](
-            features,
-            maps,
-            channels,
-            pixels,
-            layout.stride_c,
-            layout.stride_p,
-            EXPONENT=exponent,
-            TILE_C=layout.tile_c,
-            TILE_P=layout.tile_p,
-            **OPTIONS,
-        )
+        _attention_map_kernel[grid](features, maps, **sizes, **OPTIONS)
     return maps
 
 
 def attention_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Tensor:
     """The gradient of ``features``, in their dtype and layout, from that of their map ``[N, H*W]`` float32."""
     samples, channels, height, width = features.shape
-    pixels, layout = height * width, _layout(features)
     gradient = torch.empty_like(features)
-    grid = (samples, triton.cdiv(pixels, layout.tile_p), triton.cdiv(channels, layout.tile_c))
+    sizes = _sizes(features, exponent)
+    grid = (samples * triton.cdiv(height * width, sizes["TILE_P"]), triton.cdiv(channels, sizes["TILE_C"]))
     with device_guard(features.device):
-        _attention_gradient_kernel[grid](
-            features,
-            upstream,
-            gradient,
-            channels,
-            pixels,
-            layout.stride_c,
-            layout.stride_p,
-            EXPONENT=exponent,
-            TILE_C=layout.tile_c,
-            TILE_P=layout.tile_p,
-            **OPTIONS,
-        )
+        _attention_gradient_kernel[grid](features, upstream, gradient, **sizes, **OPTIONS)
     return gradient

@@ -43,7 +43,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("exponent", range(1, kernels.LARGEST_EXPONENT + 1))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
-@pytest.mark.parametrize("shape", [(2, 130, 3, 3), (3, 5, 12, 11), (1, 1, 1, 1), (2, 16, 1, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 130, 3, 3), (3, 70, 12, 11), (1, 1, 1, 1), (2, 16, 1, 17)], ids=str)
 def test_maps_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, memory_format: object, exponent: int) -> None:
     generator = torch.Generator().manual_seed(sum(shape))
     features = torch.randn(shape, generator=generator).to(DEVICE, dtype).contiguous(memory_format=memory_format)

@@ -30,30 +30,41 @@ inline V power(V x) {
   else return (x * x) * (x * x);
 }
 
-// [C, pixels]: rows are added up one after another, so memory is read in its order.
+// [C, pixels]: rows are added up one after another, so memory is read in its order. The last pixels of a row are a
+// register of their own, which overlaps the one before.
 template <class T, int exponent>
 void map_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
   const T* features = static_cast<const T*>(work.features);
   float* sums = static_cast<float*>(work.result);
-  const int64_t whole = first + (last - first) / float_lanes * float_lanes, row = work.pixels;
+  const int64_t row = work.pixels, whole = first + (last - first) / float_lanes * float_lanes;
+  const bool overlaps = whole < last && last - first >= float_lanes;
+  const int64_t end = overlaps ? last - float_lanes : last;
+  Floats at_end = {};
   for (int64_t i = first; i < last; ++i) sums[i] = 0;
   int64_t c = 0;
   for (; c + 4 <= work.channels; c += 4) {
     const T* from = features + c * row;
-    for (int64_t i = first; i < whole; i += float_lanes) {
+    const auto four = [&](int64_t i) {
       const Floats pair = power<exponent>(load(from + i)) + power<exponent>(load(from + row + i));
       const Floats next = power<exponent>(load(from + 2 * row + i)) + power<exponent>(load(from + 3 * row + i));
-      store(sums + i, load(sums + i) + (pair + next));
-    }
-    for (int64_t i = whole; i < last; ++i)
-      for (int64_t k = 0; k < 4; ++k) sums[i] += power<exponent>(number(from[k * row + i]));
+      return pair + next;
+    };
+    for (int64_t i = first; i < whole; i += float_lanes) store(sums + i, load(sums + i) + four(i));
+    if (overlaps) at_end += four(end);
+    else
+      for (int64_t i = whole; i < last; ++i)
+        for (int64_t k = 0; k < 4; ++k) sums[i] += power<exponent>(number(from[k * row + i]));
   }
   for (; c < work.channels; ++c) {
     const T* from = features + c * row;
     for (int64_t i = first; i < whole; i += float_lanes)
       store(sums + i, load(sums + i) + power<exponent>(load(from + i)));
-    for (int64_t i = whole; i < last; ++i) sums[i] += power<exponent>(number(from[i]));
+    if (overlaps) at_end += power<exponent>(load(from + end));
+    else
+      for (int64_t i = whole; i < last; ++i) sums[i] += power<exponent>(number(from[i]));
   }
+  if (overlaps)
+    for (int64_t i = whole; i < last; ++i) sums[i] = at_end[i - end];
   const float channels = float(work.channels);
   for (int64_t i = first; i < last; ++i) sums[i] /= channels;
 }
@@ -79,14 +90,17 @@ void map_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
 template <class T, int exponent>
 void gradient_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
   const float scale = float(exponent) / float(work.channels);
-  const int64_t whole = first + (last - first) / float_lanes * float_lanes;
+  const int64_t whole = first + (last - first) / float_lanes * float_lanes, end = last - float_lanes;
+  const bool overlaps = whole < last && last - first >= float_lanes;
   for (int64_t c = 0; c < work.channels; ++c) {
     const T* from = static_cast<const T*>(work.features) + c * work.pixels;
     T* to = static_cast<T*>(work.result) + c * work.pixels;
     for (int64_t i = first; i < whole; i += float_lanes)
       store(to + i, power<exponent - 1>(load(from + i)) * (load(work.upstream + i) * scale));
-    for (int64_t i = whole; i < last; ++i)
-      to[i] = rounded<T>(power<exponent - 1>(number(from[i])) * (work.upstream[i] * scale));
+    if (overlaps) store(to + end, power<exponent - 1>(load(from + end)) * (load(work.upstream + end) * scale));
+    else
+      for (int64_t i = whole; i < last; ++i)
+        to[i] = rounded<T>(power<exponent - 1>(number(from[i])) * (work.upstream[i] * scale));
   }
 }
 
