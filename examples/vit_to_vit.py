@@ -51,6 +51,6 @@ student, head = (
     FeatureTap(transformer(32, depth=2), "norm"),
     FactorTransfer(paraphraser, Translator(32, 16), weight=177.0),
 )
-train("student", distillation, [*student.parameters(), *head.to(device).translator.parameters()], epochs=12)
+train("student", distillation, [*student.parameters(), *head.to(device).translator.parameters()], epochs=30)
 hits = [student.eval()(images.to(device))[0].argmax(1).cpu() == labels for images, labels in test_loader]
 print(f"student accuracy {torch.cat(hits).float().mean():.3f}")

@@ -4,6 +4,7 @@ Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Facto
 (arXiv 1802.04977). Everything here is differentiable as often as torch is, in any floating dtype.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -139,6 +140,8 @@ def check_attention(student: Tensor, teacher: Tensor, exponent: float, p: float)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             kind = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
             raise TypeError(f"{name} is {kind}; it takes a floating-point map [N, C, H, W].")
+        if features.layout != torch.strided:
+            raise TypeError(f"{name} has layout {features.layout}; it takes a dense map, so pass {name}.to_dense().")
         if features.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(features.shape)}; it takes a map [N, C, H, W].")
     if student.shape[0] != teacher.shape[0] or student.device != teacher.device:
@@ -153,7 +156,8 @@ def check_attention(student: Tensor, teacher: Tensor, exponent: float, p: float)
             f"student_features has maps of {tuple(student.shape[2:])} and teacher_features of "
             f"{tuple(teacher.shape[2:])}; only square maps are pooled to each other, so pool one side yourself."
         )
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
-        raise TypeError(f"exponent is {exponent!r}; it takes a number, 2 in both papers.")
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"p is {p!r}; it takes a number, 1 or 2 in both papers.")
+    for name, value, usual in (("exponent", exponent, "2"), ("p", p, "1 or 2")):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r}; it takes a number, {usual} in both papers.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}; it takes a positive finite number, {usual} in both papers.")

@@ -1,5 +1,7 @@
 """The difference of attention maps is float64's, in value and gradient, whatever the dtype, layout and sizes."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from ftfast.ops.attention import attention_difference, attention_map
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDED_ONCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-SHAPES = [(4, 32, 7, 7), (3, 5, 2, 3), (2, 70, 1, 9), (1, 17, 50, 60), (5, 1, 4, 4), (2, 33, 1, 1)]
+SHAPES = [(4, 32, 7, 7), (2, 6, 14, 14), (3, 5, 2, 3), (2, 70, 1, 9), (1, 17, 50, 60), (5, 1, 4, 4), (2, 33, 1, 1)]
 
 
 def features_of(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "nchw") -> Tensor:
@@ -135,6 +137,16 @@ def test_inference_tensors_compiled_functions_and_vmap() -> None:
     assert relative(stacked[0], attention_difference(student[:1], teacher[:1])) < 1e-6
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_several_upstream_gradients_at_once(p: int) -> None:
+    student = features_of((3, 4, 5, 5), torch.float32, 18).requires_grad_()
+    loss = attention_difference(student, features_of((3, 4, 5, 5), torch.float32, 19), p=p)
+    upstream = torch.tensor([1.0, -2.0, 0.5])
+    (together,) = torch.autograd.grad(loss, student, upstream, is_grads_batched=True, retain_graph=True)
+    for gradient, one in zip(together, upstream, strict=True):
+        assert relative(gradient, torch.autograd.grad(loss, student, one, retain_graph=True)[0]) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "options", "error", "message"),
     [
@@ -143,12 +155,17 @@ def test_inference_tensors_compiled_functions_and_vmap() -> None:
         ((2, 3, 4, 5), (2, 3, 4, 4), {}, ValueError, "only square maps"),
         ((2, 3, 4, 4), (2, 3, 4, 4), {"exponent": "2"}, TypeError, "exponent is '2'"),
         ((2, 3, 4, 4), (2, 3, 4, 4), {"p": None}, TypeError, "p is None"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), {"exponent": math.nan}, ValueError, "exponent is nan"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), {"p": math.inf}, ValueError, "p is inf"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), {"p": 0}, ValueError, "p is 0"),
         ((2, 3, 4, 4), (2, 3, 4, 4), {"backend": "cuda"}, ValueError, "backend is 'cuda'"),
     ],
-    ids=["dims", "samples", "widths", "exponent", "p", "backend"],
+    ids=["dims", "samples", "widths", "exponent", "p", "nan-exponent", "infinite-p", "zero-p", "backend"],
 )
 def test_what_cannot_be_compared_is_said_in_a_sentence(student, teacher, options, error, message) -> None:
     with pytest.raises(error, match=message):
         attention_difference(torch.ones(student), torch.ones(teacher), **options)
     with pytest.raises(TypeError, match=r"a tensor of torch\.int64"):
         attention_difference(torch.ones(1, 1, 2, 2, dtype=torch.int64), torch.ones(1, 1, 2, 2))
+    with pytest.raises(TypeError, match=r"pass teacher_features\.to_dense\(\)"):
+        attention_difference(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2).to_sparse())

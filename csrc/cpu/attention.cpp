@@ -90,17 +90,14 @@ void map_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
 template <class T, int exponent>
 void gradient_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
   const float scale = float(exponent) / float(work.channels);
-  const int64_t whole = first + (last - first) / float_lanes * float_lanes, end = last - float_lanes;
-  const bool overlaps = whole < last && last - first >= float_lanes;
+  const int64_t whole = first + (last - first) / float_lanes * float_lanes;
   for (int64_t c = 0; c < work.channels; ++c) {
     const T* from = static_cast<const T*>(work.features) + c * work.pixels;
     T* to = static_cast<T*>(work.result) + c * work.pixels;
     for (int64_t i = first; i < whole; i += float_lanes)
       store(to + i, power<exponent - 1>(load(from + i)) * (load(work.upstream + i) * scale));
-    if (overlaps) store(to + end, power<exponent - 1>(load(from + end)) * (load(work.upstream + end) * scale));
-    else
-      for (int64_t i = whole; i < last; ++i)
-        to[i] = rounded<T>(power<exponent - 1>(number(from[i])) * (work.upstream[i] * scale));
+    for (int64_t i = whole; i < last; ++i)  // an overlapping store would be slower
+      to[i] = rounded<T>(power<exponent - 1>(number(from[i])) * (work.upstream[i] * scale));
   }
 }
 

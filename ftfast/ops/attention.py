@@ -102,7 +102,10 @@ class AttentionMapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (features,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(upstream):
+        batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
+            upstream
+        )
+        if torch.is_grad_enabled() or batched:
             return _differentiable_gradient(features, upstream, ctx.exponent), None, None
         return ctx.kernels.attention_gradient(_dense(features), upstream.contiguous(), ctx.exponent), None, None
 
