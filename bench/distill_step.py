@@ -1,16 +1,17 @@
-"""A whole distillation step, ResNet-56 to ResNet-20 on 32x32 images: ``ftfast distill``'s own against its peers."""
+"""A whole distillation step, of CIFAR's size and of ImageNet's: ``ftfast distill``'s own against its peers."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from rich.table import Table
 
 from bench import gate, tables
 from bench.candidates import Candidate, Group
 from bench.clocks import clock_for
-from bench.measuring import measure_group, raised
+from bench.measuring import Plan, measure_group, raised
 from bench.records import Record, Row
 from bench.registry import Bench, Settings
-from bench.step_peers import STUDENT, TEACHER, Operands, Step, StepJudge, hand_tuned, official, ours
+from bench.step_peers import CIFAR, IMAGENET, Operands, Pair, Step, StepJudge, hand_tuned, official, ours
 from bench.step_torchdistill import torchdistill
 
 STEM = "distill_step"
@@ -21,7 +22,9 @@ TORCHDISTILL = "torchdistill"
 HAND_TUNED = "eager, hand-tuned"
 NO_TEACHER = "no teacher"
 BATCH, QUICK_BATCH = 128, 16
-# How many times faster ours has to be, on a quiet machine.
+# Images of ImageNet's size in a batch, by device.
+LARGE_BATCH = {"cpu": 16, "cuda": 256}
+# How many times faster ours has to be, on a quiet machine, with CIFAR's images on a CPU.
 TARGETS = {OFFICIAL: 5.0, TORCHDISTILL: 2.8, HAND_TUNED: 1.25}
 WAYS: dict[str, Callable[[Operands], Step]] = {
     OFFICIAL: official,
@@ -33,20 +36,33 @@ WAYS: dict[str, Callable[[Operands], Step]] = {
 FLOAT32 = (OFFICIAL, TORCHDISTILL)
 
 
-def group_name(batch: int) -> str:
+def group_name(pair: Pair, batch: int) -> str:
     """The name of the table."""
-    return f"{TEACHER} to {STUDENT}, {batch}x3x32x32, SGD, synthetic images"
+    return f"{pair.title}, {batch}x3x{pair.size}x{pair.size}, SGD, synthetic images"
 
 
-def _group(settings: Settings) -> Group:
-    batch = QUICK_BATCH if settings.quick else BATCH
-    details = {"teacher": TEACHER, "student": STUDENT, "dims": [batch, 3, 32, 32]}
-    return Group(STEM, group_name(batch), details, lambda: candidates(settings, batch))
+def cases(settings: Settings) -> list[tuple[Pair, int]]:
+    """The pairs that are measured, each with its batch; a quick look has no large images."""
+    if settings.quick:
+        return [(CIFAR, QUICK_BATCH)]
+    return [(CIFAR, BATCH), (IMAGENET, LARGE_BATCH[settings.device.type])]
 
 
-def candidates(settings: Settings, batch: int) -> list[Candidate]:
+def _group(settings: Settings, pair: Pair, batch: int) -> Group:
+    details = {"teacher": pair.teacher, "student": pair.student, "dims": [batch, 3, pair.size, pair.size]}
+    return Group(STEM, group_name(pair, batch), details, lambda: candidates(settings, pair, batch))
+
+
+def _plan(settings: Settings, pair: Pair) -> Plan:
+    """Steps on large images take a second each on a CPU."""
+    if pair.size <= CIFAR.size or settings.device.type == "cuda":
+        return settings.plan
+    return replace(settings.plan, blocks=min(3, settings.plan.blocks), warmups=2, calls=3)
+
+
+def candidates(settings: Settings, pair: Pair, batch: int) -> list[Candidate]:
     """The ways to do the step; one that cannot be built raises when its turn comes."""
-    with_ = Operands(batch, settings.device, settings.plan.seed)
+    with_ = Operands(pair, batch, settings.device, settings.plan.seed)
     judge = StepJudge(with_)
     return [_candidate(name, way, with_, judge) for name, way in WAYS.items()]
 
@@ -77,12 +93,16 @@ def _candidate(name: str, way: Callable[[Operands], Step], with_: Operands, judg
 
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
-    return len(WAYS) * (1 + settings.plan.blocks)
+    return sum(len(WAYS) * (1 + _plan(settings, pair).blocks) for pair, _ in cases(settings))
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     """Measure every way."""
-    return measure_group(_group(settings), clock_for(settings.device), settings.plan, advance)
+    clock = clock_for(settings.device)
+    rows = []
+    for pair, batch in cases(settings):
+        rows += measure_group(_group(settings, pair, batch), clock, _plan(settings, pair), advance)
+    return rows
 
 
 def speedup(rows: list[Row], peer: str) -> float | None:
@@ -107,7 +127,8 @@ def show(rows: list[Row]) -> Iterator[Table]:
                 table.add_row(row.candidate, computes, "none")
                 missing.append(f"{row.candidate}: {row.reason}")
                 continue
-            timing, target = row.timing, TARGETS.get(row.candidate)
+            is_aimed = row.details["dims"][2] == CIFAR.size
+            timing, target = row.timing, TARGETS.get(row.candidate) if is_aimed else None
             table.add_row(
                 row.candidate,
                 computes,
@@ -130,17 +151,24 @@ def markdown(newest: dict[str, tuple[str, Record]]) -> str:
             blocks.append(f"{title}: {tables.NOT_MEASURED}.")
             continue
         _, record = newest[device]
-        rows = [row for row in record.of(STEM) if row.group == group_name(BATCH)]
-        lines = []
-        for row in rows:
-            ratio = speedup(rows, row.candidate)
-            time = row.reason if row.timing is None else tables.number(row.timing.median, " ms")
-            computes = row.details.get("computes", "")
-            lines.append((row.candidate, computes, time, "" if ratio is None else tables.number(ratio)))
         notes = "".join(f" Note: {note}." for note in record.notes)
-        blocks.append(f"{title}: {tables.provenance(record)}. Medians of whole steps, {group_name(BATCH)}.{notes}")
-        blocks.append(tables.markdown_table((WORK, "computes", "time", f"time / {OURS}"), lines, numbers_from=2))
+        blocks.append(f"{title}: {tables.provenance(record)}. Medians of whole steps.{notes}")
+        rows = record.of(STEM)
+        for name in dict.fromkeys(row.group for row in rows):
+            blocks.append(f"{name}:")
+            blocks.append(_markdown_table([row for row in rows if row.group == name]))
     return "\n\n".join(blocks)
+
+
+def _markdown_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        ratio = speedup(rows, row.candidate)
+        time = row.reason if row.timing is None else tables.number(row.timing.median, " ms")
+        rate = "" if row.timing is None else f"{row.details['dims'][0] / row.timing.median * 1e3:,.0f}"
+        computes = row.details.get("computes", "")
+        lines.append((row.candidate, computes, time, rate, "" if ratio is None else tables.number(ratio)))
+    return tables.markdown_table((WORK, "computes", "time", "images/s", f"time / {OURS}"), lines, numbers_from=2)
 
 
 BENCH = Bench(

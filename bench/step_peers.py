@@ -17,6 +17,7 @@ from ftfast import FeatureTap
 from ftfast.distill import models
 from ftfast.distill.frozen import FrozenTeacher
 from ftfast.distill.methods import Weights
+from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.settings import Settings
 from ftfast.distill.setup import precision_of
@@ -24,9 +25,38 @@ from ftfast.distill.student_step import LearningStep
 from ftfast.distill.students import Guides, learner_of
 
 BETA = 500.0
+RESIDUAL_SCALE = 0.2
+NORM_IMAGES = 1024  # over an image's side: how many a batch norm sees at once before the start
 RATE = 0.1
 SGD = {"lr": RATE, "momentum": 0.9, "weight_decay": 5e-4}
-TEACHER, STUDENT, SIZE, CHANNELS, CLASSES = "resnet56", "resnet20", 32, 16, 10
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student by the names that ``ftfast distill`` takes, and the images and classes they get.
+
+    Attributes:
+        channels: of the first stage; 0 for a library's models.
+        size: pixels of an image's side.
+    """
+
+    teacher: str
+    student: str
+    channels: int
+    size: int
+    classes: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.teacher.rpartition('/')[2]} to {self.student.rpartition('/')[2]}"
+
+    def features(self, model: str) -> models.FeatureMap:
+        """A model's last feature map."""
+        return models.feature_map(model, self.channels, "identity", (3, self.size, self.size))
+
+
+CIFAR = Pair("resnet56", "resnet20", 16, 32, 10)
+IMAGENET = Pair("torchvision/resnet34", "torchvision/resnet18", 0, 224, 1000)
 
 
 @dataclass(frozen=True)
@@ -49,19 +79,23 @@ class Step:
 class Operands:
     """The networks as every way gets them, drawn from a seed, and one batch of synthetic images and labels."""
 
-    def __init__(self, batch: int, device: torch.device, seed: int) -> None:
-        self.device, self.seed = device, seed
+    def __init__(self, pair: Pair, batch: int, device: torch.device, seed: int) -> None:
+        self.pair, self.device, self.seed = pair, device, seed
+        self.taught, self.found = pair.features(pair.teacher), pair.features(pair.student)
         generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device)
-        self.labels = torch.randint(CLASSES, (batch,), generator=generator).to(device)
-        self._teacher = models.build_model(TEACHER, CHANNELS, in_channels=3, classes=CLASSES, seed=seed)
+        self.images = torch.randn(batch, 3, pair.size, pair.size, generator=generator).to(device)
+        self.labels = torch.randint(pair.classes, (batch,), generator=generator).to(device)
+        self._teacher = self._model(pair.teacher, seed)
         with models.seeded(seed):
-            self._paraphraser = ftfast.Paraphraser(4 * CHANNELS)
-            self._translator = ftfast.Translator(4 * CHANNELS, self._paraphraser.factor_channels)
+            self._paraphraser = ftfast.Paraphraser(self.taught.channels)
+            self._translator = ftfast.Translator(self.found.channels, self._paraphraser.factor_channels)
         self._teacher.train()
+        for name, parameter in self._teacher.named_parameters():
+            if name.endswith("bn2.weight"):  # small residuals, as training leaves them: noise does not grow with depth
+                nn.init.constant_(parameter, RESIDUAL_SCALE)
         with torch.no_grad():  # batch norms that have seen images, as a teacher's have
             for _ in range(8):
-                self._teacher(torch.randn(32, 3, SIZE, SIZE, generator=generator))
+                self._teacher(torch.randn(NORM_IMAGES // pair.size, 3, pair.size, pair.size, generator=generator))
         self._teacher.eval()
 
     def teacher(self) -> nn.Module:
@@ -78,8 +112,10 @@ class Operands:
 
     def student(self) -> nn.Module:
         """A student in train mode."""
-        student = models.build_model(STUDENT, CHANNELS, in_channels=3, classes=CLASSES, seed=self.seed + 1)
-        return student.to(self.device)
+        return self._model(self.pair.student, self.seed + 1).to(self.device)
+
+    def _model(self, name: str, seed: int) -> nn.Module:
+        return models.build_model(name, self.pair.channels, in_channels=3, classes=self.pair.classes, seed=seed)
 
 
 def _encode(network: Any, x: Tensor) -> Tensor:
@@ -90,7 +126,8 @@ def _encode(network: Any, x: Tensor) -> Tensor:
 
 def official(with_: Operands) -> Step:
     """float32, NCHW, teacher and paraphraser under autograd, the factor detached at the end, two optimisers."""
-    teacher, student = (FeatureTap(net, models.LAST_STAGE) for net in (with_.teacher(), with_.student()))
+    teacher = FeatureTap(with_.teacher(), with_.taught.layer)
+    student = FeatureTap(with_.student(), with_.found.layer)
     paraphraser, translator = with_.paraphraser(), with_.translator()
     optimisers = [
         torch.optim.SGD(network.parameters(), **SGD, nesterov=True)  # type: ignore[arg-type]
@@ -113,11 +150,18 @@ def official(with_: Operands) -> Step:
     return Step(run, student.model, optimisers[0])
 
 
+# Names of convolutions and the batch norms behind them: our ResNets', then torchvision's.
+_CONVOLUTIONS = (
+    *(("stem", "norm"), ("conv1", "norm1"), ("conv2", "norm2")),
+    *(("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")),
+)
+
+
 def _folded(resnet: nn.Module) -> nn.Module:
     """The same with every batch norm in the convolution before it."""
     for module in list(resnet.modules()):
-        for convolution, norm in (("stem", "norm"), ("conv1", "norm1"), ("conv2", "norm2")):
-            if hasattr(module, convolution):
+        for convolution, norm in _CONVOLUTIONS:
+            if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
                 fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
                 setattr(module, convolution, fused)
                 setattr(module, norm, nn.Identity())
@@ -127,8 +171,8 @@ def _folded(resnet: nn.Module) -> nn.Module:
 def hand_tuned(with_: Operands) -> Step:
     """Eager as far as one gets by hand: channels_last, bfloat16 autocast, a folded bfloat16 teacher, fused SGD."""
     folded = _folded(with_.teacher()).to(torch.bfloat16).to(memory_format=torch.channels_last)
-    teacher = FeatureTap(folded, models.LAST_STAGE, features_only=True).eval()
-    student = FeatureTap(with_.student().to(memory_format=torch.channels_last), models.LAST_STAGE)
+    teacher = FeatureTap(folded, with_.taught.layer, features_only=True).eval()
+    student = FeatureTap(with_.student().to(memory_format=torch.channels_last), with_.found.layer)
     paraphraser, translator = (
         network.to(memory_format=torch.channels_last) for network in (with_.paraphraser(), with_.translator())
     )
@@ -151,14 +195,16 @@ def hand_tuned(with_: Operands) -> Step:
     return Step(run, student.model, optimiser)
 
 
-def ours(with_: Operands, method: str) -> Step:
+def ours(with_: Operands, method: str, processes: Processes = ALONE) -> Step:
     """The step of ``ftfast distill``, through its own engine; method ``"none"`` has no teacher."""
     settings = Settings(
         methods=(method,),
-        teacher=TEACHER,
-        student=STUDENT,
-        teacher_channels=CHANNELS,
-        student_channels=CHANNELS,
+        teacher=with_.pair.teacher,
+        student=with_.pair.student,
+        teacher_channels=with_.pair.channels,
+        student_channels=with_.pair.channels,
+        teacher_layer=with_.taught.layer,
+        student_layer=with_.found.layer,
         learning_rate=RATE,
         device=with_.device.type,
         dtype="bfloat16",
@@ -168,7 +214,7 @@ def ours(with_: Operands, method: str) -> Step:
     images = with_.images.contiguous(memory_format=torch.channels_last)
     execution = "compile" if settings.compile == "on" else "eager"
     teacher = FrozenTeacher(
-        with_.teacher(), models.LAST_STAGE, dtype=precision.dtype, example=images, execution=execution
+        with_.teacher(), with_.taught.layer, dtype=precision.dtype, example=images, execution=execution
     )
     student = models.place(with_.student(), with_.device)
     weights = Weights(beta=BETA if method == "ft" else None)
@@ -176,11 +222,11 @@ def ours(with_: Operands, method: str) -> Step:
     learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=with_.seed)
     if "translator" in learner:
         learner["translator"].load_state_dict(with_.translator().state_dict())  # the same as the others'
-    step = LearningStep(learner, terms, schedule_of(settings, 1), precision)
+    step = LearningStep(learner, terms, schedule_of(settings, 1), precision, processes)
     learner.train()
 
     def run() -> Tensor:
-        return torch.stack(list(step(images, with_.labels, RATE).values())).sum()
+        return torch.stack(list(step((images, with_.labels), RATE).values())).sum()
 
     return Step(run, student, step.optimiser, teacher.explain() if method != "none" else "")
 

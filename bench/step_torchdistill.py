@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.step_peers import BETA, CHANNELS, SGD, Operands, Step
-from ftfast.distill import models
+from bench.step_peers import BETA, SGD, Operands, Step
 
 
 def torchdistill(with_: Operands) -> Step:
@@ -27,8 +26,8 @@ def torchdistill(with_: Operands) -> Step:
     from torchdistill.core.distillation import DistillationBox
 
     logging.getLogger("torchdistill").setLevel(logging.ERROR)
-    common = {"num_input_channels": 4 * CHANNELS, "kernel_size": 3, "stride": 1, "padding": 1, "uses_bn": False}
-    hooked = models.LAST_STAGE
+    common = {"kernel_size": 3, "stride": 1, "padding": 1, "uses_bn": False}
+    taught, found = with_.taught, with_.found
     config: dict[str, Any] = {
         "num_epochs": 1,
         "teacher": {
@@ -36,15 +35,15 @@ def torchdistill(with_: Operands) -> Step:
             "auxiliary_model_wrapper": {
                 "key": "Teacher4FactorTransfer",
                 "kwargs": {
-                    "input_module_path": f"teacher_model.{hooked}",
-                    "paraphraser_kwargs": {"k": 0.5, **common},
+                    "input_module_path": f"teacher_model.{taught.layer}",
+                    "paraphraser_kwargs": {"k": 0.5, "num_input_channels": taught.channels, **common},
                     "paraphraser_ckpt": "",
                     "uses_decoder": False,
                     "minimal": None,
                 },
             },
             "sequential": [],
-            "forward_hook": {"input": [], "output": [f"teacher_model.{hooked}", "paraphraser"]},
+            "forward_hook": {"input": [], "output": [f"teacher_model.{taught.layer}", "paraphraser"]},
             "requires_grad": False,
         },
         "student": {
@@ -52,12 +51,16 @@ def torchdistill(with_: Operands) -> Step:
             "auxiliary_model_wrapper": {
                 "key": "Student4FactorTransfer",
                 "kwargs": {
-                    "input_module_path": f"student_model.{hooked}",
-                    "translator_kwargs": {"num_output_channels": 2 * CHANNELS, **common},
+                    "input_module_path": f"student_model.{found.layer}",
+                    "translator_kwargs": {
+                        "num_input_channels": found.channels,
+                        "num_output_channels": with_.translator().factor_channels,
+                        **common,
+                    },
                 },
             },
             "sequential": [],
-            "forward_hook": {"input": [], "output": [f"student_model.{hooked}", "translator"]},
+            "forward_hook": {"input": [], "output": [f"student_model.{found.layer}", "translator"]},
             "requires_grad": True,
         },
         "optimizer": {"key": "SGD", "kwargs": {**SGD, "nesterov": True}},

@@ -77,11 +77,13 @@ def _run_command(name: str, words: list[str]) -> int:
         sys.stdout.flush()  # a full disk is met here, where it can still be said
         return status
     except ValueError as error:
-        from ftfast.distill.errors import DistillError
+        from ftfast.distill.errors import DistillError, LostProcessError
 
         if not isinstance(error, DistillError):
             raise
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        # Of the processes that torchrun starts, all meet a refusal and one says it.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError):
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("ftfast", "torch"):
@@ -92,8 +94,9 @@ def _run_command(name: str, words: list[str]) -> int:
         return BAD_INPUT
     except KeyboardInterrupt as interruption:
         advice = f": {interruption}." if str(interruption) else "."
-        print(f"{parser.prog}: interrupted{advice}", file=sys.stderr)
-        return INTERRUPTED
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{parser.prog}: interrupted{advice}", file=sys.stderr)
+        return getattr(interruption, "status", INTERRUPTED)
     except BrokenPipeError:  # the reader has had enough (ftfast ... | head)
         _discard_stdout()
         return 0

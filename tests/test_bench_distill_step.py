@@ -20,9 +20,7 @@ WAYS = tuple(distill_step.WAYS)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(step_peers, "TEACHER", "resnet8")
-    monkeypatch.setattr(step_peers, "STUDENT", "resnet8")
-    monkeypatch.setattr(step_peers, "SIZE", 8)
+    monkeypatch.setattr(distill_step, "CIFAR", step_peers.Pair("resnet8", "resnet8", 16, 8, 10))
     monkeypatch.setattr(distill_step, "QUICK_BATCH", 8)
     yield
     torch.set_num_threads(threads)
@@ -80,7 +78,7 @@ def test_a_way_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_it_is_registered_and_its_block_shows_the_ratios() -> None:
     assert discover()["distill_step"] is distill_step.BENCH
-    group = distill_step.group_name(distill_step.BATCH)
+    group = distill_step.group_name(step_peers.CIFAR, distill_step.BATCH)
     rows = [
         Row("distill_step", group, name, "step", Timing(ms, ms, ms, 10, [ms]), details={"dims": [128, 3, 32, 32]})
         for name, ms in ((distill_step.OFFICIAL, 600.0), (distill_step.OURS, 100.0))

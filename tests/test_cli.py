@@ -300,6 +300,7 @@ def test_printed_settings_are_resolved_and_can_be_read_back(capsys: pytest.Captu
     [
         pytest.param(signal.SIGINT, "tensorboard/students/none/seed0", id="Ctrl-C-in-a-training"),
         pytest.param(signal.SIGTERM, "settings.json", id="SIGTERM-before-any"),
+        pytest.param(signal.SIGUSR1, "tensorboard/teacher", id="SIGUSR1-in-a-training"),
     ],
 )
 def test_an_interruption_says_how_to_go_on(tmp_path: Path, number: signal.Signals, moment: str) -> None:
@@ -316,7 +317,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, number: signal.Signal
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert out == ""
     last = err.splitlines()[-1]
     assert last == f"ftfast distill: interrupted: run the same command with --resume to continue {folder}."

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ftfast.distill.augment import Augmentation, Draws
 from ftfast.distill.data import Source, Split
 from ftfast.distill.datasets import DataError
 from ftfast.distill.errors import SettingsError
+from ftfast.distill.images import Part
 from ftfast.distill.settings import Settings
 from tests.cifar_files import write_cifar
 
@@ -77,8 +79,8 @@ def test_a_cutout_blanks_one_square_around_its_centre() -> None:
 # --- drawing batches
 
 
-def drawn(split: Split, **changes: int) -> list[tuple[Tensor, Tensor]]:
-    return list(data.draw_batches(split, 16, **{"seed": 3, "epoch": 1, **changes}))
+def drawn(split: Split, **changes: Any) -> list[tuple[Tensor, Tensor]]:
+    return list(split.draw(16, **{"seed": 3, "epoch": 1, **changes}))
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(2, True, 3)])
@@ -139,9 +141,19 @@ def test_pixels_are_normalised_by_channel_and_channels_last() -> None:
     torch.testing.assert_close(split.images.double(), expected, rtol=1e-5, atol=1e-9)
     in_order = torch.cat([images for images, _ in split.in_order(7)])
     assert torch.equal(in_order, split.images)
-    half = drawn(split)[0][0].bfloat16()
-    assert torch.equal(next(data.draw_batches(split, 16, seed=3, epoch=1, dtype=torch.bfloat16))[0], half)
-    assert half.is_contiguous(memory_format=torch.channels_last)
+    assert drawn(split)[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(2, True, 3)])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_share_the_batches_of_one(augmentation: Augmentation, ranks: int) -> None:
+    split = replace(pictures(50), augmentation=augmentation)
+    shares = [drawn(split, part=Part(rank, ranks), first_step=1) for rank in range(ranks)]
+    for place, (images, labels) in enumerate(drawn(split, first_step=1)):
+        assert torch.equal(torch.cat([share[place][0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[place][1] for share in shares]), labels)
+    tested = [list(split.in_order(7, Part(rank, ranks))) for rank in range(ranks)]
+    assert torch.equal(torch.cat([labels for share in tested for _, labels in share]), split.labels)
 
 
 def test_images_that_are_normalised_already_stay_as_they_are() -> None:

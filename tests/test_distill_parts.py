@@ -65,7 +65,7 @@ def test_folds_use_every_image_once_to_validate(digits: tuple[data.Split, data.S
 def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(digits: tuple[data.Split, data.Split]) -> None:
     split, _ = digits[0].cut(97)
     first, again, next_epoch = (
-        torch.cat([labels for _, labels in data.draw_batches(split, 32, seed=1, epoch=epoch)]) for epoch in (0, 0, 1)
+        torch.cat([labels for _, labels in split.draw(32, seed=1, epoch=epoch)]) for epoch in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, next_epoch)
@@ -74,7 +74,7 @@ def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(digits: tuple[da
 
 def test_batches_are_of_nearly_equal_size(digits: tuple[data.Split, data.Split]) -> None:
     split, _ = digits[0].cut(97)  # 97 = 3 * 32 + 1: cut plainly, the last batch would hold one image
-    sizes = [len(labels) for _, labels in data.draw_batches(split, 32, seed=0, epoch=0)]
+    sizes = [len(labels) for _, labels in split.draw(32, seed=0, epoch=0)]
     assert max(sizes) <= 32
     assert max(sizes) - min(sizes) <= 1
 

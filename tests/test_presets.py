@@ -104,11 +104,16 @@ def test_official_values(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole_and_their_maps_fit(preset: str) -> None:
-    settings = settings_of(preset, device="cpu").resolved()
+    without_files = {"loader": "synthetic"} if PRESETS[preset]["data"] == "images" else {}
+    settings = settings_of(preset, device="cpu", **without_files).resolved()
     assert Settings.from_json(settings.to_json()) == settings
     assert settings.data == PRESETS[preset]["data"]
     if settings.data.startswith("cifar"):
         assert settings.map_size() == ((2, 2) if settings.student == "vgg13" else (8, 8))
+    if settings.data == "images":
+        assert (settings.classes, settings.train_images, settings.test_images) == (1000, 1_281_167, 50_000)
+        assert settings.map_size() == (7, 7)
+    if not settings.data.startswith(("digits", "fashion")):
         assert len(settings.weight_grid()) == 1  # the paper's weights; no student trains to choose any
 
 

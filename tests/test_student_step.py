@@ -1,5 +1,6 @@
 """A step of training takes the gradient of the whole batch; a training goes on from anywhere as if nothing had been."""
 
+import contextlib
 import copy
 import io
 import signal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ftfast.distill import data, models, resumable
 from ftfast.distill.engine import Stopped, Training
-from ftfast.distill.interrupts import StopRequest
+from ftfast.distill.interrupts import Interrupted, StopRequest, signals_interrupt
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.schedule import Schedule
 from ftfast.distill.student_step import BesideStudent, DivergedError, LearningStep, LossRecord, Precision
@@ -51,7 +52,7 @@ def cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Terms]:
 def stepped(schedule: Schedule, precision: Precision = FLOAT32, rate: float = 0.1) -> tuple[nn.Module, Terms]:
     model = classifier()
     step = LearningStep(model, cross_entropy(model), schedule, precision)
-    return model, step(*batch(), rate)
+    return model, step(batch(), rate)
 
 
 def expected_step(weight_decay: Callable[[Tensor], float] = lambda _: 0.0, largest: float = 1e9) -> list[Tensor]:
@@ -107,7 +108,7 @@ def test_a_float16_step_that_overflows_is_left_out() -> None:
     step = LearningStep(
         model, lambda images, labels: {"labels": 1e38 * model(images).sum()}, PLAIN, Precision(CPU, torch.float16)
     )
-    step(*batch(), 0.1)
+    step(batch(), 0.1)
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), classifier().parameters(), strict=True))
 
 
@@ -260,13 +261,25 @@ def test_a_second_signal_interrupts_at_once() -> None:
         assert asked()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        asked._asked = False  # met; the request would otherwise interrupt at the end
+        asked.number = None  # met; the request would otherwise interrupt at the end
+
+
+def test_an_interruption_that_a_library_swallows_is_met_by_the_next_training() -> None:
+    with signals_interrupt():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(Interrupted) as caught, StopRequest():
+            pass
+    assert caught.value.status == 128 + signal.SIGUSR1
+    with StopRequest() as asked:
+        assert not asked()
 
 
 def test_a_diverged_training_keeps_its_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="at step 9"):
         resumable.finish(training(bad_at=9), tmp_path / "kept", {"kind": "student"}, checkpoint_seconds=0)
-    assert [path.name for path in resumable.unfinished_folder(tmp_path / "kept").iterdir()] == ["epoch00001"]
+    newest = max(path.name for path in resumable.unfinished_folder(tmp_path / "kept").iterdir())
+    assert newest == "epoch00001-step0000002"  # the eighth of all
 
 
 def test_the_teacher_runs_before_the_student_on_a_cpu_and_on_its_own_stream_on_a_gpu(

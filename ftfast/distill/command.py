@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from ftfast.distill import options
 from ftfast.distill.errors import SettingsError
-from ftfast.distill.interrupts import termination_interrupts
+from ftfast.distill.interrupts import Interrupted, signals_interrupt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +36,15 @@ def run(args: argparse.Namespace) -> int:
 
     output = Path(args.output or f"runs/{args.preset or settings.data}")
     try:
-        with termination_interrupts():
+        with signals_interrupt():
             results = run_distillation(
                 settings, output, resume=args.resume, checkpoint_seconds=_seconds(args.checkpoint_seconds)
             )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"run the same command with --resume to continue {output}") from None
+    except Interrupted as interruption:
+        advice = f"run the same command with --resume to continue {output}"
+        raise Interrupted(interruption.number, advice) from None
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, one speaks
+        return 0
     write_report(output, results)
     if args.json:
         print(json.dumps(results, indent=2))

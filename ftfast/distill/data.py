@@ -1,6 +1,5 @@
 """Labelled images as tensors on the device, and the order in which they are drawn."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 from ftfast.distill import datasets
 from ftfast.distill.augment import Augmentation
 from ftfast.distill.errors import SettingsError
+from ftfast.distill.images import WHOLE, Part, size_of, steps_of
 
 _SPLIT_SEED = 0
 
@@ -46,7 +46,7 @@ class Split:
         pixels: ``[N, C, H, W]``, uint8; or floating-point and normalised already, where there is no normalisation.
         labels: ``[N]`` int64.
         normalisation: applied to every batch.
-        augmentation: applied to the batches of :func:`draw_batches` alone.
+        augmentation: applied to the batches of :meth:`draw` alone.
     """
 
     pixels: Tensor
@@ -65,10 +65,45 @@ class Split:
         """
         return self.normalise(self.pixels)
 
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once and as it is, with its label, in the order of the split."""
-        for pixels, labels in zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True):
-            yield self.normalise(pixels), labels
+    @property
+    def test_batch_size(self) -> int:
+        return 1000
+
+    def draw(
+        self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of every image once: images ``[N, C, H, W]`` float32, channels_last, and labels.
+
+        See :meth:`ftfast.distill.images.Images.draw`.
+        """
+        device, augmentation = self.labels.device, self.augmentation
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self), generator=generator)
+        draws = None
+        if augmentation:
+            height, width = self.pixels.shape[2:]
+            draws = augmentation.draw(len(self), (height, width), generator, device)
+        start = 0
+        for step, whole in enumerate(order.to(device).tensor_split(steps_of(len(self), batch_size))):
+            first = start + sum(size_of(len(whole), part.ranks, rank) for rank in range(part.rank))
+            start += len(whole)
+            if step < first_step:
+                continue
+            rows = whole.tensor_split(part.ranks)[part.rank]
+            drawn = slice(first, first + len(rows))
+            if draws is None:
+                images = self.normalise(self.pixels[rows])
+            else:
+                images = self.normalise(augmentation.crop(self.pixels, rows, draws.at(drawn)))
+                images = augmentation.blank(images, draws.at(drawn))
+            yield images, self.labels[rows]
+
+    def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once and as it is, with its label, in the order of the split; of several processes, its own."""
+        own = (values.tensor_split(part.ranks)[part.rank] for values in (self.pixels, self.labels))
+        for pixels, labels in zip(*(values.split(batch_size) for values in own), strict=True):
+            if len(labels):
+                yield self.normalise(pixels), labels
 
     def to(self, device: torch.device) -> "Split":
         pixels = self.pixels.to(device).contiguous(memory_format=torch.channels_last)
@@ -142,8 +177,13 @@ class Dataset:
     image_shape: tuple[int, int, int]
     train_images: int
     test_images: int
-    load: Callable[..., tuple[Split, Split]]
+    load: Callable[..., tuple[Split, Split]] | None
     in_files: bool = True
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether images are read as they are needed; how many and of what size is then for the settings to say."""
+        return self.load is None
 
 
 def _load_digits(_source: Source | None = None) -> tuple[Split, Split]:
@@ -199,12 +239,34 @@ DATASETS = {
             Normalisation.of(255, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         ),
     ),
+    "images": Dataset("photographs", 0, (3, 0, 0), 0, 0, None),
 }
+
+
+def described_dataset(name: str, photographs: dict[str, int] | None = None) -> Dataset:
+    """A data set by name.
+
+    Args:
+        photographs: of ``"images"``: their classes, their side in pixels (``"size"``), and where they are known the
+            numbers of images (``"train"``, ``"test"``).
+    """
+    known = DATASETS[name]
+    if not known.is_streamed or photographs is None:
+        return known
+    size = photographs["size"]
+    return replace(
+        known,
+        title=f"photographs of {photographs['classes']} classes, {size}x{size} pixels",
+        classes=photographs["classes"],
+        image_shape=(3, size, size),
+        train_images=photographs.get("train", 0),
+        test_images=photographs.get("test", 0),
+    )
 
 
 def check_files(name: str, source: Source) -> None:
     """Raises DataError where a data set's files are not there and are not to be downloaded; reads nothing."""
-    if DATASETS[name].in_files:
+    if DATASETS[name].in_files and not DATASETS[name].is_streamed:
         datasets.check_is_there(name, source.folder or datasets.default_folder(), source.download)
 
 
@@ -215,6 +277,7 @@ def load(name: str, device: torch.device, source: Source | None = None) -> tuple
         DataError: its files are not there, damaged, or cannot be downloaded.
     """
     dataset, source = DATASETS[name], source or Source()
+    assert dataset.load is not None
     train, test = dataset.load(source) if dataset.in_files else dataset.load()
     if (len(train), len(test)) != (dataset.train_images, dataset.test_images):
         folder = source.folder or datasets.default_folder()
@@ -223,39 +286,3 @@ def load(name: str, device: torch.device, source: Source | None = None) -> tuple
             f"and {dataset.test_images}; remove its files there and run again with --download."
         )
     return replace(train, augmentation=source.augmentation).to(device), test.to(device)
-
-
-def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """How many batches :func:`draw_batches` draws."""
-    return math.ceil(len(split) / batch_size)
-
-
-def draw_batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, augmented and normalised: images ``[N, C, H, W]`` in ``dtype``, channels_last, and labels.
-
-    Order and augmentation follow from seed, epoch and step alone, so that a resumed epoch draws what it would have.
-    The batches are of nearly equal size, at most ``batch_size``: a last batch of one image would upset batch norms.
-
-    Args:
-        first_step: where to go on in the epoch.
-    """
-    device, augmentation = split.labels.device, split.augmentation
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)
-    draws = None
-    if augmentation:
-        height, width = split.pixels.shape[2:]
-        draws = augmentation.draw(len(split), (height, width), generator, device)
-    start = 0
-    for step, rows in enumerate(order.to(device).tensor_split(steps_per_epoch(split, batch_size))):
-        drawn = slice(start, start := start + len(rows))
-        if step < first_step:
-            continue
-        if draws is None:
-            images = split.normalise(split.pixels[rows])
-        else:
-            images = split.normalise(augmentation.crop(split.pixels, rows, draws.at(drawn)))
-            images = augmentation.blank(images, draws.at(drawn))
-        yield images.to(dtype), split.labels[rows]

@@ -6,17 +6,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ftfast.distill.data import Split, draw_batches, steps_per_epoch
+from ftfast.distill.images import Images, size_of, steps_of
 from ftfast.distill.methods import Terms
+from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.schedule import Schedule
 from ftfast.distill.student_step import DivergedError, LearningStep, LossRecord, Precision
 
 __all__ = ["DivergedError", "Epoch", "Precision", "Schedule", "Stopped", "Training", "evaluate", "logits_of"]
-EVALUATION_BATCH_SIZE = 1000
 
 
 class Stopped(Exception):
@@ -40,54 +41,63 @@ class Training:
     Args:
         learner: everything that learns, student and translator alike, under one optimiser; what is averaged and
             watched is its ``model``.
-        terms: images ``[N, C, H, W]`` and labels ``[N]`` to the named terms of the loss, which are summed.
-        split: the images to learn from.
+        terms: a batch, its images ``[N, C, H, W]`` and labels ``[N]`` first, to the named terms of the loss, which are
+            summed.
+        images: to learn from.
         schedule, precision: see there.
-        seed: decides the order of the images.
+        seed: decides the order of the images, and with epoch and step all else that is drawn.
         accuracy: called after every epoch for its record.
+        processes: those that train together, each on its part of every batch; all of them make the same calls.
+        mixing: changes a batch's images and labels before the terms see them.
     """
 
     def __init__(
         self,
         learner: nn.Module,
-        terms: Callable[[Tensor, Tensor], Terms],
-        split: Split,
+        terms: Callable[..., Terms],
+        images: Images,
         schedule: Schedule,
         precision: Precision,
         *,
         seed: int,
         accuracy: Callable[[], float] | None = None,
+        processes: Processes = ALONE,
+        mixing: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.learner = learner
         self.history: list[Epoch] = []
-        self._split = split
+        self._images = images
         self._schedule = schedule
         self._seed = seed
         self._accuracy = accuracy
-        self._step = LearningStep(learner, terms, schedule, precision)
+        self._processes = processes
+        self._mixing = mixing
+        self._step = LearningStep(learner, terms, schedule, precision, processes)
         self._average = None if schedule.ema is None else _average(learner, schedule.ema)
-        self._steps_per_epoch = steps_per_epoch(split, schedule.batch_size)
+        self._steps_per_epoch = steps_of(len(images), schedule.batch_size)
         self._steps_done = 0  # of the epoch that is under way
         self._seconds = 0.0
-        self._losses = LossRecord()
+        self._losses = LossRecord(processes=processes)
 
     def run(
         self,
         after_epoch: Callable[["Training"], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
+        after_step: Callable[["Training"], None] | None = None,
     ) -> list[Epoch]:
         """Trains the epochs that are left; returns the records of all.
 
         Args:
             after_epoch: called with this training after each.
             stop: asked after every step whether to end there.
+            after_step: called with this training after each step, before ``stop`` is asked.
 
         Raises:
             DivergedError: the loss is not finite.
             Stopped: ``stop`` said so; :meth:`state` goes on from there.
         """
         while len(self.history) < self._schedule.epochs:
-            self.history.append(self._run_epoch(len(self.history), stop))
+            self.history.append(self._run_epoch(len(self.history), stop, after_step))
             if after_epoch is not None:
                 after_epoch(self)
         if self._average is not None:
@@ -95,31 +105,41 @@ class Training:
         self.learner.eval()
         return self.history
 
-    def _run_epoch(self, epoch: int, stop: Callable[[], bool]) -> Epoch:
+    def _run_epoch(
+        self, epoch: int, stop: Callable[[], bool], after_step: Callable[["Training"], None] | None
+    ) -> Epoch:
         self.learner.train()
         start = time.perf_counter()
+        count, batch_size = len(self._images), self._schedule.batch_size
         first = epoch * self._steps_per_epoch
-        batches = draw_batches(
-            self._split, self._schedule.batch_size, seed=self._seed, epoch=epoch, first_step=self._steps_done
+        batches = self._images.draw(
+            batch_size, seed=self._seed, epoch=epoch, first_step=self._steps_done, part=self._processes.part
         )
-        for images, labels in batches:
+        for batch in batches:
             step = first + self._steps_done
-            terms = self._step(images, labels, self._schedule.rate(step, self._steps_per_epoch))
-            self._losses.add(terms, len(labels), step)
+            whole = size_of(count, self._steps_per_epoch, self._steps_done)
+            seed = step_seed(self._seed, step, self._processes.part.rank)
+            torch.manual_seed(seed)  # of dropout and the like
+            if self._mixing is not None:
+                batch = (*self._mixing(batch[0], batch[1], seed), *batch[2:])
+            terms = self._step(batch, self._schedule.rate(step, self._steps_per_epoch), whole)
+            self._losses.add(terms, whole, step)
             if self._average is not None:
                 self._average.update_parameters(self._model())
             self._steps_done += 1
+            if after_step is not None:
+                after_step(self)
             if stop():
                 self._losses.look(step)
                 self._seconds += time.perf_counter() - start
                 raise Stopped
         self._losses.look(first + self._steps_per_epoch - 1)
-        losses = self._losses.means(len(self._split))
+        losses = self._losses.means(count)
         seconds = self._seconds + time.perf_counter() - start
-        self._steps_done, self._seconds, self._losses = 0, 0.0, LossRecord()
+        self._steps_done, self._seconds, self._losses = 0, 0.0, LossRecord(processes=self._processes)
         with self._averaged_weights():
             accuracy = self._accuracy() if self._accuracy is not None else None
-        return Epoch(epoch + 1, losses, accuracy, len(self._split), seconds)
+        return Epoch(epoch + 1, losses, accuracy, count, seconds)
 
     def _model(self) -> nn.Module:
         return self.learner.get_submodule("model")
@@ -137,8 +157,13 @@ class Training:
             self._model().load_state_dict(own)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values from which :meth:`load_state` goes on."""
-        under_way = {"steps": self._steps_done, "seconds": self._seconds, "sums": dict(self._losses.sums)}
+        """Tensors and plain values from which :meth:`load_state` goes on; of many processes, all ask at one step.
+
+        Raises:
+            DivergedError: a loss is not finite, so the tensors are not worth keeping.
+        """
+        self._losses.look(len(self.history) * self._steps_per_epoch + self._steps_done - 1)
+        under_way = {"steps": self._steps_done, "seconds": self._seconds, "sums": self._losses.totals()}
         return {
             "learner": self.learner.state_dict(),
             **self._step.state(),
@@ -154,7 +179,7 @@ class Training:
         self.history = [Epoch(**record) for record in state["history"]]
         under_way = state["epoch_under_way"]
         self._steps_done, self._seconds = under_way["steps"], under_way["seconds"]
-        self._losses = LossRecord(under_way["sums"])
+        self._losses = LossRecord(under_way["sums"], self._processes)
         if self._average is not None:
             self._average.load_state_dict(state["average"])
 
@@ -179,19 +204,39 @@ def images_per_second(history: Iterable[Epoch]) -> float | None:
     return sum(record.images for record in measured) / seconds if seconds else None
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of what a process draws in a step, so that a resumed training draws what it would have."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
 @torch.no_grad()
-def logits_of(model: nn.Module, split: Split, precision: Precision) -> Tensor:
-    """``[N, classes]`` float32, in the order of the split; the model's mode is left as it was."""
+def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[Tensor, Tensor]:
+    """``[N, classes]`` float32 in the images' order, and their labels; the model's mode is left as it was."""
+    logits, labels = zip(*_tested(model, images, precision), strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
+) -> tuple[float, float]:
+    """Accuracy in percent and mean cross-entropy of a classifier; of many processes, each judges its own images."""
+    sums = torch.zeros(3, dtype=torch.float64, device=precision.device)
+    for logits, labels in _tested(model, images, precision, processes):
+        correct = (logits.argmax(1) == labels).sum()
+        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([correct.double(), entropy.double(), torch.full_like(entropy, len(labels)).double()])
+    correct, entropy, count = processes.sum(sums).tolist()
+    return 100 * correct / count, entropy / count
+
+
+def _tested(
+    model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
     was_training = model.training
     model.eval()
-    with precision.autocast():
-        logits = [model(images) for images, _ in split.in_order(EVALUATION_BATCH_SIZE)]
+    for batch, labels in images.in_order(images.test_batch_size, processes.part):
+        with precision.autocast():
+            logits = model(batch)
+        yield logits.float(), labels
     model.train(was_training)
-    return torch.cat(logits).float()
-
-
-def evaluate(model: nn.Module, split: Split, precision: Precision) -> tuple[float, float]:
-    """Accuracy in percent and mean cross-entropy of a classifier."""
-    logits = logits_of(model, split, precision)
-    accuracy = (logits.argmax(1) == split.labels).float().mean()
-    return 100 * float(accuracy), float(nn.functional.cross_entropy(logits, split.labels))

@@ -22,3 +22,7 @@ class RunFolderError(DistillError):
 
 class ParaphraserError(DistillError):
     """A paraphraser whose factors say nothing about the images."""
+
+
+class LostProcessError(DistillError):
+    """A run of several processes, one of which no longer answers."""

@@ -9,6 +9,7 @@ import torch
 
 from ftfast.distill import files
 from ftfast.distill.confusion import confusion_counts, draw_confusion
+from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.presets import settings_of
 from ftfast.distill.settings import DTYPES
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT_FOLDER", help="a folder with model.safetensors")
     parser.add_argument("--data", metavar="NAME", help="data set [the checkpoint's]")
     parser.add_argument("--data-dir", metavar="FOLDER", help="where its files are [$FTFAST_DATA or ~/.cache/ftfast]")
+    parser.add_argument("--loader", metavar="NAME", help="of photographs: folder, gpu or webdataset [folder]")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu or cuda [auto]")
     parser.add_argument("--dtype", metavar="NAME", help=f"{' or '.join(DTYPES)} [the checkpoint's]")
     parser.add_argument("--confusion", metavar="FILE", help="draw which class is taken for which, .png or .svg")
@@ -41,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"confusion is {picture}; it takes a name that ends in {' or '.join(PICTURES)}.")
     source = Source(None if args.data_dir is None else Path(args.data_dir))
     found = evaluate_checkpoint(
-        Path(args.checkpoint), data=args.data, device=args.device, dtype=args.dtype, source=source
+        Path(args.checkpoint),
+        data=args.data,
+        device=args.device,
+        dtype=args.dtype,
+        source=source,
+        loader=args.loader or "folder",
     )
     top5 = "" if found["top5_accuracy"] is None else f" (top 5: {found['top5_accuracy']:.2f} %)"
     line = (
@@ -61,6 +68,7 @@ def evaluate_checkpoint(
     device: str | None = None,
     dtype: str | None = None,
     source: "Source | None" = None,
+    loader: str = "folder",
 ) -> dict[str, Any]:
     """Test accuracy (top 1 and, of more than five classes, top 5) in percent, cross-entropy, and confusion counts.
 
@@ -68,6 +76,7 @@ def evaluate_checkpoint(
         data, dtype: default to what the checkpoint was trained on and with.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         source: where the data set's files are.
+        loader: of photographs.
 
     Raises:
         CheckpointError: not a whole checkpoint of a teacher or student.
@@ -75,31 +84,43 @@ def evaluate_checkpoint(
         DataError: the data set's files are not there or damaged.
     """
     described = describe_trained(folder)
-    settings = settings_of(
-        data=data or described["data"], device=device or "auto", dtype=dtype or described["dtype"]
-    ).resolved()
-    if settings.data != described["data"]:
-        raise SettingsError(f"data is {settings.data!r}, and the checkpoint was trained on {described['data']!r}.")
+    chosen = {"data": data or described["data"], "device": device or "auto", "dtype": dtype or described["dtype"]}
+    if chosen["data"] in DATASETS and chosen["data"] != described["data"]:
+        raise SettingsError(f"data is {chosen['data']!r}, and the checkpoint was trained on {described['data']!r}.")
+    settings = settings_of(**chosen, **_of_photographs(described, loader, source)).resolved()
 
-    from ftfast.distill.data import load as load_data
     from ftfast.distill.engine import logits_of
-    from ftfast.distill.setup import precision_of
+    from ftfast.distill.setup import load_images, precision_of
 
     precision = precision_of(settings)
     trained = read_trained(folder, precision.device)
-    _, test = load_data(settings.data, precision.device, source)
-    logits = logits_of(trained.model, test, precision)
+    _, test = load_images(settings, source)
+    logits, labels = logits_of(trained.model, test, precision)
     classes = logits.shape[1]
-    top = logits.topk(min(MOST_GUESSES, classes), dim=1).indices == test.labels[:, None]
+    top = logits.topk(min(MOST_GUESSES, classes), dim=1).indices == labels[:, None]
     return {
         "checkpoint": str(folder),
         "kind": described["kind"],
         "model": described["model"],
         "data": settings.data,
         "dtype": settings.dtype,
-        "test_images": len(test),
-        "accuracy": 100 * float(top[:, 0].float().mean()),
-        "top5_accuracy": 100 * float(top.any(1).float().mean()) if classes > MOST_GUESSES else None,
-        "cross_entropy": float(torch.nn.functional.cross_entropy(logits, test.labels)),
-        "confusion": confusion_counts(logits.argmax(1), test.labels, classes),
+        "test_images": len(labels),
+        "accuracy": 100 * int(top[:, 0].sum()) / len(labels),
+        "top5_accuracy": 100 * int(top.any(1).sum()) / len(labels) if classes > MOST_GUESSES else None,
+        "cross_entropy": float(torch.nn.functional.cross_entropy(logits, labels)),
+        "confusion": confusion_counts(logits.argmax(1), labels, classes),
+    }
+
+
+def _of_photographs(described: dict[str, Any], loader: str, source: "Source | None") -> dict[str, Any]:
+    """The settings that the images of a checkpoint of photographs have to be read with."""
+    if "photographs" not in described:
+        return {}
+    folder = source.folder if source is not None else None
+    return {
+        "methods": ("none",),
+        "loader": loader,
+        "image_size": described["photographs"]["size"],
+        "classes": described["photographs"]["classes"],
+        "data_dir": None if folder is None else str(folder),
     }

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.data import draw_batches
 from ftfast.distill.doctor import doctor
 from ftfast.distill.methods import METHODS
 from ftfast.distill.schedule import schedule_of
@@ -18,6 +17,8 @@ from ftfast.distill.students import Guides, build_student, learner_of
 
 def examine_step(setup: Setup, guides: Guides) -> None:
     """Says what :func:`ftfast.doctor` finds in a step of the method that uses most of the teacher."""
+    if not setup.processes.is_first:
+        return
     settings = replace(setup.settings, compile="off")  # compiled modules cannot be watched
     method = max(settings.methods, key=lambda name: len(METHODS[name].weights))
     if not METHODS[method].uses_teacher or settings.engine == "plain":
@@ -32,7 +33,7 @@ def examine_step(setup: Setup, guides: Guides) -> None:
         with setup.precision.autocast():
             return torch.stack(list(terms(*batch).values())).sum()
 
-    batch = next(iter(draw_batches(setup.students, settings.batch_size, seed=settings.seed, epoch=0)))
+    batch = next(iter(setup.students.draw(setup.part_size, seed=settings.seed, epoch=0)))
     findings = doctor(student, guides.teacher, loss, batch, optimiser)
     for finding in findings:
         setup.progress.say(f"doctor: {finding}")

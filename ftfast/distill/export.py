@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ftfast.distill import files
-from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import DistillError
 from ftfast.distill.trained import Trained, read_trained
 
@@ -66,7 +65,7 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
     trained = read_trained(folder, torch.device("cpu"))
     model = trained.model.to(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(0)
-    shape = DATASETS[trained.description["data"]].image_shape
+    shape = trained.dataset.image_shape
     images = torch.randn(EXAMPLES, *shape, generator=generator)
     aside = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
@@ -90,7 +89,12 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
 
 
 def _write_tensors(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
-    metadata = {"format": "pt", "ftfast": json.dumps({key: trained.description[key] for key in ("model", "data")})}
+    metadata = {
+        "format": "pt",
+        "ftfast": json.dumps(
+            {key: trained.description[key] for key in ("model", "data", "photographs") if key in trained.description}
+        ),
+    }
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     files.write_bytes(path, save(tensors, metadata=metadata))
     with torch.no_grad():

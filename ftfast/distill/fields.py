@@ -19,9 +19,20 @@ def setting(
     least: float = -math.inf,
     most: float = math.inf,
     positive: bool = False,
+    free: bool = False,
 ) -> Any:
-    """A dataclass field that knows what it takes: one of ``choices``, or a number from ``least`` to ``most``."""
-    metadata = {"help": explanation, "choices": choices, "least": least, "most": most, "positive": positive}
+    """A dataclass field that knows what it takes: one of ``choices``, or a number from ``least`` to ``most``.
+
+    ``free`` ones change nothing that is computed, so a resumed run may have them otherwise.
+    """
+    metadata = {
+        "help": explanation,
+        "choices": choices,
+        "least": least,
+        "most": most,
+        "positive": positive,
+        "free": free,
+    }
     return field(default=default, metadata=metadata)
 
 

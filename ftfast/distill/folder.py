@@ -1,5 +1,6 @@
 """The run folder: where each result lies, and who may write there."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -114,8 +115,9 @@ def _read_settings(path: Path) -> Settings:
 
 def _compare(kept: Settings, asked: Settings) -> None:
     before, now = kept.to_json(), asked.to_json()
+    free = {item.name for item in dataclasses.fields(Settings) if item.metadata["free"]}
     for name, value in before.items():
-        if now[name] != value:
+        if now[name] != value and name not in free:
             raise SettingsError(
                 f"{name} is {_shown(now[name])}, and the run to be resumed has {_shown(value)}; "
                 f"give --{name.replace('_', '-')} as it was, or choose another --output."

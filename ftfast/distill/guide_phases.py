@@ -2,19 +2,31 @@
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ftfast.distill import checkpoint, resumable
+from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.engine import Training, evaluate
 from ftfast.distill.frozen import FrozenTeacher
-from ftfast.distill.methods import METHODS
-from ftfast.distill.paraphrase import build_paraphraser, diagnose, teacher_features, train_paraphraser
+from ftfast.distill.images import Images
+from ftfast.distill.methods import METHODS, Terms
+from ftfast.distill.mixing import Mixing
+from ftfast.distill.paraphrase import (
+    DISTANCES,
+    build_paraphraser,
+    diagnose,
+    paraphraser_images,
+    teacher_features,
+    train_paraphraser,
+)
 from ftfast.distill.resized import resized
-from ftfast.distill.schedule import schedule_of
+from ftfast.distill.schedule import Schedule, schedule_of
 from ftfast.distill.setup import Setup
+from ftfast.distill.students import with_batch_norms
 from ftfast.distill.teacher import Teacher, build, read_teacher, teacher_description
 from ftfast.distill.training_forward import training_forward
 from ftfast.modules import Paraphraser
@@ -27,17 +39,20 @@ def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
     source = settings.teacher_source()
     origin: dict[str, Any] = {"seed": settings.seed} if source is None else {"source": source}
     description = setup.describe("teacher", teacher_description(settings), **origin)
-    model = build(description["model"], settings.data, seed=settings.seed, device=setup.precision.device)
+    model = build(description["model"], settings.dataset(), seed=settings.seed, device=setup.precision.device)
     start = time.perf_counter()
-    finished = resumable.read_finished(path, description)
+    finished = setup.read_finished(path, description)
     if finished is None and source is not None:
-        model.load_state_dict(read_teacher(settings))
-        accuracy = evaluate(model, setup.test, setup.precision)[0]
+        model.load_state_dict(setup.processes.on_first(lambda: read_teacher(settings)))
+        accuracy = evaluate(model, setup.test, setup.precision, setup.processes)[0]
         kept = {**description, "accuracy": accuracy}
-        checkpoint.save(path, Checkpoint(model.state_dict(), {"history": []}, kept))
+        setup.keep(path, Checkpoint(model.state_dict(), {"history": []}, kept))
     elif finished is None:
+        model = with_batch_norms(model, settings)
         _train_teacher(setup, model, description)
-    finished = finished or checkpoint.load(path)
+        model = build(description["model"], settings.dataset(), seed=settings.seed, device=setup.precision.device)
+    finished = finished or setup.read_finished(path, description)
+    assert finished is not None
     checkpoint.fill(model, finished.tensors, path, settings.teacher)
     setup.progress.end()
     accuracy, seconds = finished.description["accuracy"], time.perf_counter() - start
@@ -56,7 +71,7 @@ def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
         features.layer,
         dtype=setup.precision.dtype,
         classifier=any(METHODS[method].uses_teacher_logits for method in settings.methods),
-        example=setup.train.normalise(setup.train.pixels[: settings.batch_size]),
+        example=next(setup.train.in_order(setup.part_size))[0],
         execution="compile" if on_gpu and settings.compile == "on" else "eager",
     )
     setup.progress.say(f"frozen teacher: {frozen.explain()}")
@@ -67,6 +82,7 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
     settings = setup.settings
     learner = torch.nn.ModuleDict({"model": model})
     forward = training_forward(model, settings.teacher_features().layer, compiled=False, fused=settings.is_fused)
+    mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
     training = Training(
         learner,
         lambda images, labels: {"labels": torch.nn.functional.cross_entropy(forward(images).logits.float(), labels)},
@@ -74,7 +90,9 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
         schedule_of(settings, settings.teacher_epochs),
         setup.precision,
         seed=settings.seed,
-        accuracy=lambda: evaluate(model, setup.test, setup.precision)[0],
+        accuracy=lambda: evaluate(model, setup.test, setup.precision, setup.processes)[0],
+        processes=setup.processes,
+        mixing=mixing if mixing else None,
     )
     setup.finish(training, setup.folder.teacher, description)
 
@@ -88,21 +106,26 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
     settings, path, progress = setup.settings, setup.folder.paraphraser, setup.progress
     if not any(METHODS[method].uses_factors for method in settings.methods):
         return None, None
-    progress.begin("paraphraser", settings.paraphraser_steps * settings.paraphraser_batch_size)
+    progress.begin("paraphraser", paraphraser_images(settings))
     start = time.perf_counter()
     paraphraser = build_paraphraser(settings)
     model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
     description = setup.describe("paraphraser", model)
-    finished = resumable.read_finished(path, description)
+    finished = setup.read_finished(path, description)
     if finished is None:
         held_out, fitted = setup.train.cut(settings.paraphraser_held_out)
-        features = teacher_features(teacher, fitted, setup.precision)
-        train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
-        diagnosis = diagnose(paraphraser, teacher_features(teacher, held_out, setup.precision), setup.precision)
+        if settings.paraphraser_epochs:
+            _train_on_the_way(setup, teacher, paraphraser, fitted, description)
+        else:
+            features = teacher_features(teacher, fitted, setup.precision)
+            train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
+        features = teacher_features(teacher, held_out, setup.precision)
+        diagnosis = setup.processes.on_first(lambda: diagnose(paraphraser, features, setup.precision))
         judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": diagnosis.warning}
-        kept = {**description, "diagnosis": judged}
-        checkpoint.save(path, Checkpoint(paraphraser.state_dict(), {}, kept))
-    finished = finished or checkpoint.load(path)
+        setup.keep(path, Checkpoint(paraphraser.state_dict(), {}, {**description, "diagnosis": judged}))
+        setup.forget(_trained_on_the_way(setup))
+        finished = setup.read_finished(path, description)
+        assert finished is not None
     checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
     progress.end()
     judged = finished.description["diagnosis"]
@@ -113,3 +136,43 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
     if judged["warning"]:
         progress.say(f"warning: {judged['warning']}")
     return paraphraser, judged
+
+
+def _trained_on_the_way(setup: Setup) -> Path:
+    """Where a paraphraser lies that is trained and not judged yet."""
+    return setup.folder.paraphraser.with_name("paraphraser.unjudged")
+
+
+def _train_on_the_way(
+    setup: Setup, teacher: torch.nn.Module, paraphraser: Paraphraser, images: Images, description: dict[str, Any]
+) -> None:
+    """Trains a paraphraser while the images pass by, as a student is trained; no feature map is kept."""
+    settings = setup.settings
+    distance = DISTANCES[settings.paraphraser_loss]
+
+    def terms(batch: Tensor, labels: Tensor) -> Terms:
+        features = teacher(batch).features.float()
+        return {"reconstruction": distance(paraphraser(features).float(), features)}
+
+    schedule = Schedule(
+        settings.paraphraser_epochs,
+        settings.paraphraser_batch_size,
+        settings.paraphraser_learning_rate,
+        settings.momentum,
+        settings.paraphraser_weight_decay,
+        nesterov=False,
+        kind="cosine" if settings.paraphraser_learning_rate_schedule == "cosine" else "steps",
+        optimiser=settings.paraphraser_optimiser,
+    )
+    learner = torch.nn.ModuleDict({"model": paraphraser})
+    training = Training(
+        learner, terms, images, schedule, setup.precision, seed=settings.seed, processes=setup.processes
+    )
+    path = _trained_on_the_way(setup)
+    unjudged = {**description, "kind": "unjudged paraphraser"}
+    finished = setup.read_finished(path, unjudged)
+    if finished is None:
+        setup.finish(training, path, unjudged)
+    else:
+        checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
+    paraphraser.eval()

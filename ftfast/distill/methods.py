@@ -19,6 +19,21 @@ class Outputs(NamedTuple):
     features: Tensor
 
 
+class Stored(NamedTuple):
+    """What a factor store knows of a batch in the teacher's place.
+
+    Factors ``[N, factor_channels, H, W]``, floating, int8 or float8_e4m3fn, whose direction alone counts; and where
+    they were stored, logits ``[N, classes]``.
+    """
+
+    factors: Tensor
+    logits: Tensor | None = None
+
+
+Taught = Outputs | Stored
+"""What a student's loss compares with."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """The weights of a student's loss; None where the method has no such weight.
@@ -61,11 +76,16 @@ class Method:
     title: str
     source: str
     weights: tuple[str, ...]
-    terms: Callable[[Outputs, Outputs | None, Tensor, nn.Module | None, Weights], Terms]
+    terms: Callable[[Outputs, Taught | None, Tensor, nn.Module | None, Weights], Terms]
 
     @property
     def uses_teacher(self) -> bool:
         return bool(self.weights)
+
+    @property
+    def uses_teacher_maps(self) -> bool:
+        """Whether it needs the teacher's feature maps themselves, not factors or logits alone."""
+        return bool({"attention", "hint"} & set(self.weights))
 
     @property
     def uses_teacher_logits(self) -> bool:
@@ -84,9 +104,10 @@ def _labels(student: Outputs, labels: Tensor, weight: float = 1.0) -> Terms:
     return {"labels": weight * F.cross_entropy(student.logits.float(), labels)}
 
 
-def _soft_labels(student: Outputs, teacher: Outputs | None, labels: Tensor, weights: Weights) -> Terms:
+def _soft_labels(student: Outputs, teacher: Taught | None, labels: Tensor, weights: Weights) -> Terms:
     """``(1 - alpha) * labels + alpha * T^2 * KL(teacher, student)`` at temperature T, which T^2 keeps in proportion."""
     assert teacher is not None
+    assert teacher.logits is not None
     assert weights.alpha is not None
     student_log = F.log_softmax(student.logits.float() / weights.temperature, dim=1)
     teacher_log = F.log_softmax(teacher.logits.float() / weights.temperature, dim=1)
@@ -94,22 +115,24 @@ def _soft_labels(student: Outputs, teacher: Outputs | None, labels: Tensor, weig
     return {**_labels(student, labels, 1 - weights.alpha), "soft_labels": weights.alpha * divergence}
 
 
-def _factors(student: Outputs, teacher: Outputs | None, head: nn.Module | None) -> Terms:
+def _factors(student: Outputs, teacher: Taught | None, head: nn.Module | None) -> Terms:
     """``beta * L_FT``: the head carries beta as its ``weight``."""
     assert teacher is not None
     assert head is not None
+    if isinstance(teacher, Stored):
+        return {"factors": head(student.features, teacher_factor=teacher.factors)}
     return {"factors": head(student.features, teacher.features)}
 
 
-def _attention(student: Outputs, teacher: Outputs | None, weights: Weights) -> Terms:
+def _attention(student: Outputs, teacher: Taught | None, weights: Weights) -> Terms:
     """The mean square of the difference of two unit vectors ``[N, H*W]``, the mean of squares over channels."""
-    assert teacher is not None
+    assert isinstance(teacher, Outputs)
     assert weights.attention is not None
     return {"attention": weights.attention * attention_difference(student.features, teacher.features, p=2)}
 
 
-def _hints(student: Outputs, teacher: Outputs | None, regressor: nn.Module | None, weights: Weights) -> Terms:
-    assert teacher is not None
+def _hints(student: Outputs, teacher: Taught | None, regressor: nn.Module | None, weights: Weights) -> Terms:
+    assert isinstance(teacher, Outputs)
     assert regressor is not None
     assert weights.hint is not None
     return {"hints": weights.hint * F.mse_loss(regressor(student.features).float(), teacher.features.float())}

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.distill.data import Split
-from ftfast.distill.engine import EVALUATION_BATCH_SIZE, Precision
+from ftfast.distill.engine import Precision
 from ftfast.distill.errors import IN_A_NEW_RUN, ParaphraserError
+from ftfast.distill.images import Images
 from ftfast.distill.models import place, seeded
 from ftfast.distill.schedule import cosine
 from ftfast.distill.settings import Settings
@@ -22,6 +22,7 @@ from ftfast.modules import Paraphraser
 
 LEAST_EXPLAINED_VARIANCE = 0.5
 LEAST_SPREAD = 0.1
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,18 @@ def build_paraphraser(settings: Settings) -> Paraphraser:
     return place(paraphraser, torch.device(settings.device))
 
 
+def paraphraser_images(settings: Settings) -> int:
+    """How many images the paraphraser draws."""
+    if settings.paraphraser_epochs:
+        return settings.paraphraser_epochs * (settings.dataset().train_images - settings.paraphraser_held_out)
+    return settings.paraphraser_steps * settings.paraphraser_batch_size
+
+
 @torch.no_grad()
-def teacher_features(teacher: nn.Module, split: Split, precision: Precision) -> Tensor:
+def teacher_features(teacher: nn.Module, images: Images, precision: Precision) -> Tensor:
     """The teacher's last feature maps ``[N, C, H, W]`` in its own dtype, channels_last; no image is augmented."""
     with precision.autocast():
-        features = torch.cat([teacher(images).features for images, _ in split.in_order(EVALUATION_BATCH_SIZE)])
+        features = torch.cat([teacher(batch).features for batch, _ in images.in_order(images.test_batch_size)])
     return features.contiguous(memory_format=torch.channels_last)
 
 
@@ -84,7 +92,7 @@ def train_paraphraser(
         options["momentum"] = settings.momentum
     peak = settings.paraphraser_learning_rate
     optimiser = kind(paraphraser.parameters(), lr=peak, **options)
-    distance = {"l1": F.l1_loss, "mse": F.mse_loss}[settings.paraphraser_loss]
+    distance = DISTANCES[settings.paraphraser_loss]
     generator = torch.Generator().manual_seed(settings.seed)
     paraphraser.train()
     for step in range(settings.paraphraser_steps):

@@ -71,6 +71,45 @@ _FASHION_MNIST: dict[str, Any] = {
 }
 
 
+# The recipe that torchdistill publishes for ILSVRC 2012 (configs/official/ilsvrc2012, ft-resnet18_from_resnet34).
+_IMAGENET: dict[str, Any] = {
+    "data": "images",
+    "image_size": 224,
+    "methods": ("ft",),
+    "seeds": 1,
+    "teacher_channels": 0,
+    "student_channels": 0,
+    "pretrained": True,
+    "student": "torchvision/resnet18",
+    "teacher_epochs": 1,
+    "student_epochs": 90,
+    "student_images": 0,
+    "batch_size": 256,
+    "learning_rate": 0.1,
+    "learning_rate_schedule": "steps",
+    "milestones": (30, 60),
+    "gamma": 0.1,
+    "nesterov": False,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "rate": 0.5,
+    "paraphraser_optimiser": "sgd",
+    "paraphraser_learning_rate": 0.01,
+    "paraphraser_learning_rate_schedule": "constant",
+    "paraphraser_weight_decay": 1e-4,
+    "paraphraser_loss": "mse",
+    "paraphraser_batch_size": 256,
+    "paraphraser_epochs": 1,
+    "paraphraser_held_out": 1000,
+    "beta": (1000.0,),
+    "alpha": (0.5,),
+    "attention": (1000.0,),
+    "hint": (100.0,),
+    "temperature": 1.0,
+    "threads": 0,
+}
+
+
 def _pair(data: str, teacher: str, student: str, **rest: Any) -> dict[str, Any]:
     return {**_OFFICIAL, "data": data, "teacher": teacher, "student": student, **rest}
 
@@ -85,6 +124,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-wrn16-2-wrn16-1": _pair("cifar10", "wrn-16-2", "wrn-16-1"),
     "cifar100-resnet110-resnet56": _pair("cifar100", "resnet110", "resnet56"),
     "cifar100-resnet110-resnet20": _pair("cifar100", "resnet110", "resnet20"),
+    "imagenet-resnet34-resnet18": {**_IMAGENET, "teacher": "torchvision/resnet34"},
+    "imagenet-resnet50-resnet18": {**_IMAGENET, "teacher": "torchvision/resnet50"},
 }
 
 

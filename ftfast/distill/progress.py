@@ -21,10 +21,11 @@ class Progress:
     Args:
         images: how many images all phases draw, for the outer bar.
         console: where to write; there are no bars where its file is no terminal, whatever FORCE_COLOR says of colours.
+        quiet: say nothing at all.
     """
 
-    def __init__(self, images: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+    def __init__(self, images: int, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),

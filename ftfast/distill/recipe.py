@@ -16,6 +16,7 @@ DECAYED = ("all", "matrices")
 OPTIMISERS = ("adam", "sgd")
 RECONSTRUCTION_LOSSES = ("l1", "mse")
 SCHEDULES = ("cosine", "steps")
+LOADERS = ("folder", "gpu", "webdataset", "synthetic")
 PARAPHRASER_SCHEDULES = ("cosine", "constant")
 
 
@@ -29,6 +30,20 @@ class Recipe:
     crop_padding: int = setting(0, "pixels around a training image, out of which it is cut at random", least=0, most=64)
     flip: bool = setting(False, "mirror one training image in two")
     cutout: int = setting(0, "side of the square that is blanked in a training image", least=0, most=1024)
+    loader: str = setting(
+        "folder",
+        "how photographs (--data images) come: JPEG files of a folder, decoded by the processor or the gpu; webdataset "
+        "shards; or synthetic ones without files",
+        choices=LOADERS,
+    )
+    image_size: int = setting(224, "pixels of a photograph's side as the networks take it", least=8, most=4096)
+    rand_augment: int = setting(0, "magnitude of RandAugment on photographs, 0 for none", least=0, most=30)
+    classes: int = setting(0, "classes of the photographs, 0 for those of the folder", least=0)
+    train_images: int = setting(0, "photographs to train on, 0 for those of the folder", least=0)
+    test_images: int = setting(0, "photographs to test on, 0 for those of the folder", least=0)
+    workers: int = setting(
+        -1, "processes that read photographs, for each GPU; -1 for a share of the processors", least=-1, free=True
+    )
     methods: tuple[str, ...] = setting(("none", "ft", "kd", "ft+kd"), "methods to compare", choices=tuple(METHODS))
     seeds: int = setting(6, "students of each method; a seed fixes a student's weights and its batches", least=1)
 
@@ -49,7 +64,7 @@ class Recipe:
     shortcut: str = setting("identity", "shortcuts of ResNets", choices=models.SHORTCUTS)
     resize_features: bool = setting(False, "pool the larger of the teacher's and student's feature maps to the smaller")
 
-    batch_size: int = setting(32, "images in a batch", least=1)
+    batch_size: int = setting(32, "images in a batch, of all processes together", least=1)
     learning_rate: float = setting(0.05, "the first one of SGD", positive=True)
     learning_rate_schedule: str = setting(
         "cosine", "to 0 along a cosine, or in steps at the milestones", choices=SCHEDULES
@@ -61,13 +76,21 @@ class Recipe:
     weight_decay: float = setting(5e-4, "of SGD", least=0)
     decayed: str = setting("all", "parameters that decay: all, or those but biases and norms", choices=DECAYED)
     clip_gradient: float | None = setting(None, "largest norm of all gradients together", positive=True)
+    sync_batch_norm: bool = setting(False, "batch norms see the whole batch, not each GPU's part of it")
     accumulate: int = setting(1, "parts in which a batch goes through the networks, to save memory", least=1)
     ema: float | None = setting(
         None, "decay of the average of the weights over steps, kept in place of the last ones", positive=True, most=1
     )
+    warm_up: float = setting(0.0, "epochs over which the learning rate rises to its first value", least=0)
+    label_smoothing: float = setting(0.0, "share of each label that all classes get alike", least=0, most=0.99)
+    mixup: float = setting(0.0, "alpha of mixup, 0 for none; factors are those of the mixed image", least=0)
+    cutmix: float = setting(0.0, "alpha of cutmix, 0 for none; with mixup, each batch draws one of the two", least=0)
 
     rate: float = setting(0.5, "the paraphraser's k: factor channels over feature channels", positive=True, most=64)
     paraphraser_steps: int = setting(500, "steps of the paraphraser", least=1)
+    paraphraser_epochs: int = setting(
+        0, "epochs of the paraphraser over the training images as the students see them, in place of its steps", least=0
+    )
     paraphraser_batch_size: int = setting(128, "feature maps in a step of the paraphraser", least=1)
     paraphraser_optimiser: str = setting("adam", "optimiser of the paraphraser", choices=OPTIMISERS)
     paraphraser_learning_rate: float = setting(3e-3, "its first rate", positive=True)

@@ -13,7 +13,6 @@ import torch
 
 import ftfast
 from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.data import DATASETS
 from ftfast.distill.engine import Epoch, images_per_second
 from ftfast.distill.methods import METHODS, Weights
 from ftfast.distill.resumable import history_of
@@ -68,7 +67,7 @@ def collect(
     """
     baseline = [student["accuracy"] for student in methods["none"][1]] if "none" in methods else None
     history = history_of(teacher)
-    dataset = DATASETS[settings.data]
+    dataset = settings.dataset()
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -1,9 +1,10 @@
 """A whole run: teacher, paraphraser, weights, students. Each phase keeps its result, which a resumed run reads."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ import torch
 
 from ftfast import dispatch
 from ftfast.distill import data, files
-from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import RunFolderError, SettingsError
 from ftfast.distill.examine import examine_step
 from ftfast.distill.folder import RunFolder, check_run_folder, open_run_folder
 from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
 from ftfast.distill.methods import METHODS
+from ftfast.distill.paraphrase import paraphraser_images
+from ftfast.distill.processes import Processes, joined
 from ftfast.distill.progress import Progress
 from ftfast.distill.results import collect
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.selection import candidates, trial_images
 from ftfast.distill.settings import DTYPES, Settings
-from ftfast.distill.setup import Setup, precision_of
+from ftfast.distill.setup import Setup, load_images, precision_of
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
 from ftfast.distill.teacher import read_teacher
@@ -39,27 +41,50 @@ def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_se
         DistillError: in one sentence, before anything is written where that can be known before.
     """
     settings = settings.resolved()
-    check_run_folder(output, settings, resume=resume)
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts all anew
+    with ExitStack() as stack:
+        processes = stack.enter_context(joined(settings.device))
+
+        def open_folder() -> bool:
+            check_run_folder(output, settings, resume=resume)
+            _check(settings, processes)
+            is_new = not RunFolder(output).settings.exists()
+            stack.enter_context(open_run_folder(output, settings, resume=resume))
+            return is_new
+
+        is_new = processes.on_first(open_folder)
+        return _run_in(RunFolder(output), settings, checkpoint_seconds, processes, starts_anew=resume and is_new)
+
+
+def _check(settings: Settings, processes: Processes) -> None:
+    """What can be known before anything is written."""
+    ranks = processes.part.ranks
+    for name in ("batch_size", "paraphraser_batch_size"):
+        # Batches of an epoch are of nearly equal size: none is less than half of the largest.
+        if processes.are_many and getattr(settings, name) < 2 * ranks:
+            raise SettingsError(
+                f"{name} is {getattr(settings, name)}, which {ranks} processes share; it takes at least {2 * ranks}."
+            )
     data.check_files(settings.data, settings.image_source())
     if settings.teacher_source() is not None:
         read_teacher(settings)
     _check_backend(settings)
-    is_new = not RunFolder(output).settings.exists()
-    with open_run_folder(output, settings, resume=resume) as folder:
-        return _run_in(folder, settings, checkpoint_seconds, starts_anew=resume and is_new)
 
 
-def _run_in(folder: RunFolder, settings: Settings, checkpoint_seconds: float, *, starts_anew: bool) -> dict[str, Any]:
+def _run_in(
+    folder: RunFolder, settings: Settings, checkpoint_seconds: float, processes: Processes, *, starts_anew: bool
+) -> dict[str, Any]:
     start = time.perf_counter()
-    with _reproducible(settings), Progress(_planned_images(settings)) as progress:
+    with _reproducible(settings), Progress(_planned_images(settings), quiet=not processes.is_first) as progress:
         if starts_anew:
             progress.say(f"{folder.path} holds no run yet: --resume starts a new run")
         for epochs in sorted({settings.teacher_epochs, settings.student_epochs}):
             if (warning := schedule_of(settings, epochs).warning) is not None:
                 progress.say(f"warning: {warning}")
-        train, test = data.load(settings.data, torch.device(settings.device), settings.image_source())
+        train, test = load_images(settings, report=progress.say)
         students, _ = train.cut(settings.student_images)
-        setup = Setup(settings, precision_of(settings), folder, progress, checkpoint_seconds, train, students, test)
+        precision = precision_of(settings)
+        setup = Setup(settings, precision, folder, progress, checkpoint_seconds, train, students, test, processes)
         teacher, teacher_checkpoint = prepare_teacher(setup)
         paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
         guides = Guides(teacher, paraphraser)
@@ -67,9 +92,15 @@ def _run_in(folder: RunFolder, settings: Settings, checkpoint_seconds: float, *,
         trials = select_weights(setup, guides)
         methods = {method: train_students(setup, guides, method, trials[method]) for method in settings.methods}
     results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)
-    results.update(_earlier_record(folder))
-    files.write_json(folder.results, results)
-    return results
+    if processes.are_many:
+        results["hardware"]["processes"] = processes.part.ranks
+
+    def write() -> dict[str, Any]:
+        results.update(_earlier_record(folder))
+        files.write_json(folder.results, results)
+        return results
+
+    return processes.on_first(write)
 
 
 def _check_backend(settings: Settings) -> None:
@@ -96,9 +127,9 @@ def _earlier_record(folder: RunFolder) -> dict[str, Any]:
 
 def _planned_images(settings: Settings) -> int:
     """How many images all phases draw."""
-    images = settings.teacher_epochs * DATASETS[settings.data].train_images
+    images = settings.teacher_epochs * settings.dataset().train_images
     if any(METHODS[method].uses_factors for method in settings.methods):
-        images += settings.paraphraser_steps * settings.paraphraser_batch_size
+        images += paraphraser_images(settings)
     for method in settings.methods:
         trials = len(candidates(settings, method))
         images += trials * trial_images(settings) if trials > 1 else 0

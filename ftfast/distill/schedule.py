@@ -8,7 +8,7 @@ from ftfast.distill.settings import Settings
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of a training and its SGD.
+    """The length of a training and its descent.
 
     Attributes:
         epochs, batch_size, momentum, weight_decay, nesterov: as SGD and its loop take them.
@@ -19,6 +19,8 @@ class Schedule:
         clip_gradient: the largest L2 norm of all gradients together; None leaves them.
         accumulate: parts in which a batch goes through the networks, for memory's sake; one step for all of them.
         ema: decay of the average of the weights over steps, which is what is kept in the end; None keeps the last.
+        optimiser: ``"sgd"``, or ``"adam"`` in its customary form.
+        warm_up: epochs over which the rate rises in equal steps to the first one; the cosine falls over the rest.
     """
 
     epochs: int
@@ -34,11 +36,16 @@ class Schedule:
     clip_gradient: float | None = None
     accumulate: int = 1
     ema: float | None = None
+    optimiser: str = "sgd"
+    warm_up: float = 0.0
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over all epochs."""
+        rising = min(round(self.warm_up * steps_per_epoch), self.epochs * steps_per_epoch)
+        if step < rising:
+            return self.learning_rate * (step + 1) / (rising + 1)
         if self.kind == "cosine":
-            return cosine(self.learning_rate, step, self.epochs * steps_per_epoch)
+            return cosine(self.learning_rate, step - rising, self.epochs * steps_per_epoch - rising)
         passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
         return self.learning_rate * self.gamma**passed
 
@@ -74,4 +81,5 @@ def schedule_of(settings: Settings, epochs: int) -> Schedule:
         clip_gradient=settings.clip_gradient,
         accumulate=settings.accumulate,
         ema=settings.ema,
+        warm_up=settings.warm_up,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from ftfast.distill.data import Split
 from ftfast.distill.engine import DivergedError, Precision, evaluate
 from ftfast.distill.methods import METHODS, Weights
+from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.settings import Settings
 from ftfast.distill.students import Guides, student_training
 
@@ -54,6 +55,7 @@ def try_weights(
     method: str,
     weights: Weights,
     after_epoch: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> Trial:
     """Trains students on all folds but one and judges them on that one, for each fold of ``split`` in turn.
 
@@ -72,12 +74,13 @@ def try_weights(
                 weights=weights,
                 seed=FIRST_SEED + fold * settings.selection_seeds + repeat,
                 epochs=selection_epochs(settings),
+                processes=processes,
             )
             try:
                 training.run(lambda current: after_epoch(current.history[-1].images))
             except DivergedError:
                 return Trial(named(method, weights), None, None)
-            scores.append(evaluate(training.learner["model"], validated, precision))  # type: ignore[index]
+            scores.append(evaluate(training.learner["model"], validated, precision, processes))  # type: ignore[index]
     accuracies, losses = zip(*scores, strict=True)
     return Trial(named(method, weights), fmean(accuracies), fmean(losses))
 

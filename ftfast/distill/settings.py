@@ -12,7 +12,7 @@ import torch
 
 from ftfast.distill import datasets, models
 from ftfast.distill.augment import Augmentation
-from ftfast.distill.data import DATASETS, Source
+from ftfast.distill.data import DATASETS, Dataset, Source, described_dataset
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.fields import check
 from ftfast.distill.methods import METHODS, WEIGHTS
@@ -21,6 +21,7 @@ from ftfast.distill.recipe import DTYPES, Recipe
 __all__ = ["DTYPES", "HINTS", "Settings"]
 FORMAT = "ftfast-settings"
 VERSION = 1
+PHOTOGRAPH_FIELDS = ("loader", "image_size", "rand_augment", "classes", "train_images", "test_images", "workers")
 GRID_STEPS = (0.5, 1.0, 2.0)
 # Of the weights whose unit does not depend on the factor's size: about what their papers and their papers' code use.
 GRIDS = {"attention": (500.0, 1000.0, 2000.0), "hint": (1.0, 10.0, 100.0), "alpha": (0.5, 0.7, 0.9)}
@@ -47,6 +48,13 @@ class Settings(Recipe):
             models.check_name(name)
         if self.learning_rate_schedule == "steps" and not self.milestones:
             raise SettingsError("learning_rate_schedule is 'steps', and milestones is empty; give --milestones 82,123.")
+        self._check_photographs()
+        if DATASETS[self.data].is_streamed and any(len(getattr(self, name)) > 1 for name in WEIGHTS):
+            raise SettingsError(
+                "several values of a weight are given, and with --data images none is chosen; give one of each."
+            )
+        if not self.dataset().train_images:
+            return  # photographs that are not counted yet
         self._check_image_counts()
         self._check_folds()
         if self._student_images() < self.batch_size:
@@ -56,7 +64,7 @@ class Settings(Recipe):
             )
 
     def _check_folds(self) -> None:
-        fewest = DATASETS[self.data].classes * self.validation_folds
+        fewest = self.dataset().classes * self.validation_folds
         images = self._student_images()
         if len(self.weight_grid()) > 1 and images < fewest:
             raise SettingsError(
@@ -65,7 +73,7 @@ class Settings(Recipe):
             )
 
     def _check_image_counts(self) -> None:
-        dataset = DATASETS[self.data]
+        dataset = self.dataset()
         for name, whole in (
             ("student_images", dataset.train_images),
             ("paraphraser_held_out", dataset.train_images),
@@ -79,7 +87,36 @@ class Settings(Recipe):
                 )
 
     def _student_images(self) -> int:
-        return self.student_images or DATASETS[self.data].train_images
+        return self.student_images or self.dataset().train_images
+
+    def _check_photographs(self) -> None:
+        if not DATASETS[self.data].is_streamed:
+            for name in PHOTOGRAPH_FIELDS:
+                if getattr(self, name) != getattr(Recipe, name):
+                    raise SettingsError(
+                        f"{name} is {getattr(self, name)!r}, and data is {self.data!r}; it is for --data images."
+                    )
+            return
+        if self.crop_padding or self.flip or self.cutout:
+            raise SettingsError(
+                "crop_padding, flip or cutout is given, and photographs are cropped and flipped by their loader; leave "
+                "them out."
+            )
+        if not self.paraphraser_epochs and any(METHODS[method].uses_factors for method in self.methods):
+            raise SettingsError(
+                "paraphraser_epochs is 0, which keeps the features of all images in memory; give at least 1 with "
+                "--data images."
+            )
+
+    def dataset(self) -> Dataset:
+        """The data set; of photographs, what is known of them."""
+        photographs = {
+            "classes": self.classes,
+            "size": self.image_size,
+            "train": self.train_images,
+            "test": self.test_images,
+        }
+        return described_dataset(self.data, photographs)
 
     def image_source(self) -> Source:
         """Where the images come from, and how those that are trained on are augmented."""
@@ -97,13 +134,13 @@ class Settings(Recipe):
 
     def teacher_features(self) -> models.FeatureMap:
         """The teacher's layer that is compared, and its shape."""
-        shape = DATASETS[self.data].image_shape
+        shape = self.dataset().image_shape
         layer, option = self.teacher_layer, "teacher_layer"
         return models.feature_map(self.teacher, self.teacher_channels, self.shortcut, shape, layer=layer, option=option)
 
     def student_features(self) -> models.FeatureMap:
         """The students' layer that is compared, and its shape."""
-        shape = DATASETS[self.data].image_shape
+        shape = self.dataset().image_shape
         layer, option = self.student_layer, "student_layer"
         return models.feature_map(self.student, self.student_channels, self.shortcut, shape, layer=layer, option=option)
 
@@ -149,8 +186,11 @@ class Settings(Recipe):
         if given := getattr(self, name):
             return given
         if name != "beta":
-            return GRIDS[name]
+            grid = GRIDS[name]
+            return grid[1:2] if DATASETS[self.data].is_streamed else grid
         centre = 500 * math.sqrt(self.factor_size() / 2048)  # the mean form shrinks like 1/sqrt(D); 500 suits CIFAR
+        if DATASETS[self.data].is_streamed:
+            return (round(centre, 4),)
         return tuple(round(centre * step, 4) for step in GRID_STEPS)
 
     def resolved(self) -> Self:
@@ -159,6 +199,8 @@ class Settings(Recipe):
         Raises:
             SettingsError: a device that is not there, an unknown layer, or feature maps of unlike size.
         """
+        if DATASETS[self.data].is_streamed and not (self.classes and self.train_images and self.test_images):
+            return self._counted().resolved()
         device = self._resolved_device()
         checkpoint = self.teacher_checkpoint
         in_files = DATASETS[self.data].in_files
@@ -180,9 +222,30 @@ class Settings(Recipe):
             student_layer=self.student_features().layer,
         )
 
+    def _counted(self) -> Self:
+        """With the photographs counted, those of the folder or, where there is none, as many as ImageNet has."""
+        from ftfast.distill import photographs
+
+        if self.loader == "synthetic":
+            found = photographs.IMAGENET
+        else:
+            found = photographs.describe(Path(self.data_dir or datasets.default_folder()), self.loader)
+            if self.classes not in (0, found.classes):
+                raise SettingsError(
+                    f"classes is {self.classes}, and the photographs have {found.classes}; leave --classes out."
+                )
+        return dataclasses.replace(
+            self,
+            classes=self.classes or found.classes,
+            train_images=self.train_images or found.train_images,
+            test_images=self.test_images or found.test_images,
+        )
+
     def _resolved_dtype(self, device: str) -> str:
         if self.engine == "plain" and self.dtype not in ("auto", "float32"):
             raise SettingsError(f"dtype is {self.dtype!r}; --engine plain computes in float32.")
+        if self.sync_batch_norm and device != "cuda":
+            raise SettingsError("sync_batch_norm is given, and torch has it on GPUs alone; leave it out on the CPU.")
         if self.dtype == "float16" and device != "cuda":
             raise SettingsError("dtype is 'float16', which takes a GPU; on the CPU take bfloat16 or float32.")
         if self.dtype != "auto" or self.engine == "plain":

@@ -1,5 +1,7 @@
 """What every phase of a run works with, and how a phase trains."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,11 @@ from typing import Any
 import torch
 
 from ftfast.distill import data, resumable
-from ftfast.distill.engine import Epoch, Precision, Training
+from ftfast.distill.checkpoint import Checkpoint, save
+from ftfast.distill.engine import Precision, Training
 from ftfast.distill.folder import RunFolder
+from ftfast.distill.images import Images
+from ftfast.distill.processes import Processes
 from ftfast.distill.progress import Progress
 from ftfast.distill.settings import DTYPES, Settings
 from ftfast.distill.tensorboard import EpochLog
@@ -19,29 +24,88 @@ def precision_of(settings: Settings) -> Precision:
     return Precision(torch.device(settings.device), DTYPES[settings.dtype])
 
 
+def load_images(
+    settings: Settings, source: data.Source | None = None, *, report: Callable[[str], None] = lambda _: None
+) -> tuple[Images, Images]:
+    """The images to train on and to test on, of resolved settings.
+
+    Args:
+        source: in place of the settings' own.
+        report: takes a line on what is wrong with the files.
+
+    Raises:
+        DataError: files that are not there, or damaged.
+    """
+    device, source = torch.device(settings.device), source or settings.image_source()
+    if not settings.dataset().is_streamed:
+        return data.load(settings.data, device, source)
+    from ftfast.distill import streamed
+
+    return streamed.load(
+        source.folder,
+        settings.loader,
+        device,
+        image_size=settings.image_size,
+        workers=settings.workers,
+        rand_augment=settings.rand_augment,
+        classes=settings.classes,
+        train_images=settings.train_images,
+        test_images=settings.test_images,
+        report=report,
+    )
+
+
 @dataclass(frozen=True)
 class Setup:
-    """What every phase works with; settings are resolved, images are on the device."""
+    """What every phase works with, in each of the run's processes; settings are resolved, images on the device."""
 
     settings: Settings
     precision: Precision
     folder: RunFolder
     progress: Progress
     checkpoint_seconds: float
-    train: data.Split
-    students: data.Split
-    test: data.Split
+    train: Images
+    students: Images
+    test: Images
+    processes: Processes
+
+    @property
+    def part_size(self) -> int:
+        """Images in this process's part of a batch."""
+        return -(-self.settings.batch_size // self.processes.part.ranks)
+
+    def read_finished(self, path: Path, description: dict[str, Any]) -> Checkpoint | None:
+        """The checkpoint of a phase that has ended, read by the first process; None where it has not.
+
+        Raises:
+            CheckpointError: not as it was written, or of something else.
+        """
+        return self.processes.on_first(lambda: resumable.read_finished(path, description))
+
+    def keep(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint folder, in the first process."""
+        self.processes.on_first(lambda: save(path, checkpoint))
+
+    def forget(self, path: Path) -> None:
+        """Removes a checkpoint folder that has served, in the first process."""
+        if self.processes.is_first:
+            shutil.rmtree(path, ignore_errors=True)
 
     def describe(self, kind: str, model: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        return {"kind": kind, "model": model, "data": self.settings.data, "dtype": self.settings.dtype, **rest}
+        settings, dataset = self.settings, self.settings.dataset()
+        photographs = {"classes": dataset.classes, "size": dataset.image_shape[1]}
+        of_images = {"data": settings.data, **({"photographs": photographs} if dataset.is_streamed else {})}
+        return {"kind": kind, "model": model, **of_images, "dtype": settings.dtype, **rest}
 
     def finish(self, training: Training, path: Path, description: dict[str, Any]) -> None:
         """Trains to the end, with progress, logs and checkpoints, and leaves the checkpoint at ``path``."""
         with EpochLog(self.folder.tensorboard / path.relative_to(self.folder.path)) as log:
 
-            def after_epoch(record: Epoch) -> None:
+            def after_epoch(training: Training) -> None:
+                record = training.history[-1]
                 self.progress.advance(record.images)
-                log.add(record)
+                if self.processes.is_first:
+                    log.add(record)
 
             resumable.finish(
                 training,
@@ -50,4 +114,5 @@ class Setup:
                 checkpoint_seconds=self.checkpoint_seconds,
                 after_epoch=after_epoch,
                 resumed=lambda history: self.progress.skip(sum(record.images for record in history)),
+                processes=self.processes,
             )

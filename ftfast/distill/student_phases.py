@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftfast.distill import checkpoint, files, resumable, selection
+from ftfast.distill import files, resumable, selection
+from ftfast.distill.data import Split
 from ftfast.distill.errors import IN_A_NEW_RUN, DistillError, RunFolderError
 from ftfast.distill.methods import METHODS, Weights
 from ftfast.distill.results import method_line, student_result
@@ -21,7 +22,7 @@ def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Tri
     """Every method's trials; they are kept one by one, so that a kill loses one at most."""
     settings, progress = setup.settings, setup.progress
     path = setup.folder.selection
-    kept = _read_trials(path, settings)
+    kept = setup.processes.on_first(lambda: _read_trials(path, settings))
     for method in settings.methods:
         candidates = selection.candidates(settings, method)
         trials = kept.setdefault(method, [])
@@ -30,12 +31,21 @@ def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Tri
             progress.begin(f"weights of {method}", len(candidates) * images)
             progress.advance(len(trials) * images)
             start = time.perf_counter()
+            assert isinstance(setup.students, Split)  # photographs leave no choice
             for weights in candidates[len(trials) :]:
                 trial = selection.try_weights(
-                    settings, setup.precision, guides, setup.students, method, weights, progress.advance
+                    settings,
+                    setup.precision,
+                    guides,
+                    setup.students,
+                    method,
+                    weights,
+                    progress.advance,
+                    setup.processes,
                 )
                 trials.append(trial)
-                files.write_json(path, {name: selection.to_json(rows) for name, rows in kept.items()})
+                if setup.processes.is_first:
+                    files.write_json(path, {name: selection.to_json(rows) for name, rows in kept.items()})
             progress.say(f"weights of {method}: {_chosen_line(trials)}, {time.perf_counter() - start:.1f} s")
             progress.end()
     return kept
@@ -106,7 +116,7 @@ def train_students(
         path = setup.folder.student(method, seed)
         named = {"method": method, "seed": seed, "weights": asdict(weights)}
         description = setup.describe("student", student_description(settings), **named)
-        finished = resumable.read_finished(path, description)
+        finished = setup.read_finished(path, description)
         if finished is None:
             training = student_training(
                 settings,
@@ -117,9 +127,11 @@ def train_students(
                 weights=weights,
                 seed=seed,
                 watched=setup.test,
+                processes=setup.processes,
             )
             setup.finish(training, path, description)
-            finished = checkpoint.load(path)
+            finished = setup.read_finished(path, description)
+            assert finished is not None
         else:
             progress.advance(settings.student_epochs * len(setup.students))
         results.append(student_result(seed, resumable.history_of(finished)))

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ftfast.distill.errors import IN_A_NEW_RUN, DistillError
 from ftfast.distill.methods import Outputs, Terms
+from ftfast.distill.processes import ALONE, Processes, lost_in_words
 from ftfast.distill.schedule import Schedule
 
 # Losses are looked at this often: on a GPU each look waits for all steps before it.
@@ -32,48 +35,64 @@ class Precision:
 
 
 class LearningStep:
-    """Steps of SGD on the sum of named loss terms; student and translator share one fused optimiser.
+    """Steps of gradient descent on the sum of named loss terms; student and translator share one fused optimiser.
 
     Args:
         learner: everything that learns.
-        terms: images ``[N, C, H, W]`` and labels ``[N]`` to the named terms, each the mean over the batch.
+        terms: a batch, its images ``[N, C, H, W]`` and labels first, to the named terms, each the mean over the batch.
         schedule, precision: see there; float16 gets a gradient scaler.
+        processes: those that share every batch; they step with the mean of their gradients.
     """
 
     def __init__(
-        self, learner: nn.Module, terms: Callable[[Tensor, Tensor], Terms], schedule: Schedule, precision: Precision
+        self,
+        learner: nn.Module,
+        terms: Callable[..., Terms],
+        schedule: Schedule,
+        precision: Precision,
+        processes: Processes = ALONE,
     ) -> None:
         self._terms = terms
         self._schedule = schedule
         self._precision = precision
+        self._ranks = processes.part.ranks
         self._parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.SGD(
-            parameter_groups(self._parameters, schedule),
-            lr=schedule.learning_rate,
-            momentum=schedule.momentum,
-            nesterov=schedule.nesterov and schedule.momentum > 0,
-            fused=True,
-        )
+        self._shared = None
+        if processes.are_many:
+            self._shared = DistributedDataParallel(_Loss(learner, terms), gradient_as_bucket_view=True)
+            self._terms = self._shared
+        self.optimiser = _optimiser(parameter_groups(self._parameters, schedule), schedule)
         self._scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype == torch.float16)
 
-    def __call__(self, images: Tensor, labels: Tensor, learning_rate: float) -> Terms:
-        """One step; returns the terms' values, on the device and detached."""
+    def __call__(self, batch: tuple[Tensor, ...], learning_rate: float, whole: int | None = None) -> Terms:
+        """One step; returns the terms' values, on the device and detached.
+
+        Args:
+            batch: this process's part of it.
+            whole: the images of the batch over all processes; the mean of the returned values over the processes is
+                then the mean over these.
+
+        Raises:
+            LostProcessError: another process is gone.
+        """
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
         self.optimiser.zero_grad(set_to_none=True)
         values: Terms = {}
-        parts = self._schedule.accumulate
-        for part_images, part_labels in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            share = len(part_labels) / len(labels)
-            if not share:
-                continue
-            with self._precision.autocast():
-                terms = self._terms(part_images, part_labels)
-                loss = torch.stack(list(terms.values())).sum()
-            self._scaler.scale(loss if share == 1 else loss * share).backward()
+        split = zip(*(tensor.tensor_split(self._schedule.accumulate) for tensor in batch), strict=True)
+        parts = [part for part in split if len(part[0])]
+        for place, part in enumerate(parts):
+            share = len(part[0]) * self._ranks / (whole or len(batch[0]))
+            is_last = place == len(parts) - 1
+            # The processes' gradients meet once, in the backward of the last part.
+            with lost_in_words(), nullcontext() if self._shared is None or is_last else self._shared.no_sync():
+                with self._precision.autocast():
+                    terms = self._terms(*part)
+                    loss = torch.stack(list(terms.values())).sum()
+                self._scaler.scale(loss if share == 1 else loss * share).backward()
             for name, value in terms.items():
-                part = value.detach() if share == 1 else value.detach() * share
-                values[name] = values[name] + part if name in values else part
+                weighted = value.detach() if share == 1 else value.detach() * share
+                values[name] = values[name] + weighted if name in values else weighted
         if self._schedule.clip_gradient is not None:
             self._scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self._parameters, self._schedule.clip_gradient)
@@ -93,6 +112,30 @@ class LearningStep:
             self._scaler.load_state_dict(state["scaler"])
 
 
+class _Loss(nn.Module):
+    """The terms as the forward of the module that learns, which is what torch's data parallelism wraps."""
+
+    def __init__(self, learner: nn.Module, terms: Callable[..., Terms]) -> None:
+        super().__init__()
+        self.learner = learner
+        self._terms = terms
+
+    def forward(self, *batch: Tensor) -> Terms:
+        return self._terms(*batch)
+
+
+def _optimiser(groups: list[dict[str, Any]], schedule: Schedule) -> torch.optim.Optimizer:
+    if schedule.optimiser == "adam":
+        return torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True)
+    return torch.optim.SGD(
+        groups,
+        lr=schedule.learning_rate,
+        momentum=schedule.momentum,
+        nesterov=schedule.nesterov and schedule.momentum > 0,
+        fused=True,
+    )
+
+
 def parameter_groups(parameters: list[nn.Parameter], schedule: Schedule) -> list[dict[str, Any]]:
     """One group with weight decay, and where the schedule spares vectors, one without."""
     if schedule.decay_vectors:
@@ -107,27 +150,37 @@ def parameter_groups(parameters: list[nn.Parameter], schedule: Schedule) -> list
 
 
 class LossRecord:
-    """Means of loss terms over an epoch, summed on the device and looked at every so many steps."""
+    """Means of loss terms over an epoch, summed on the device and looked at every so many steps.
 
-    def __init__(self, sums: dict[str, Tensor] | None = None) -> None:
+    Args:
+        sums: over the images drawn so far by all processes.
+    """
+
+    def __init__(self, sums: dict[str, Tensor] | None = None, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self.sums = dict(sums or {})
+        if not processes.is_first:  # every process adds its own; what was drawn so far is the first one's
+            self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
         self._unseen: list[Tensor] = []
 
     def add(self, terms: Terms, images: int, step: int) -> None:
-        """Takes a step's terms; ``step`` is counted from 0 over all epochs.
+        """Takes a step's terms, of a batch of that many images; ``step`` is counted from 0 over all epochs.
 
         Raises:
             DivergedError: one of the last steps had a loss that is not finite.
         """
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value * images
+            self.sums[name] = self.sums.get(name, 0) + value * (images / self._processes.part.ranks)
         self._unseen.append(torch.stack(list(terms.values())).sum())
         if len(self._unseen) == STEPS_BETWEEN_LOOKS:
             self.look(step)
 
     def look(self, step: int) -> None:
         """Waits for the device and checks every loss since the last look, ``step`` being the latest."""
-        losses, self._unseen = torch.stack(self._unseen).tolist() if self._unseen else [], []
+        if not self._unseen:
+            return
+        losses = (self._processes.sum(torch.stack(self._unseen)) / self._processes.part.ranks).tolist()
+        self._unseen = []
         for place, loss in enumerate(losses):
             if not math.isfinite(loss):
                 at = step - len(losses) + 1 + place
@@ -137,9 +190,13 @@ class LossRecord:
                     "there."
                 )
 
+    def totals(self) -> dict[str, Tensor]:
+        """The sums over all processes; every one of them asks at the same step."""
+        return {name: self._processes.sum(total) for name, total in self.sums.items()}
+
     def means(self, images: int) -> dict[str, float]:
         """The terms by name, each a mean over the images."""
-        return {name: float(total) / images for name, total in self.sums.items()}
+        return {name: float(total) / images for name, total in self.totals().items()}
 
 
 class BesideStudent:

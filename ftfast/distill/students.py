@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.data import Split
 from ftfast.distill.engine import Precision, Training, evaluate
-from ftfast.distill.methods import METHODS, Regressor, Terms, Weights
+from ftfast.distill.images import Images
+from ftfast.distill.methods import METHODS, Regressor, Stored, Terms, Weights
+from ftfast.distill.mixing import Mixing
 from ftfast.distill.models import place, seeded
+from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.resized import resized
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.settings import Settings
@@ -32,7 +34,7 @@ def build_student(settings: Settings, seed: int) -> nn.Module:
     """A student's model; one seed gives the same weights whatever the method, so methods compare in pairs."""
     return build(
         student_description(settings),
-        settings.data,
+        settings.dataset(),
         seed=seed,
         device=torch.device(settings.device),
         pretrained=settings.student_pretrained,
@@ -43,32 +45,53 @@ def student_training(
     settings: Settings,
     precision: Precision,
     guides: Guides,
-    split: Split,
+    images: Images,
     *,
     method: str,
     weights: Weights,
     seed: int,
     epochs: int | None = None,
-    watched: Split | None = None,
+    watched: Images | None = None,
+    processes: Processes = ALONE,
 ) -> Training:
     """The training of one student, ready to run; its learner has the student as ``model``.
 
     Args:
-        split: the images to learn from, in an order that ``seed`` decides, the same for every method.
+        images: to learn from, in an order that ``seed`` decides, the same for every method.
         epochs: in place of the settings' ``student_epochs``.
         watched: images on which the accuracy is recorded after every epoch; nothing is decided by it.
+        processes: those that train it together.
     """
-    student = build_student(settings, seed)
+    student = with_batch_norms(build_student(settings, seed), settings)
     learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=seed)
     schedule = schedule_of(settings, epochs or settings.student_epochs)
-    accuracy = None if watched is None else lambda: evaluate(student, watched, precision)[0]
-    return Training(learner, terms, split, schedule, precision, seed=seed, accuracy=accuracy)
+    accuracy = None if watched is None else lambda: evaluate(student, watched, precision, processes)[0]
+    mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
+    return Training(
+        learner,
+        terms,
+        images,
+        schedule,
+        precision,
+        seed=seed,
+        accuracy=accuracy,
+        processes=processes,
+        mixing=mixing if mixing else None,
+    )
+
+
+def with_batch_norms(model: nn.Module, settings: Settings) -> nn.Module:
+    """The model, its batch norms over all processes where the settings want that."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings.sync_batch_norm else model
 
 
 def learner_of(
     settings: Settings, guides: Guides, student: nn.Module, *, method: str, weights: Weights, seed: int
-) -> tuple[nn.ModuleDict, Callable[[Tensor, Tensor], Terms]]:
-    """What learns, the student as ``model`` and beside it what its method adds, and the terms of its loss."""
+) -> tuple[nn.ModuleDict, Callable[..., Terms]]:
+    """What learns, the student as ``model`` and beside it what its method adds, and the terms of its loss.
+
+    The terms take images, labels and, where a factor store stands in for the teacher, what :class:`Stored` holds.
+    """
     chosen = METHODS[method]
     learner = nn.ModuleDict({"model": student})
     guide: nn.Module | None = None
@@ -82,7 +105,9 @@ def learner_of(
     forward = resized(forward, features, settings.map_size())
     both = BesideStudent(guides.teacher, forward)
 
-    def terms(images: Tensor, labels: Tensor) -> Terms:
+    def terms(images: Tensor, labels: Tensor, *stored: Tensor) -> Terms:
+        if stored and chosen.uses_teacher:
+            return chosen.terms(forward(images), Stored(*stored), labels, guide, weights)
         found, taught = both(images) if chosen.uses_teacher else (forward(images), None)
         return chosen.terms(found, taught, labels, guide, weights)
 

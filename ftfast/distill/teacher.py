@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.distill import checkpoint, foreign, libraries, models
-from ftfast.distill.data import DATASETS
+from ftfast.distill.data import Dataset
 from ftfast.distill.errors import CheckpointError
 from ftfast.distill.methods import Outputs
 from ftfast.distill.settings import Settings
@@ -25,10 +25,9 @@ def student_description(settings: Settings) -> dict[str, Any]:
 
 
 def build(
-    description: dict[str, Any], data: str, *, seed: int, device: torch.device, pretrained: bool = False
+    description: dict[str, Any], dataset: Dataset, *, seed: int, device: torch.device, pretrained: bool = False
 ) -> nn.Module:
     """The described model for the images of a data set, channels_last on the device."""
-    dataset = DATASETS[data]
     model = models.build_model(
         **description,
         in_channels=dataset.image_shape[0],
@@ -70,7 +69,7 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
         CheckpointError: not readable, not plain tensors, or of another model.
         SettingsError: a library's weights that cannot be had, or are for other classes.
     """
-    dataset = DATASETS[settings.data]
+    dataset = settings.dataset()
     if settings.teacher_checkpoint is None:
         return libraries.pretrained_tensors(
             settings.teacher, in_channels=dataset.image_shape[0], classes=dataset.classes
@@ -88,7 +87,7 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
             f"{found.get('channels')} channels and {found.get('shortcut')} shortcuts; give --teacher, "
             "--teacher-channels and --shortcut to match."
         )
-    model = build(expected, settings.data, seed=0, device=torch.device("cpu"))
+    model = build(expected, dataset, seed=0, device=torch.device("cpu"))
     tensors = foreign.to_own_layout(tensors, model, path, settings.data)
     checkpoint.fill(model, tensors, path, title)
     return tensors

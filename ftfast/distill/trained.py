@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ftfast.distill.checkpoint import SETTINGS_FILE, fill, load, read_description
+from ftfast.distill.data import Dataset, described_dataset
 from ftfast.distill.errors import CheckpointError
 
 KINDS = ("teacher", "student")
@@ -21,11 +22,20 @@ class Trained:
     description: dict[str, Any]
 
     @property
+    def dataset(self) -> Dataset:
+        """The data set that it was trained on."""
+        return _dataset_of(self.description)
+
+    @property
     def title(self) -> str:
         """``student resnet8 with 4 channels``."""
         model = self.description["model"]
         channels = f" with {model['channels']} channels" if model["channels"] else ""
         return f"{self.description['kind']} {model['name']}{channels}"
+
+
+def _dataset_of(description: dict[str, Any]) -> Dataset:
+    return described_dataset(description["data"], description.get("photographs"))
 
 
 def describe_trained(folder: Path) -> dict[str, Any]:
@@ -58,6 +68,6 @@ def read_trained(folder: Path, device: torch.device) -> Trained:
 
     description = describe_trained(folder)
     found = load(folder)
-    model = build(description["model"], description["data"], seed=0, device=device)
+    model = build(description["model"], _dataset_of(description), seed=0, device=device)
     fill(model, found.tensors, folder, description["model"]["name"])
     return Trained(model.eval(), description)

@@ -1,0 +1,56 @@
+"""What a training draws its batches from: small images in memory, files read as they are needed, or a factor store."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, Self
+
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """Which share of every batch a process takes: that of ``rank`` among ``ranks``."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+WHOLE = Part()
+
+
+class Images(Protocol):
+    """Labelled images, of all processes together; batch sizes are those of all processes together too."""
+
+    @property
+    def test_batch_size(self) -> int:
+        """How many images go through a network at once where nothing is learned."""
+
+    def __len__(self) -> int: ...
+
+    def draw(
+        self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Every image once, augmented and normalised: images ``[N, C, H, W]`` float32, channels_last, and labels.
+
+        Order and augmentation follow from seed, epoch and step alone, whatever the number of processes, so that a
+        resumed epoch draws what it would have. There are :func:`steps_of` batches of nearly equal size: a last batch
+        of one image would upset batch norms.
+
+        Args:
+            first_step: where to go on in the epoch.
+            part: the rows of every batch that are wanted.
+        """
+
+    def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images as they are tested, once and in order, with their labels; of several processes, each takes its own."""
+
+    def cut(self, count: int) -> tuple[Self, Self]:
+        """``count`` images with every class in proportion, the same ones at every call, and the rest."""
+
+
+def steps_of(images: int, batch_size: int) -> int:
+    """How many batches of at most ``batch_size`` an epoch has."""
+    return -(-images // batch_size)
+
+
+def size_of(count: int, parts: int, place: int) -> int:
+    """The size of one of the nearly equal parts into which ``Tensor.tensor_split`` cuts ``count`` rows."""
+    return count // parts + (place < count % parts)

@@ -1,0 +1,155 @@
+"""The processes of one run, as torchrun starts them: which is this one, and what they tell each other.
+
+Every process calls the same functions in the same order; one alone talks to nobody.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ftfast.distill.errors import DistillError, LostProcessError, SettingsError
+from ftfast.distill.images import Part
+
+Value = TypeVar("Value")
+# A paraphraser is judged and a checkpoint written by one process, while the others wait.
+_PATIENCE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        part: its rank, and how many there are.
+        local: its place among those on this machine, which is that of its GPU.
+    """
+
+    part: Part = field(default_factory=Part)
+    local: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes and speaks."""
+        return self.part.rank == 0
+
+    @property
+    def are_many(self) -> bool:
+        return self.part.ranks > 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes of tensors of one shape and dtype; alone, the tensor itself."""
+        if not self.are_many:
+            return values
+        total = values.clone()
+        with lost_in_words():
+            dist.all_reduce(total)
+        return total
+
+    def on_first(self, work: Callable[[], Value]) -> Value:
+        """What ``work`` gives in the first process, sent to all; what it refuses is refused in all."""
+        if not self.are_many:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except (DistillError, OSError) as error:
+                outcome[1] = error
+        with lost_in_words():
+            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def wait(self) -> None:
+        """Returns once every process has come here."""
+        self.on_first(lambda: None)
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(device_type: str) -> Iterator[Processes]:
+    """Inside, the processes that torchrun started know each other: over gloo on the CPU, NCCL between GPUs.
+
+    Without torchrun's environment there is one.
+
+    Args:
+        device_type: ``"cpu"`` or ``"cuda"``; each process of a machine takes the GPU of its place there.
+
+    Raises:
+        SettingsError: fewer GPUs than processes.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1 or "RANK" not in os.environ:
+        yield ALONE
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SettingsError(
+                f"process {rank} is the machine's number {local + 1}, and there are {torch.cuda.device_count()} GPUs; "
+                "give torchrun --nproc-per-node as many as there are."
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield Processes(Part(rank, ranks), local)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def lost_in_words() -> Iterator[None]:
+    """What torch says when a process is gone, as one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "aborted")
+        found = next((sign for sign in signs if sign.lower() in str(error).lower()), None)
+        if found is None and not isinstance(error, dist.DistError):
+            raise
+        raise LostProcessError(
+            f"another process of the run no longer answers ({found or type(error).__name__}); the last checkpoint "
+            "stands: run the same command with --resume, or let torchrun do so with --max-restarts."
+        ) from None
+
+
+class Agreement:
+    """Wishes of single processes, on which all act at the same step: one step after the first has uttered it.
+
+    The answer travels while the step runs, so no step waits for it.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._asked: Tensor | None = None
+        self._work: Any = None
+
+    def __call__(self, *wishes: bool) -> tuple[bool, ...]:
+        """Which of the wishes any process had at the step before; alone, at this one."""
+        if not self._processes.are_many:
+            return wishes
+        heard = self.hear() if self._asked is not None else (False,) * len(wishes)
+        self._asked = torch.tensor(wishes, dtype=torch.int32)
+        with lost_in_words():
+            self._work = dist.all_reduce(self._asked, op=dist.ReduceOp.MAX, async_op=True)
+        return heard
+
+    def hear(self) -> tuple[bool, ...]:
+        """The wishes still on their way, which no later call then hears; none where there are none."""
+        if self._asked is None:
+            return ()
+        with lost_in_words():
+            self._work.wait()
+        heard, self._asked = tuple(bool(wish) for wish in self._asked), None
+        return heard
