@@ -19,7 +19,8 @@ RECIPE = [
     *("--teacher", "resnet8", "--teacher-channels", "8", "--teacher-epochs", "3", "--student", "resnet8"),
     *("--student-channels", "8", "--student-epochs", str(EPOCHS), "--batch-size", "24", "--paraphraser-epochs", "2"),
     *("--paraphraser-batch-size", "24", "--paraphraser-held-out", "40", "--beta", "60", "--device", "cpu"),
-    *("--dtype", "float32"),
+    *("--dtype", "float32", "--learning-rate-schedule", "cosine", "--paraphraser-optimiser", "adam"),
+    *("--paraphraser-learning-rate", "3e-3", "--threads", "1"),
 ]
 
 

@@ -110,6 +110,9 @@ class Split:
         normalisation = None if self.normalisation is None else self.normalisation.to(device)
         return replace(self, pixels=pixels, labels=self.labels.to(device), normalisation=normalisation)
 
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
     def cut(self, count: int) -> tuple["Split", "Split"]:
         """``count`` images with every class in proportion, the same ones at every call, and the rest.
 

@@ -119,6 +119,8 @@ def _of_photographs(described: dict[str, Any], loader: str, source: "Source | No
     folder = source.folder if source is not None else None
     return {
         "methods": ("none",),
+        "paraphraser_held_out": max(2, described["photographs"]["classes"]),
+        "batch_size": 1,
         "loader": loader,
         "image_size": described["photographs"]["size"],
         "classes": described["photographs"]["classes"],

@@ -1,6 +1,7 @@
 """The phases before the students: the teacher, then the paraphraser of its features."""
 
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
     if finished is None:
         held_out, fitted = setup.train.cut(settings.paraphraser_held_out)
         if settings.paraphraser_epochs:
-            _train_on_the_way(setup, teacher, paraphraser, fitted, description)
+            with closing(fitted):
+                _train_on_the_way(setup, teacher, paraphraser, fitted, description)
         else:
             features = teacher_features(teacher, fitted, setup.precision)
             train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)

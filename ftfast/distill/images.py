@@ -42,6 +42,9 @@ class Images(Protocol):
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as they are tested, once and in order, with their labels; of several processes, each takes its own."""
 
+    def close(self) -> None:
+        """Ends what reads ahead; images are drawn anew where they are asked for again."""
+
     def cut(self, count: int) -> tuple[Self, Self]:
         """``count`` images with every class in proportion, the same ones at every call, and the rest."""
 

@@ -124,6 +124,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-wrn16-2-wrn16-1": _pair("cifar10", "wrn-16-2", "wrn-16-1"),
     "cifar100-resnet110-resnet56": _pair("cifar100", "resnet110", "resnet56"),
     "cifar100-resnet110-resnet20": _pair("cifar100", "resnet110", "resnet20"),
+    # ImageNet's recipe for photographs of any classes, whose teacher is trained first or given.
+    "images": {**_IMAGENET, "teacher": "torchvision/resnet34", "pretrained": False, "teacher_epochs": 90},
     "imagenet-resnet34-resnet18": {**_IMAGENET, "teacher": "torchvision/resnet34"},
     "imagenet-resnet50-resnet18": {**_IMAGENET, "teacher": "torchvision/resnet50"},
 }

@@ -4,11 +4,13 @@ Every process calls the same functions in the same order; one alone talks to nob
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -101,11 +103,40 @@ def joined(device_type: str) -> Iterator[Processes]:
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    with lost_in_words():
+        dist.init_process_group(backend, store=_own_store(rank, ranks), rank=rank, world_size=ranks, timeout=_PATIENCE)
     try:
         yield Processes(Part(rank, ranks), local)
     finally:
         dist.destroy_process_group()
+
+
+def _own_store(rank: int, ranks: int) -> dist.Store:
+    """What the processes find each other by, under a name of this start alone.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are gone. So the first process
+    makes up a name, and the others ask for it under words that nobody used before.
+    """
+    store = next(dist.rendezvous("env://", timeout=_PATIENCE))[0]
+    if rank:
+        asked = uuid4().hex
+        store.set(f"asked/{rank}", asked)
+        name = store.get(f"answer/{asked}").decode()
+        store.set(f"{name}/heard/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name, deadline = uuid4().hex, time.monotonic() + _PATIENCE.total_seconds()
+    waiting, answered = set(range(1, ranks)), set()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"{name}/heard/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"asked/{other}"]) and (asked := store.get(f"asked/{other}").decode()) not in answered:
+                store.set(f"answer/{asked}", name)
+                answered.add(asked)
+        if time.monotonic() > deadline:
+            raise LostProcessError(f"process {min(waiting)} of {ranks} did not start within {_PATIENCE}.")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 @contextmanager
@@ -114,6 +145,11 @@ def lost_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise LostProcessError(
+                "a process that reads images was ended from outside, for want of memory perhaps; the last checkpoint "
+                "stands: run the same command with --resume, and with fewer --workers."
+            ) from None
         signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "NCCL", "aborted")
         found = next((sign for sign in signs if sign.lower() in str(error).lower()), None)
         if found is None and not isinstance(error, dist.DistError):

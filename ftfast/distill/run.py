@@ -18,7 +18,7 @@ from ftfast.distill.folder import RunFolder, check_run_folder, open_run_folder
 from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
 from ftfast.distill.methods import METHODS
 from ftfast.distill.paraphrase import paraphraser_images
-from ftfast.distill.processes import Processes, joined
+from ftfast.distill.processes import Processes, joined, lost_in_words
 from ftfast.distill.progress import Progress
 from ftfast.distill.results import collect
 from ftfast.distill.schedule import schedule_of
@@ -43,6 +43,7 @@ def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_se
     settings = settings.resolved()
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts all anew
     with ExitStack() as stack:
+        stack.enter_context(lost_in_words())
         processes = stack.enter_context(joined(settings.device))
 
         def open_folder() -> bool:
@@ -75,7 +76,11 @@ def _run_in(
     folder: RunFolder, settings: Settings, checkpoint_seconds: float, processes: Processes, *, starts_anew: bool
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    with _reproducible(settings), Progress(_planned_images(settings), quiet=not processes.is_first) as progress:
+    with (
+        _reproducible(settings),
+        Progress(_planned_images(settings), quiet=not processes.is_first) as progress,
+        ExitStack() as stack,
+    ):
         if starts_anew:
             progress.say(f"{folder.path} holds no run yet: --resume starts a new run")
         for epochs in sorted({settings.teacher_epochs, settings.student_epochs}):
@@ -83,6 +88,8 @@ def _run_in(
                 progress.say(f"warning: {warning}")
         train, test = load_images(settings, report=progress.say)
         students, _ = train.cut(settings.student_images)
+        stack.callback(train.close)
+        stack.callback(students.close)
         precision = precision_of(settings)
         setup = Setup(settings, precision, folder, progress, checkpoint_seconds, train, students, test, processes)
         teacher, teacher_checkpoint = prepare_teacher(setup)
