@@ -9,6 +9,7 @@ import torch
 from bench import power
 from bench.candidates import Candidate, nothing
 from bench.power import Energy
+from ftfast.distill import gpu_meter
 
 
 class Clock(Protocol):
@@ -51,7 +52,7 @@ class CudaClock:
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
         self._device = device
-        self._gpu = power.gpu_of(device)
+        self._gpu = gpu_meter.gpu_of(device)
 
     def time(self, candidate: Candidate, calls: int) -> list[float]:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]

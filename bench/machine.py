@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import ftfast
-from bench import power
 from bench.quiet import load_average, usable_cores
 from ftfast import dispatch
+from ftfast.distill import gpu_meter
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CPU_FLAGS: tuple[str, ...] = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
@@ -58,7 +58,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_bytes": properties.L2_cache_size,
-            **(gpu.describe() if (gpu := power.gpu_of(device)) else {}),
+            **(gpu.describe() if (gpu := gpu_meter.gpu_of(device)) else {}),
         }
     return found
 

@@ -21,6 +21,7 @@ from rich.progress import (
 from bench import machine, power, quiet
 from bench.records import Record
 from bench.registry import Bench, Settings
+from ftfast.distill import gpu_meter
 
 
 class Work(NamedTuple):
@@ -65,7 +66,7 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
     rows = []
     with (
         Progress(*columns, console=errors, disable=silent, transient=True) as bar,
-        power.Watch(power.gpu_of(device)) as watch,
+        power.Watch(gpu_meter.gpu_of(device)) as watch,
         # A GPU's kernels are launched by one thread, which is better left where the scheduler has it.
         quiet.pinned(threads if device.type == "cpu" else quiet.usable_cores()) as cores,
     ):

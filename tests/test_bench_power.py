@@ -13,7 +13,8 @@ from bench import machine, power
 from bench.candidates import Candidate, Group
 from bench.clocks import CpuClock
 from bench.measuring import QUICK_PLAN, Plan, measure_group
-from bench.power import Energy, Gpu, Watch, gpu_of, measure_energy
+from bench.power import Energy, Watch, measure_energy
+from ftfast.distill.gpu_meter import Gpu, gpu_of
 
 CUDA = torch.device("cuda", 0)
 # The second device of the machine, and the only one that CUDA_VISIBLE_DEVICES leaves.

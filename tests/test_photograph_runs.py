@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.photograph_folder import make_folder, make_shards
 
 from tests.launching import ROOT, finished, results_of, torchrun, wait_for, worker_of
+from tests.photograph_folder import make_folder, make_shards
 
 CLASSES, TRAIN, TEST = 20, 240, 60
 EPOCHS = 4

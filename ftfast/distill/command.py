@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-seconds", metavar="X", default="30", help="time between two checkpoints of a training [30]"
     )
+    parser.add_argument(
+        "--checkpoints-kept", metavar="N", default="3", help="checkpoints on the way that stay, the newest [3]"
+    )
     options.add_arguments(parser.add_argument_group("settings"))
 
 
@@ -38,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         with signals_interrupt():
             results = run_distillation(
-                settings, output, resume=args.resume, checkpoint_seconds=_seconds(args.checkpoint_seconds)
+                settings,
+                output,
+                resume=args.resume,
+                checkpoint_seconds=_seconds(args.checkpoint_seconds),
+                checkpoints_kept=_count(args.checkpoints_kept),
             )
     except Interrupted as interruption:
         advice = f"run the same command with --resume to continue {output}"
@@ -62,3 +69,9 @@ def _seconds(text: str) -> float:
     if not seconds >= 0:
         raise SettingsError(f"checkpoint_seconds is {text!r}; it takes a number of at least 0.")
     return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise SettingsError(f"checkpoints_kept is {text!r}; it takes a whole number of at least 1.")
+    return int(text)

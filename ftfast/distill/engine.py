@@ -16,6 +16,7 @@ from ftfast.distill.methods import Terms
 from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.schedule import Schedule
 from ftfast.distill.student_step import DivergedError, LearningStep, LossRecord, Precision
+from ftfast.distill.telemetry import RunLog, part
 
 __all__ = ["DivergedError", "Epoch", "Precision", "Schedule", "Stopped", "Training", "evaluate", "logits_of"]
 
@@ -66,6 +67,7 @@ class Training:
     ) -> None:
         self.learner = learner
         self.history: list[Epoch] = []
+        self.log: RunLog | None = None
         self._images = images
         self._schedule = schedule
         self._seed = seed
@@ -115,7 +117,7 @@ class Training:
         batches = self._images.draw(
             batch_size, seed=self._seed, epoch=epoch, first_step=self._steps_done, part=self._processes.part
         )
-        for batch in batches:
+        for batch in self._timed(batches):
             step = first + self._steps_done
             whole = size_of(count, self._steps_per_epoch, self._steps_done)
             seed = step_seed(self._seed, step, self._processes.part.rank)
@@ -127,6 +129,9 @@ class Training:
             if self._average is not None:
                 self._average.update_parameters(self._model())
             self._steps_done += 1
+            if self.log is not None:
+                self.log.clock.end_step()
+                self.log.step(self, whole)
             if after_step is not None:
                 after_step(self)
             if stop():
@@ -140,6 +145,19 @@ class Training:
         with self._averaged_weights():
             accuracy = self._accuracy() if self._accuracy is not None else None
         return Epoch(epoch + 1, losses, accuracy, count, seconds)
+
+    def _timed(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        """The batches, each asked for within a step of the log's clock."""
+        while True:
+            if self.log is not None:
+                self.log.clock.begin_step()
+            with part("data"):
+                batch = next(batches, None)
+            if batch is None:
+                if self.log is not None:
+                    self.log.clock.end_step()
+                return
+            yield batch
 
     def _model(self) -> nn.Module:
         return self.learner.get_submodule("model")
@@ -162,7 +180,7 @@ class Training:
         Raises:
             DivergedError: a loss is not finite, so the tensors are not worth keeping.
         """
-        self._losses.look(len(self.history) * self._steps_per_epoch + self._steps_done - 1)
+        self._losses.look(self.total_steps_done() - 1)
         under_way = {"steps": self._steps_done, "seconds": self._seconds, "sums": self._losses.totals()}
         return {
             "learner": self.learner.state_dict(),
@@ -186,6 +204,10 @@ class Training:
     def steps_done(self) -> int:
         """Steps of the epoch that is under way; 0 between two epochs."""
         return self._steps_done
+
+    def total_steps_done(self) -> int:
+        """Steps of all epochs."""
+        return len(self.history) * self._steps_per_epoch + self._steps_done
 
 
 def _average(learner: nn.Module, decay: float) -> AveragedModel:

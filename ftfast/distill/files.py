@@ -15,21 +15,37 @@ _ASIDE = ".partial"
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder to fill, which becomes ``path`` when the block ends without an error.
 
+    After an error nothing of it is left. A kill leaves at most what :func:`is_left_over` knows.
+
     Raises:
         FileExistsError: ``path`` is there already; nothing of it is touched.
+        OSError: it cannot be written, as on a full disk; its ``filename`` says where.
     """
     if path.exists():
         raise FileExistsError(f"{path} is there already.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}{_ASIDE}")
+    aside = _aside(path)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    yield aside
-    for file in aside.iterdir():
-        _flush(file)
-    _flush(aside)
-    os.rename(aside, path)
-    _flush(path.parent)
+    with _named(path):
+        try:
+            aside.mkdir()
+            yield aside
+            for file in aside.iterdir():
+                _flush(file)
+            _flush(aside)
+            os.rename(aside, path)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        _flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder that :func:`new_folder` made; a kill on the way leaves no half of it under its name."""
+    aside = _aside(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,11 +56,16 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces a file by ``content``; a kill on the way leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}{_ASIDE}")
-    aside.write_bytes(content)
-    _flush(aside)
-    os.replace(aside, path)
-    _flush(path.parent)
+    aside = _aside(path)
+    with _named(path):
+        try:
+            aside.write_bytes(content)
+            _flush(aside)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -55,6 +76,21 @@ def write_json(path: Path, content: Any) -> None:
 def is_left_over(path: Path) -> bool:
     """Whether this is what a kill left of a file or folder that was being written."""
     return path.name.startswith(".") and path.name.endswith(_ASIDE)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_ASIDE}")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors name ``path``: what a full disk raises names no file, and the one aside is no longer there."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or _aside(path).name in Path(str(error.filename)).parts:
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _flush(path: Path) -> None:

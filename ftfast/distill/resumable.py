@@ -10,9 +10,11 @@ from typing import Any
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.engine import Epoch, Stopped, Training
-from ftfast.distill.errors import CheckpointError
+from ftfast.distill.errors import IN_A_NEW_RUN, CheckpointError
 from ftfast.distill.interrupts import Interrupted, StopRequest
 from ftfast.distill.processes import ALONE, Agreement, Processes
+from ftfast.distill.snapshots import Snapshots, is_finite
+from ftfast.distill.student_step import DivergedError
 
 _MODEL_PREFIX = "model."
 
@@ -25,17 +27,26 @@ def unfinished_folder(folder: Path) -> Path:
 def read_finished(folder: Path, expected: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint of a training that has ended, or None where it has not.
 
+    What a kill has left of the way there is removed.
+
     Args:
         expected: what its description has to say: ``"kind"``, ``"model"``, ``"data"``, ...
 
     Raises:
         CheckpointError: not as it was written, or of something else.
     """
-    return _load_expected(folder, expected) if folder.exists() else None
+    if not folder.exists():
+        return None
+    try:
+        found = checkpoint.load(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}; remove {folder} to have it made again.") from None
+    _check_expected(found, folder, expected)
+    shutil.rmtree(unfinished_folder(folder), ignore_errors=True)
+    return found
 
 
-def _load_expected(folder: Path, expected: dict[str, Any]) -> Checkpoint:
-    found = checkpoint.load(folder)
+def _check_expected(found: Checkpoint, folder: Path, expected: dict[str, Any]) -> None:
     for name, value in expected.items():
         other = found.description.get(name)
         if other != value:
@@ -43,7 +54,6 @@ def _load_expected(folder: Path, expected: dict[str, Any]) -> Checkpoint:
                 f"{folder} is not this run's {expected['kind']}: {name} is {other!r}, not {value!r}; "
                 "remove the folder to have it made again."
             )
-    return found
 
 
 def history_of(finished: Checkpoint) -> list[Epoch]:
@@ -57,54 +67,64 @@ def finish(
     description: dict[str, Any],
     *,
     checkpoint_seconds: float,
+    kept: int = 3,
     after_epoch: Callable[[Training], None] = lambda _: None,
     resumed: Callable[[list[Epoch]], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+    paused: Callable[[float], None] = lambda _: None,
     processes: Processes = ALONE,
 ) -> list[Epoch]:
     """Runs a training to its end, from its last checkpoint where there is one, and leaves its checkpoint at ``folder``.
 
+    Checkpoints on the way are written beside the training; one that cannot be, as on a full disk, is told of and does
+    not end it.
+
     Args:
         description: what is trained, ``"kind"`` among it; the last epoch's ``"accuracy"`` is added at the end.
-        checkpoint_seconds: the time between two checkpoints on the way; 0 keeps one after every step.
+        checkpoint_seconds: the time between two checkpoints on the way, which become due only when the one before is
+            written; 0 keeps one after every step and waits for it.
+        kept: checkpoints on the way that stay.
         after_epoch: called after each epoch that runs now.
         resumed: called with the epochs that had run before.
+        say: takes a line about checkpoints that are damaged or cannot be written.
+        paused: called with the seconds that the training stood still for each checkpoint on the way.
         processes: those that train together; the first one reads and writes, and all leave at the same step.
 
     Raises:
-        CheckpointError: the last checkpoint is not as it was written, or of another training.
+        CheckpointError: no checkpoint on the way is as it was written, or it is of another training.
+        DivergedError: the loss or what was learned is not finite; the last checkpoint that is finite stands.
         Interrupted: a signal came; the training as it then stood has been saved.
+        OSError: the result cannot be written; the checkpoints on the way stand.
     """
-    on_the_way = unfinished_folder(folder)
     unfinished = {**description, "kind": f"unfinished {description['kind']}"}
-    kept = processes.on_first(lambda: _newest(on_the_way, unfinished))
-    if kept is not None:
-        training.load_state(_state_of(kept))
-        resumed(training.history)
     agreement = Agreement(processes)
+    must_stop = has_asked = False
     last_saved = time.monotonic()
-    must_stop = False
 
     def save(training: Training) -> None:
         nonlocal last_saved
-        name = f"epoch{len(training.history):05}"
-        if training.steps_done():  # sorted after its epoch's own
-            name += f"-step{training.steps_done():07}"
+        start = time.perf_counter()
         content = _checkpoint_of(training, unfinished)
         if processes.is_first:
-            if not (on_the_way / name).exists():
-                checkpoint.save(on_the_way / name, content)
-            for older in sorted(on_the_way.glob("epoch*"))[:-1]:
-                shutil.rmtree(older)
+            snapshots.save(_name_of(training), content)
+            snapshots.is_idle(wait=checkpoint_seconds == 0)
+            paused(time.perf_counter() - start)
         last_saved = time.monotonic()
 
     def save_now_and_then(training: Training) -> None:
-        nonlocal must_stop
-        is_due = time.monotonic() - last_saved >= checkpoint_seconds
-        must_stop, is_due = agreement(asked(), is_due)
-        if is_due and not must_stop:
+        nonlocal must_stop, has_asked
+        is_due = processes.is_first and not has_asked and snapshots.is_idle()
+        is_due = is_due and time.monotonic() - last_saved >= checkpoint_seconds
+        must_stop, save_now = agreement(asked(), is_due)
+        has_asked = is_due and not save_now  # many processes agree one step later
+        if save_now and not must_stop:
             save(training)
 
-    with StopRequest() as asked:
+    with Snapshots(unfinished_folder(folder), kept=kept, say=say) as snapshots, StopRequest() as asked:
+        found = processes.on_first(lambda: _newest(snapshots, unfinished))
+        if found is not None:
+            training.load_state(_state_of(found))
+            resumed(training.history)
         try:
             history = training.run(after_epoch, lambda: must_stop, save_now_and_then)
             must_stop = any(agreement.hear()[:1])
@@ -113,17 +133,37 @@ def finish(
             save(training)
             must_stop = True
         if must_stop:
+            snapshots.is_idle(wait=True)
             raise Interrupted(asked.number or signal.SIGTERM)
         final = _checkpoint_of(training, {**description, "accuracy": history[-1].accuracy})
-        if processes.is_first:
-            checkpoint.save(folder, final)
-            shutil.rmtree(on_the_way, ignore_errors=True)
+        processes.on_first(lambda: _keep(final, folder, snapshots))
     return history
 
 
-def _newest(on_the_way: Path, expected: dict[str, Any]) -> Checkpoint | None:
-    kept = sorted(on_the_way.glob("epoch*"))
-    return _load_expected(kept[-1], expected) if kept else None
+def _newest(snapshots: Snapshots, expected: dict[str, Any]) -> Checkpoint | None:
+    found = snapshots.newest()
+    if found is None:
+        return None
+    folder, kept = found
+    _check_expected(kept, folder, expected)
+    return kept
+
+
+def _keep(final: Checkpoint, folder: Path, snapshots: Snapshots) -> None:
+    snapshots.is_idle(wait=True)
+    if not is_finite(final):
+        raise DivergedError(
+            "what was learned is not finite after the last step; the last checkpoint before it is kept. Lower "
+            f"--learning-rate or the weights of the loss, or set --clip-gradient, {IN_A_NEW_RUN} once that is there."
+        )
+    checkpoint.save(folder, final)
+    snapshots.remove()
+
+
+def _name_of(training: Training) -> str:
+    """Sorts after those of earlier steps."""
+    name, steps = f"epoch{len(training.history):05}", training.steps_done()
+    return f"{name}-step{steps:07}" if steps else name
 
 
 def _checkpoint_of(training: Training, description: dict[str, Any]) -> Checkpoint:

@@ -25,17 +25,26 @@ from ftfast.distill.schedule import schedule_of
 from ftfast.distill.selection import candidates, trial_images
 from ftfast.distill.settings import DTYPES, Settings
 from ftfast.distill.setup import Setup, load_images, precision_of
+from ftfast.distill.streamed import lost_readers_in_words
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
 from ftfast.distill.teacher import read_teacher
 
 
-def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_seconds: float = 30.0) -> dict[str, Any]:
+def run(
+    settings: Settings,
+    output: Path,
+    *,
+    resume: bool = False,
+    checkpoint_seconds: float = 30.0,
+    checkpoints_kept: int = 3,
+) -> dict[str, Any]:
     """Runs what the settings say into a folder; returns the content of its results.json.
 
     Args:
         output: the run folder, new or, with ``resume``, that of a run with the same settings.
         checkpoint_seconds: the time between two checkpoints of one training.
+        checkpoints_kept: of each training, the newest.
 
     Raises:
         DistillError: in one sentence, before anything is written where that can be known before.
@@ -44,6 +53,7 @@ def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_se
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts all anew
     with ExitStack() as stack:
         stack.enter_context(lost_in_words())
+        stack.enter_context(lost_readers_in_words())
         processes = stack.enter_context(joined(settings.device))
 
         def open_folder() -> bool:
@@ -54,7 +64,8 @@ def run(settings: Settings, output: Path, *, resume: bool = False, checkpoint_se
             return is_new
 
         is_new = processes.on_first(open_folder)
-        return _run_in(RunFolder(output), settings, checkpoint_seconds, processes, starts_anew=resume and is_new)
+        checkpoints = (checkpoint_seconds, checkpoints_kept)
+        return _run_in(RunFolder(output), settings, checkpoints, processes, starts_anew=resume and is_new)
 
 
 def _check(settings: Settings, processes: Processes) -> None:
@@ -73,7 +84,12 @@ def _check(settings: Settings, processes: Processes) -> None:
 
 
 def _run_in(
-    folder: RunFolder, settings: Settings, checkpoint_seconds: float, processes: Processes, *, starts_anew: bool
+    folder: RunFolder,
+    settings: Settings,
+    checkpoints: tuple[float, int],
+    processes: Processes,
+    *,
+    starts_anew: bool,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     with (
@@ -91,7 +107,8 @@ def _run_in(
         stack.callback(train.close)
         stack.callback(students.close)
         precision = precision_of(settings)
-        setup = Setup(settings, precision, folder, progress, checkpoint_seconds, train, students, test, processes)
+        seconds, kept = checkpoints
+        setup = Setup(settings, precision, folder, progress, seconds, train, students, test, processes, kept)
         teacher, teacher_checkpoint = prepare_teacher(setup)
         paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
         guides = Guides(teacher, paraphraser)

@@ -12,10 +12,12 @@ from ftfast.distill import data, resumable
 from ftfast.distill.checkpoint import Checkpoint, save
 from ftfast.distill.engine import Precision, Training
 from ftfast.distill.folder import RunFolder
+from ftfast.distill.gpu_meter import gpu_of
 from ftfast.distill.images import Images
 from ftfast.distill.processes import Processes
 from ftfast.distill.progress import Progress
 from ftfast.distill.settings import DTYPES, Settings
+from ftfast.distill.telemetry import RunLog
 from ftfast.distill.tensorboard import EpochLog
 
 
@@ -68,6 +70,7 @@ class Setup:
     students: Images
     test: Images
     processes: Processes
+    checkpoints_kept: int = 3
 
     @property
     def part_size(self) -> int:
@@ -99,7 +102,14 @@ class Setup:
 
     def finish(self, training: Training, path: Path, description: dict[str, Any]) -> None:
         """Trains to the end, with progress, logs and checkpoints, and leaves the checkpoint at ``path``."""
-        with EpochLog(self.folder.tensorboard / path.relative_to(self.folder.path)) as log:
+        title = str(path.relative_to(self.folder.path))
+        device = self.precision.device
+        with (
+            EpochLog(self.folder.tensorboard / title) as log,
+            RunLog(
+                self.folder.path if self.processes.is_first else None, title, device, gpu_of(device)
+            ) as training.log,
+        ):
 
             def after_epoch(training: Training) -> None:
                 record = training.history[-1]
@@ -115,4 +125,7 @@ class Setup:
                 after_epoch=after_epoch,
                 resumed=lambda history: self.progress.skip(sum(record.images for record in history)),
                 processes=self.processes,
+                say=self.progress.say,
+                paused=training.log.pause,
+                kept=self.checkpoints_kept,
             )

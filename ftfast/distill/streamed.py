@@ -5,10 +5,14 @@ processes; a file that cannot be decoded is counted, said and replaced by the ne
 """
 
 import gc
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Self
 
@@ -186,27 +190,28 @@ class Streamed:
             return
         loader, batches = self._loader(kind)
         batches.batches = keys
-        damaged = 0
+        damaged: set[str] = set()
         for pixels, labels, names in _ahead(_in_words(loader), self._to_device):
             for name in names:
-                damaged += 1
-                if damaged <= SHOWN_DAMAGED:
+                if name not in damaged and len(damaged) < SHOWN_DAMAGED:
                     self.reading.report(f"warning: {name} cannot be decoded; the next one is taken in its place")
-            if damaged > max(FEWEST_DAMAGED, DAMAGED_SHARE * len(self)):
+                damaged.add(name)
+            if len(damaged) > max(FEWEST_DAMAGED, DAMAGED_SHARE * len(self)):
                 raise DataError(
-                    f"{damaged} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}; the last "
-                    "is "
-                    f"{names[-1]}: check the files in --data-dir."
+                    f"{len(damaged)} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}; the "
+                    f"last is {names[-1]}: check the files in --data-dir."
                 )
             yield pixels, labels
-        if damaged > SHOWN_DAMAGED:
-            self.reading.report(f"warning: {damaged} photographs of this pass cannot be decoded")
+        if len(damaged) > SHOWN_DAMAGED:
+            self.reading.report(f"warning: {len(damaged)} photographs of this pass cannot be decoded")
 
     def _loader(self, kind: str) -> tuple[Any, _Keys]:
         """Training's processes stay from epoch to epoch; those of a test end with it."""
         if kind in self._loaders:
             return self._loaders[kind]
         reading, keys = self.reading, _Keys()
+        if reading.workers:
+            _end_readers_at_exit()
         reader = _Reader(
             self.photographs.files, self.photographs.labels, reading.size, reading.rand_augment, reading.on_device
         )
@@ -240,13 +245,44 @@ def _normalisation(device: torch.device) -> Normalisation:
 
 
 def _in_words(loader: Any) -> Iterator[Any]:
-    """What a loader says of a process that is gone, as one sentence."""
+    """What a reading process says, as one sentence without its traceback."""
     try:
-        yield from loader
-    except DataError as error:  # a reading process's has its traceback in it
+        with lost_readers_in_words():
+            yield from loader
+    except DataError as error:
         raise DataError(
             str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
         ) from None
+
+
+@contextmanager
+def lost_readers_in_words() -> Iterator[None]:
+    """torch tells of a reading process that is gone by an error wherever the training then is.
+
+    Raises:
+        DataError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a reading process is gone, as where the system lacks memory "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); go on with --resume and fewer --workers."
+        ) from None
+
+
+@lru_cache
+def _end_readers_at_exit() -> None:
+    """At the latest: they take no signal, so a process that left some behind would wait for them for ever."""
+    Finalize(None, _kill_readers, exitpriority=10)
+
+
+def _kill_readers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _ignore_signals(_worker: int) -> None:

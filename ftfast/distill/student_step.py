@@ -14,6 +14,7 @@ from ftfast.distill.errors import IN_A_NEW_RUN, DistillError
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.processes import ALONE, Processes, lost_in_words
 from ftfast.distill.schedule import Schedule
+from ftfast.distill.telemetry import part as timed_part
 
 # Losses are looked at this often: on a GPU each look waits for all steps before it.
 STEPS_BETWEEN_LOOKS = 50
@@ -89,15 +90,17 @@ class LearningStep:
                 with self._precision.autocast():
                     terms = self._terms(*part)
                     loss = torch.stack(list(terms.values())).sum()
-                self._scaler.scale(loss if share == 1 else loss * share).backward()
+                with timed_part("backward"):
+                    self._scaler.scale(loss if share == 1 else loss * share).backward()
             for name, value in terms.items():
                 weighted = value.detach() if share == 1 else value.detach() * share
                 values[name] = values[name] + weighted if name in values else weighted
-        if self._schedule.clip_gradient is not None:
-            self._scaler.unscale_(self.optimiser)
-            nn.utils.clip_grad_norm_(self._parameters, self._schedule.clip_gradient)
-        self._scaler.step(self.optimiser)
-        self._scaler.update()
+        with timed_part("optimiser"):
+            if self._schedule.clip_gradient is not None:
+                self._scaler.unscale_(self.optimiser)
+                nn.utils.clip_grad_norm_(self._parameters, self._schedule.clip_gradient)
+            self._scaler.step(self.optimiser)
+            self._scaler.update()
         return values
 
     def state(self) -> dict[str, Any]:
@@ -215,14 +218,17 @@ class BesideStudent:
     def __call__(self, images: Tensor) -> tuple[Outputs, Outputs]:
         """The student's outputs and the teacher's."""
         if images.device.type != "cuda":
-            taught = self._teacher(images)
-            return self._student(images), taught
+            with timed_part("teacher"):
+                taught = self._teacher(images)
+            with timed_part("student"):
+                return self._student(images), taught
         aside = self._streams.setdefault(images.device, torch.cuda.Stream(images.device))
         current = torch.cuda.current_stream(images.device)
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        with timed_part("teacher"), torch.cuda.stream(aside):
             taught = self._teacher(images)
-        found = self._student(images)
+        with timed_part("student"):
+            found = self._student(images)
         current.wait_stream(aside)
         images.record_stream(aside)
         for tensor in taught:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ftfast.distill.engine import Precision, Training, evaluate
 from ftfast.distill.images import Images
-from ftfast.distill.methods import METHODS, Regressor, Stored, Terms, Weights
+from ftfast.distill.methods import METHODS, Regressor, Stored, Taught, Terms, Weights
 from ftfast.distill.mixing import Mixing
 from ftfast.distill.models import place, seeded
 from ftfast.distill.processes import ALONE, Processes
@@ -17,6 +17,7 @@ from ftfast.distill.schedule import schedule_of
 from ftfast.distill.settings import Settings
 from ftfast.distill.student_step import BesideStudent
 from ftfast.distill.teacher import build, student_description
+from ftfast.distill.telemetry import part
 from ftfast.distill.training_forward import training_forward
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
@@ -106,10 +107,16 @@ def learner_of(
     both = BesideStudent(guides.teacher, forward)
 
     def terms(images: Tensor, labels: Tensor, *stored: Tensor) -> Terms:
-        if stored and chosen.uses_teacher:
-            return chosen.terms(forward(images), Stored(*stored), labels, guide, weights)
-        found, taught = both(images) if chosen.uses_teacher else (forward(images), None)
-        return chosen.terms(found, taught, labels, guide, weights)
+        taught: Taught | None = None
+        if chosen.uses_teacher and not stored:
+            found, taught = both(images)
+        else:
+            with part("student"):
+                found = forward(images)
+            if chosen.uses_teacher:
+                taught = Stored(*stored)
+        with part("head"):
+            return chosen.terms(found, taught, labels, guide, weights)
 
     return learner, terms
 
