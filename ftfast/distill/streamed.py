@@ -248,7 +248,10 @@ def _in_words(loader: Any) -> Iterator[Any]:
     """What a reading process says, as one sentence without its traceback."""
     try:
         with lost_readers_in_words():
-            yield from loader
+            try:
+                yield from loader
+            except (OSError, EOFError) as error:  # its batch lies in memory that went with it
+                raise RuntimeError(f"DataLoader worker: {error}") from None
     except DataError as error:
         raise DataError(
             str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
