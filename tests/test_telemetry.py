@@ -24,10 +24,10 @@ def test_one_step_in_many_is_timed_and_the_first_is_not() -> None:
             time.sleep(0.01)
         clock.end_step()
     with part("teacher"):
-        time.sleep(0.2)  # outside of any step
+        time.sleep(1)  # outside of any step
     found = clock.take()
     assert list(found) == ["teacher"]
-    assert 9 < found["teacher"] < 60  # the second and the fifth, their mean
+    assert 9 < found["teacher"] < 300  # the second and the fifth, their mean
     assert clock.take() == {}
 
 
@@ -63,8 +63,9 @@ def test_a_line_has_rate_pause_and_what_the_gpu_tells(tmp_path: Path) -> None:
     first, line = lines(tmp_path)
     assert first == {"step": 1}
     assert (line["training"], line["epoch"], line["step"]) == ("students/ft/seed0", 3, 7)
-    assert line["images_per_second"] == pytest.approx(50 / 0.06, rel=0.5)
-    assert line["checkpoint_pause"] == pytest.approx(0.01 / 0.06, rel=0.5)
+    seconds = 50 / line["images_per_second"]
+    assert 0.06 <= seconds < 3
+    assert line["checkpoint_pause"] == pytest.approx(0.01 / seconds)
     assert line["gpu"] == {"busy_percent": 80.0, "memory_bytes": 123.0, "joules_per_image": 2.0}
     assert list((tmp_path / "tensorboard" / "students/ft/seed0").iterdir())
 
