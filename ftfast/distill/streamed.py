@@ -203,7 +203,7 @@ def load(
         raise SettingsError("loader is 'gpu', and the device is no GPU; take --loader folder.")
     if on_device and rand_augment:
         raise SettingsError("rand_augment is given, and --loader gpu has no RandAugment; take --loader folder.")
-    count = _workers() if workers < 0 else workers
+    count = default_workers() if workers < 0 else workers
     reading = Reading(image_size, device, count, rand_augment, on_device, report)
     parts: list[Images] = []
     for part, wanted in ((TRAIN, train_images), (TEST, test_images)):
@@ -217,6 +217,6 @@ def load(
     return parts[0], parts[1]
 
 
-def _workers() -> int:
+def default_workers() -> int:
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // on_machine))
