@@ -127,7 +127,7 @@ def _run(loader: str, settings: Settings, size: Size, home: Path) -> tuple[list[
         "preset": PRESET,
         "settings": chosen,
         "output": str(output),
-        "checkpoint_seconds": CHECKPOINT_SECONDS,
+        "checkpoint_seconds": 0.3 if settings.quick else CHECKPOINT_SECONDS,
         "telemetry_seconds": 0.0 if settings.device.type == "cpu" else TELEMETRY_SECONDS,
     }
     # Where a GPU waits for what torch.compile makes, all cores may make it; no step runs meanwhile.
