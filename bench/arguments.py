@@ -40,6 +40,7 @@ further commands:
   python -m bench readme [--check]   write the README's measured blocks and pictures from bench/records, or check them
   python -m bench plot RECORD ...    draw records, as SVG and PNG beside each
   python -m bench compare A B        ratios of two records, where they can be compared
+  python -m bench prediction         epoch times of many GPUs, predicted from the records
   python -m bench guard [RECORD]     measure a few cases again and fail where their ratios are worse than the record's
 
 examples:
