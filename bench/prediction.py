@@ -134,8 +134,8 @@ def _assumptions(parts: Parts) -> str:
         f"{GPUS[-1] * parts.batch:,}, for which the recipe is not made; {COUNTS.train_images:,} images an epoch, "
         f"without its evaluation; {IN_NODE} GPUs in a node; a float32 gradient of {parts.gradient / 1e6:.1f} MB, "
         f"reduced by rings at {NVLINK / 1e9:.0f} GB/s within a node and {NETWORK / 1e9:.0f} GB/s for each GPU between "
-        f"nodes, {HOP_IN_NODE * 1e6:.0f} and {HOP_BETWEEN * 1e6:.0f} µs a hop; backward {backward}; loaders that keep up; no "
-        "GPU slower than another. What was not measured: more than one GPU."
+        f"nodes, {HOP_IN_NODE * 1e6:.0f} and {HOP_BETWEEN * 1e6:.0f} µs a hop; backward {backward}; loaders that "
+        "keep up; no GPU slower than another. What was not measured: more than one GPU."
     )
 
 
