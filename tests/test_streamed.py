@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ftfast.distill import crops, gpu_decoding, photographs, streamed
+from ftfast.distill import crops, gpu_decoding, photographs, readers, streamed
 from ftfast.distill.datasets import DataError
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.images import WHOLE, Images, Part
@@ -97,14 +97,14 @@ def test_an_epoch_has_every_photograph_once_in_an_order_of_its_own(
     home: Path, monkeypatch: pytest.MonkeyPatch, loader: str
 ) -> None:
     read: list[str] = []
-    of_reader = streamed._Reader.__getitem__
+    of_reader = readers.Reader.__getitem__
 
-    def noted(self: "streamed._Reader", key: streamed.Key) -> object:
+    def noted(self: readers.Reader, key: readers.Key) -> object:
         assert not isinstance(key, int)
         read.append(self.files.name(key[2]))
         return of_reader(self, key)
 
-    monkeypatch.setattr(streamed._Reader, "__getitem__", noted)
+    monkeypatch.setattr(readers.Reader, "__getitem__", noted)
     images = streamed_of(home / loader, loader)
     orders = []
     for epoch in (0, 1):
@@ -121,8 +121,8 @@ def boxes_of(images: Streamed, monkeypatch: pytest.MonkeyPatch, epochs: int) -> 
     found: list[tuple[float, ...]] = []
     draw = crops.draw_box
 
-    def noted(height: int, width: int) -> crops.Box:
-        box = draw(height, width)
+    def noted(height: int, width: int, seed: int) -> crops.Box:
+        box = draw(height, width, seed)
         share = box.height * box.width / (height * width)
         middle = (box.left + box.width / 2) / width
         found.append((np.log(share), np.log(box.width / box.height), middle, float(box.flip)))
@@ -199,7 +199,7 @@ def test_photographs_are_tested_as_torchvision_does(home: Path) -> None:
                 v2.Resize(round(SIDE / 0.875), antialias=True),
                 v2.CenterCrop(SIDE),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(streamed.MEAN, streamed.DEVIATION),
+                v2.Normalize(gpu_decoding.MEAN, gpu_decoding.DEVIATION),
             ]
         ),
     )
@@ -275,9 +275,9 @@ def test_a_reader_that_is_killed_is_a_sentence(home: Path) -> None:
     """In a process of its own: torch raises wherever the process then is."""
     code = f"""
 import os, signal
-from tests.test_streamed import DataError, Path, streamed, streamed_of
+from tests.test_streamed import DataError, Path, readers, streamed_of
 try:
-    with streamed.lost_readers_in_words():
+    with readers.lost_readers_in_words():
         images = streamed_of(Path({str(home / "folder")!r}), workers=2)
         batches = images.draw(2, seed=0, epoch=0)
         next(batches)

@@ -1,12 +1,15 @@
 """How a photograph becomes a square: the box that is cut at random for training, the middle for tests.
 
-The boxes are torchvision's, so every loader has the same, and a seed gives the same box to all of them.
+A seed gives the same box to every loader, and boxes are drawn as torchvision draws them.
 """
 
+import math
+from random import Random
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from ftfast.ops.crop_resize import Window
 
 SCALE = (0.08, 1.0)  # of the photograph's area
 RATIO = (3 / 4, 4 / 3)  # width over height
@@ -23,14 +26,38 @@ class Box(NamedTuple):
     flip: bool
 
 
-def draw_box(height: int, width: int) -> Box:
-    """A box of a photograph of that size, from torch's random state (Szegedy et al. 2015, section 6)."""
-    from torchvision.transforms import RandomResizedCrop
+def draw_box(height: int, width: int, seed: int) -> Box:
+    """A box of a photograph of that size (Szegedy et al. 2015, section 6), as torchvision's RandomResizedCrop.
 
-    photograph = torch.empty(1, height, width, device="meta")
-    place = RandomResizedCrop.get_params(photograph, list(SCALE), list(RATIO))
-    top, left, cut_height, cut_width = place
-    return Box(top, left, cut_height, cut_width, flip=bool(torch.rand(()) < 0.5))
+    The seed alone decides, and torch's own random state stays as it is: boxes are drawn in threads too.
+    """
+    drawn = Random(seed).random  # of all of Random's draws the one that no version of Python changes
+    ratios = [math.log(ratio) for ratio in RATIO]
+    flip = drawn() < 0.5
+    for _ in range(10):
+        area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * drawn())
+        ratio = math.exp(ratios[0] + (ratios[1] - ratios[0]) * drawn())
+        cut_width, cut_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < cut_width <= width and 0 < cut_height <= height:
+            top, left = int(drawn() * (height - cut_height + 1)), int(drawn() * (width - cut_width + 1))
+            return Box(top, left, cut_height, cut_width, flip)
+    cut_height = min(height, round(width / RATIO[0]))  # the middle, as much of it as the ratios allow
+    cut_width = min(width, round(height * RATIO[1]))
+    return Box((height - cut_height) // 2, (width - cut_width) // 2, cut_height, cut_width, flip)
+
+
+def window_of(box: Box, size: int) -> Window:
+    """The box as :func:`cut_box` cuts it, for the kernel."""
+    return Window(box.top, box.left, box.height, box.width, size, size, 0, 0, box.flip)
+
+
+def middle_of(height: int, width: int, size: int) -> Window:
+    """The middle of a photograph as :func:`cut_middle` cuts it, for the kernel."""
+    shorter = round(size / MIDDLE)
+    scaled = int(shorter * max(height, width) / min(height, width))
+    grid = (shorter, scaled) if height <= width else (scaled, shorter)
+    first_row, first_column = (round((side - size) / 2) for side in grid)
+    return Window(0, 0, height, width, *grid, first_row, first_column, False)
 
 
 def cut_box(photograph: Tensor, box: Box, size: int) -> Tensor:

@@ -39,6 +39,6 @@ class Captured:
                 self._run(static_input)
         torch.cuda.current_stream(images.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may decode photographs
             outputs = tuple(self._run(static_input))
         return graph, static_input, outputs

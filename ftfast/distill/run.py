@@ -20,12 +20,12 @@ from ftfast.distill.methods import METHODS
 from ftfast.distill.paraphrase import paraphraser_images
 from ftfast.distill.processes import Processes, joined, lost_in_words
 from ftfast.distill.progress import Progress
+from ftfast.distill.readers import lost_readers_in_words
 from ftfast.distill.results import collect
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.selection import candidates, trial_images
 from ftfast.distill.settings import DTYPES, Settings
 from ftfast.distill.setup import Setup, load_images, precision_of
-from ftfast.distill.streamed import lost_readers_in_words
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
 from ftfast.distill.teacher import read_teacher

@@ -5,37 +5,28 @@ processes; a file that cannot be decoded is counted, said and replaced by the ne
 """
 
 import gc
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ftfast.distill import crops, gpu_decoding
-from ftfast.distill.data import Normalisation
 from ftfast.distill.datasets import DataError, default_folder
+from ftfast.distill.decoding_thread import decoded_ahead
 from ftfast.distill.errors import SettingsError
+from ftfast.distill.gpu_decoding import normalise
 from ftfast.distill.images import WHOLE, Images, Part, steps_of
-from ftfast.distill.interrupts import SIGNALS
-from ftfast.distill.photographs import TEST, TRAIN, Files, Photographs, list_photographs
+from ftfast.distill.photographs import TEST, TRAIN, Photographs, list_photographs
+from ftfast.distill.readers import Key, Keys, Reader, in_words, loader_of
 from ftfast.distill.synthetic import Synthetic
 
-# torchvision's and timm's models were trained on images normalised by these, of ImageNet's training images.
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEWEST_DAMAGED, DAMAGED_SHARE = 10, 0.01  # as many are borne with in a pass; the larger of the two
 SHOWN_DAMAGED = 5
 MOST_WORKERS = 16
-_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class Reading:
         size: pixels of their side.
         workers: reading processes; 0 reads between the steps.
         rand_augment: magnitude of RandAugment (Cubuk et al. 2020), 0 for none.
-        on_device: decode, cut and mirror on the device.
+        on_device: decode, cut and mirror on the device, ahead of the step; ``workers`` are threads then, at least one.
         report: takes a line on files that cannot be read.
     """
 
@@ -56,72 +47,6 @@ class Reading:
     rand_augment: int = 0
     on_device: bool = False
     report: Callable[[str], None] = lambda _: None
-
-
-Key = tuple[int, int, int] | int
-"""Seed, epoch and number of a photograph to train on; the number alone of one to test on."""
-
-
-@dataclass
-class _Reader(Dataset[Any]):
-    """One photograph after the other, in a process without the device."""
-
-    files: Files
-    labels: np.ndarray
-    size: int
-    rand_augment: int
-    as_bytes: bool
-
-    def __getitem__(self, key: Key) -> tuple[Any, int, list[str]]:
-        """Pixels ``[3, size, size]`` uint8, or what they are decoded from, label, and the damaged files on the way."""
-        index = key if isinstance(key, int) else key[2]
-        damaged: list[str] = []
-        for _ in range(min(_TRIES, len(self.labels))):
-            try:
-                content = gpu_decoding.Encoded.of(self.files.read(index), self.files.name(index))
-                found: Any = self._encoded(content, key) if self.as_bytes else self._pixels(content, key)
-                return found, int(self.labels[index]), damaged
-            except (RuntimeError, ValueError, OSError):
-                damaged.append(self.files.name(index))
-                index = (index + 1) % len(self.labels)
-        raise DataError(f"{len(damaged)} photographs one after the other cannot be decoded, the first {damaged[0]}.")
-
-    def _box(self, content: "gpu_decoding.Encoded", key: Key) -> crops.Box | None:
-        if isinstance(key, int):
-            return None
-        torch.manual_seed(crops.sample_seed(*key))
-        return crops.draw_box(content.height, content.width)
-
-    def _encoded(self, content: "gpu_decoding.Encoded", key: Key) -> Any:
-        return content, self._box(content, key)
-
-    def _pixels(self, content: "gpu_decoding.Encoded", key: Key) -> Tensor:
-        photograph = content.decode()
-        box = self._box(content, key)
-        if box is None:
-            return crops.cut_middle(photograph, self.size)
-        square = crops.cut_box(photograph, box, self.size)
-        if not self.rand_augment:
-            return square
-        from torchvision.transforms import v2
-
-        return v2.RandAugment(magnitude=self.rand_augment)(square)
-
-
-class _Keys:
-    """The batches of keys that a loader reads next; set anew for every pass."""
-
-    def __init__(self) -> None:
-        self.batches: Callable[[], Iterator[list[Any]]] = lambda: iter(())
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return self.batches()
-
-
-def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Any, Tensor, list[str]]:
-    found, labels, damaged = zip(*samples, strict=True)
-    pixels = torch.stack(found) if isinstance(found[0], Tensor) else list(found)
-    return pixels, torch.tensor(labels), [name for names in damaged for name in names]
 
 
 @dataclass(frozen=True)
@@ -188,10 +113,8 @@ class Streamed:
     def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(self):
             return
-        loader, batches = self._loader(kind)
-        batches.batches = keys
         damaged: set[str] = set()
-        for pixels, labels, names in _ahead(_in_words(loader), self._to_device):
+        for pixels, labels, names in self._batches(kind, keys):
             for name in names:
                 if name not in damaged and len(damaged) < SHOWN_DAMAGED:
                     self.reading.report(f"warning: {name} cannot be decoded; the next one is taken in its place")
@@ -205,93 +128,36 @@ class Streamed:
         if len(damaged) > SHOWN_DAMAGED:
             self.reading.report(f"warning: {len(damaged)} photographs of this pass cannot be decoded")
 
-    def _loader(self, kind: str) -> tuple[Any, _Keys]:
+    def _batches(
+        self, kind: str, keys: Callable[[], Iterator[list[Any]]]
+    ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """Images and labels on the device, and the damaged files' names."""
+        if self.reading.on_device:
+            return decoded_ahead(self._reader(), keys(), self.reading.device, max(1, self.reading.workers))
+        loader, batches = self._loader(kind)
+        batches.batches = keys
+        return _ahead(in_words(loader), self._to_device)
+
+    def _reader(self) -> Reader:
+        return Reader(
+            self.photographs.files, self.photographs.labels, self.reading.size, rand_augment=self.reading.rand_augment
+        )
+
+    def _loader(self, kind: str) -> tuple[Any, Keys]:
         """Training's processes stay from epoch to epoch; those of a test end with it."""
         if kind in self._loaders:
             return self._loaders[kind]
-        reading, keys = self.reading, _Keys()
-        if reading.workers:
-            _end_readers_at_exit()
-        reader = _Reader(
-            self.photographs.files, self.photographs.labels, reading.size, reading.rand_augment, reading.on_device
-        )
-        loader = DataLoader(
-            reader,
-            batch_sampler=keys,
-            num_workers=reading.workers,
-            worker_init_fn=_ignore_signals,
-            collate_fn=_collate,
-            pin_memory=reading.device.type == "cuda" and not reading.on_device,
-            persistent_workers=kind == "draw" and reading.workers > 0,
-            prefetch_factor=4 if reading.workers else None,
-        )
-        if kind == "draw":
+        keys, is_drawn = Keys(), kind == "draw"
+        pinned = self.reading.device.type == "cuda"
+        loader = loader_of(self._reader(), keys, self.reading.workers, pinned=pinned, persistent=is_drawn)
+        if is_drawn:
             self._loaders[kind] = (loader, keys)
         return loader, keys
 
-    def _to_device(self, read: tuple[Any, Tensor, list[str]]) -> tuple[Tensor, Tensor, list[str]]:
-        found, labels, names = read
+    def _to_device(self, read: tuple[Tensor, Tensor, list[str]]) -> tuple[Tensor, Tensor, list[str]]:
+        pixels, labels, names = read
         device = self.reading.device
-        if self.reading.on_device:
-            found, labels, also = gpu_decoding.decode_batch(found, labels, self.reading.size, device)
-            names = [*names, *also]
-        pixels = found.to(device, non_blocking=True)
-        images = _normalisation(device).apply(pixels).contiguous(memory_format=torch.channels_last)
-        return images, labels.to(device, non_blocking=True), names
-
-
-def _normalisation(device: torch.device) -> Normalisation:
-    return Normalisation.of(255, MEAN, DEVIATION).to(device)
-
-
-def _in_words(loader: Any) -> Iterator[Any]:
-    """What a reading process says, as one sentence without its traceback."""
-    try:
-        with lost_readers_in_words():
-            try:
-                yield from loader
-            except (OSError, EOFError) as error:  # its batch lies in memory that went with it
-                raise RuntimeError(f"DataLoader worker: {error}") from None
-    except DataError as error:
-        raise DataError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
-        ) from None
-
-
-@contextmanager
-def lost_readers_in_words() -> Iterator[None]:
-    """torch tells of a reading process that is gone by an error wherever the training then is.
-
-    Raises:
-        DataError: it did.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            "a reading process is gone, as where the system lacks memory "
-            f"({str(error).strip().splitlines()[0].rstrip('.')}); go on with --resume and fewer --workers."
-        ) from None
-
-
-@lru_cache
-def _end_readers_at_exit() -> None:
-    """At the latest: they take no signal, so a process that left some behind would wait for them for ever."""
-    Finalize(None, _kill_readers, exitpriority=10)
-
-
-def _kill_readers() -> None:
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def _ignore_signals(_worker: int) -> None:
-    """A signal is for the training process, which saves and then ends its readers."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        return normalise(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True), names
 
 
 def _ahead(batches: Iterator[Any], prepare: Callable[[Any], Any]) -> Iterator[Any]:
@@ -337,7 +203,7 @@ def load(
         raise SettingsError("loader is 'gpu', and the device is no GPU; take --loader folder.")
     if on_device and rand_augment:
         raise SettingsError("rand_augment is given, and --loader gpu has no RandAugment; take --loader folder.")
-    count = _workers() if workers < 0 else workers
+    count = default_workers() if workers < 0 else workers
     reading = Reading(image_size, device, count, rand_augment, on_device, report)
     parts: list[Images] = []
     for part, wanted in ((TRAIN, train_images), (TEST, test_images)):
@@ -351,6 +217,6 @@ def load(
     return parts[0], parts[1]
 
 
-def _workers() -> int:
+def default_workers() -> int:
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // on_machine))

@@ -1,0 +1,161 @@
+"""Processes that read, decode and cut photographs ahead of the step, and what becomes of those that are lost."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.util import Finalize
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ftfast.distill import crops
+from ftfast.distill.datasets import DataError
+from ftfast.distill.gpu_decoding import Encoded, Read
+from ftfast.distill.interrupts import SIGNALS
+from ftfast.distill.photographs import Files
+
+_TRIES = 20
+BATCHES_AHEAD = 4  # of each process
+
+Key = tuple[int, int, int] | int
+"""Seed, epoch and number of a photograph to train on; the number alone of one to test on."""
+
+
+@dataclass
+class Reader(Dataset[Any]):
+    """One photograph after the other, without the device."""
+
+    files: Files
+    labels: np.ndarray
+    size: int
+    rand_augment: int = 0
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
+        """Pixels ``[3, size, size]`` uint8, label, and the damaged files on the way."""
+        return self._first_whole(key, self._pixels)
+
+    def read(self, key: Key) -> tuple[Read, int, list[str]]:
+        """The same before it is decoded; nothing of the process's random state is used, so threads may ask."""
+        return self._first_whole(key, lambda content, key: Read(content, self._box(content, key)))
+
+    def _first_whole(self, key: Key, use: Callable[[Encoded, Key], Any]) -> tuple[Any, int, list[str]]:
+        index = key if isinstance(key, int) else key[2]
+        damaged: list[str] = []
+        for _ in range(min(_TRIES, len(self.labels))):
+            try:
+                content = Encoded.of(self.files.read(index), self.files.name(index))
+                return use(content, key), int(self.labels[index]), damaged
+            except (RuntimeError, ValueError, OSError):
+                damaged.append(self.files.name(index))
+                index = (index + 1) % len(self.labels)
+        raise DataError(f"{len(damaged)} photographs one after the other cannot be decoded, the first {damaged[0]}.")
+
+    def _box(self, content: Encoded, key: Key) -> crops.Box | None:
+        return None if isinstance(key, int) else crops.draw_box(content.height, content.width, crops.sample_seed(*key))
+
+    def _pixels(self, content: Encoded, key: Key) -> Tensor:
+        photograph = content.decode()
+        box = self._box(content, key)
+        if box is None:
+            return crops.cut_middle(photograph, self.size)
+        square = crops.cut_box(photograph, box, self.size)
+        if not self.rand_augment:
+            return square
+        from torchvision.transforms import v2
+
+        assert not isinstance(key, int)
+        torch.manual_seed(crops.sample_seed(*key))
+        return v2.RandAugment(magnitude=self.rand_augment)(square)
+
+
+class Keys:
+    """The batches of keys that a loader reads next; set anew for every pass."""
+
+    def __init__(self) -> None:
+        self.batches: Callable[[], Iterator[list[Any]]] = lambda: iter(())
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self.batches()
+
+
+def loader_of(reader: Reader, keys: Keys, workers: int, *, pinned: bool, persistent: bool) -> Any:
+    """Batches of pixels ``[N, 3, size, size]`` uint8, labels and damaged files' names, in the keys' order.
+
+    Args:
+        workers: processes; 0 reads in this one.
+        pinned: into memory that a GPU copies from by itself.
+        persistent: the processes stay when a pass ends.
+    """
+    if workers:
+        _end_readers_at_exit()
+    return DataLoader(
+        reader,
+        batch_sampler=keys,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        collate_fn=_collate,
+        pin_memory=pinned,
+        persistent_workers=persistent and workers > 0,
+        prefetch_factor=BATCHES_AHEAD if workers else None,
+    )
+
+
+def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    pixels, labels, damaged = zip(*samples, strict=True)
+    return torch.stack(pixels), torch.tensor(labels), [name for names in damaged for name in names]
+
+
+def in_words(loader: Any) -> Iterator[Any]:
+    """What a reading process says, as one sentence without its traceback."""
+    try:
+        with lost_readers_in_words():
+            try:
+                yield from loader
+            except (OSError, EOFError) as error:  # its batch lies in memory that went with it
+                raise RuntimeError(f"DataLoader worker: {error}") from None
+    except DataError as error:
+        raise DataError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        ) from None
+
+
+@contextmanager
+def lost_readers_in_words() -> Iterator[None]:
+    """torch tells of a reading process that is gone by an error wherever the training then is.
+
+    Raises:
+        DataError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a reading process is gone, as where the system lacks memory "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); go on with --resume and fewer --workers."
+        ) from None
+
+
+@lru_cache
+def _end_readers_at_exit() -> None:
+    """At the latest: they take no signal, so a process that left some behind would wait for them for ever."""
+    Finalize(None, _kill_readers, exitpriority=10)
+
+
+def _kill_readers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _ignore_signals(_worker: int) -> None:
+    """A signal is for the training process, which saves and then ends its readers."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
