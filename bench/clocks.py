@@ -1,5 +1,6 @@
 """Clocks: how long a candidate's steps take on a device."""
 
+import gc
 import time
 from dataclasses import replace
 from typing import Protocol
@@ -105,6 +106,8 @@ def graph_replay(candidate: Candidate) -> Candidate:
 
 
 def _capture(candidate: Candidate) -> torch.cuda.CUDAGraph:
+    # A backward node of the factor left over from another stream would be waited for, which a capture does not take.
+    gc.collect()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -65,8 +65,17 @@ def scalar(weight: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return weight.to(dtype) if isinstance(weight, Tensor) else weight
 
 
+def has_autocast(device_type: str) -> bool:
+    """Whether there is an autocast for devices of this type."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch 2.11's compiler cannot trace the question, and the answer never changes: it is asked once while tracing.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _no_autocast(device_type: str) -> AbstractContextManager[None]:
-    if torch.amp.is_autocast_available(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

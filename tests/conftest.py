@@ -1,5 +1,7 @@
 """Which backends a test can name here, and outputs that start as NaN, so that an element nobody wrote is seen."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def ieee_float32() -> Iterator[None]:
+    """On a GPU torch's convolutions round the operands of float32 to TF32 unless they are told not to."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture

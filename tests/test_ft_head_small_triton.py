@@ -33,7 +33,7 @@ DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 EPS = 1e-12
 STUDENT_SLOPE, TEACHER_SLOPE = 0.2, 0.1
 # Relative L2 errors in float32. On a GPU the products are TF32, which for p = 1 turns signs of a - b.
-FLOAT32_ERROR = {1: 1e-5, 2: 1e-5} if INTERPRETED else {1: 1e-1, 2: 1e-2}
+FLOAT32_ERROR = {1: 1e-5, 2: 1e-5} if INTERPRETED else {1: 1e-1, 2: 5e-2}
 # In 16 bits a result may be off by so many times what torch's layers are with maps rounded alike, and one rounding.
 # The interpreter cuts bfloat16 off where a GPU rounds to nearest.
 ALLOWANCE = {torch.float16: 2.5, torch.bfloat16: 3.0 if INTERPRETED else 1.5}

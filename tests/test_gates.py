@@ -108,7 +108,8 @@ def head_module(backend, device):
 
 
 def verdicts(backend, device):
-    ways = check_head.ways(backend, torch.device(device), torch.float32, SHAPE)
+    # Of float32 on a GPU, those that do not round to TF32.
+    ways = ("layers",) if device == "cuda" else check_head.ways(backend, torch.device(device), torch.float32, SHAPE)
     return [
         check_head.check_head(backend, torch.device(device), way, torch.float32, 1, "8x8", SHAPE).ok for way in ways
     ]

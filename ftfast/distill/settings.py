@@ -15,6 +15,7 @@ from ftfast.distill.augment import Augmentation
 from ftfast.distill.data import DATASETS, Dataset, Source, described_dataset
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.fields import check
+from ftfast.distill.images import steps_of
 from ftfast.distill.methods import METHODS, WEIGHTS
 from ftfast.distill.recipe import DTYPES, Recipe
 
@@ -23,6 +24,8 @@ FORMAT = "ftfast-settings"
 VERSION = 1
 PHOTOGRAPH_FIELDS = ("loader", "image_size", "rand_augment", "classes", "train_images", "test_images", "workers")
 GRID_STEPS = (0.5, 1.0, 2.0)
+# Compiling takes a student seconds, and saves milliseconds a step.
+STEPS_WORTH_COMPILING = 2000
 # Of the weights whose unit does not depend on the factor's size: about what their papers and their papers' code use.
 GRIDS = {"attention": (500.0, 1000.0, 2000.0), "hint": (1.0, 10.0, 100.0), "alpha": (0.5, 0.7, 0.9)}
 
@@ -210,7 +213,7 @@ class Settings(Recipe):
             self,
             device=device,
             dtype=self._resolved_dtype(device),
-            compile=self.compile if self.compile != "auto" else ("on" if device == "cuda" else "off"),
+            compile=self._resolved_compile(device),
             threads=self.threads or torch.get_num_threads(),
             **grids,
             teacher_checkpoint=None if checkpoint is None else str(Path(checkpoint).absolute()),
@@ -251,6 +254,12 @@ class Settings(Recipe):
         if self.dtype != "auto" or self.engine == "plain":
             return "float32" if self.dtype == "auto" else self.dtype
         return "bfloat16" if _has_bfloat16(device) else "float32"
+
+    def _resolved_compile(self, device: str) -> str:
+        if self.compile != "auto":
+            return self.compile
+        steps = self.student_epochs * steps_of(self._student_images(), self.batch_size)
+        return "on" if device == "cuda" and steps >= STEPS_WORTH_COMPILING else "off"
 
     @staticmethod
     def _resolved_channels(model: str, channels: int) -> int:

@@ -11,6 +11,7 @@ from ftfast.choices import Work, choose_kernel
 from ftfast.dispatch import interpreting
 from ftfast.kernels import activation, conv3x3, conv3x3_weight_gradient
 from ftfast.kernels.pack_weights import pack_weights
+from ftfast.ops.maps import rounds_to_tf32
 
 CANDIDATES = ("library", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +22,7 @@ def is_ours(
     operation: str, dtype: torch.dtype, shape: torch.Size, inputs: int, outputs: int, device: torch.device
 ) -> bool:
     """Whether our kernel computes ``operation`` of a convolution of a map of ``shape`` from and to these channels."""
-    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32 and not interpreting():
+    if dtype == torch.float32 and not rounds_to_tf32() and not interpreting():
         return False  # IEEE float32 is the library's
     work = Work(operation, str(dtype).removeprefix("torch."), shape[0], shape[2], shape[3], inputs, outputs)
     default = "triton" if interpreting() else "library"

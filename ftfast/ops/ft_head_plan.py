@@ -10,7 +10,7 @@ from ftfast.dispatch import choose, interpreting, resolve
 from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_loss import needs_torch_operators
 from ftfast.ops.ft_loss_launch import Options
-from ftfast.ops.maps import map_dtype
+from ftfast.ops.maps import map_dtype, rounds_to_tf32
 
 SEPARATE = "separate"
 
@@ -72,17 +72,17 @@ def plan_head(
     assert isinstance(translator, Stack)
     factor_channels = translator.weights[-1].shape[0]
     teacher_channels = None if teacher is None else teacher.shape[1]
-    kind = (chosen, student.device, dtype, teacher_channels)
+    kind = (chosen, student.device, dtype, teacher_channels, rounds_to_tf32())
     return _plan_kernel(kind, tuple(student.shape), factor_channels)
 
 
 @lru_cache(maxsize=1024)
 def _plan_kernel(
-    kind: tuple[str, torch.device, torch.dtype, int | None],
+    kind: tuple[str, torch.device, torch.dtype, int | None, bool],
     shape: tuple[int, ...],
     factor_channels: int,
 ) -> Plan:
-    backend, device, dtype, teacher_channels = kind
+    backend, device, dtype, teacher_channels, _ = kind
     if backend == "native" and device.type == "cpu":
         if dtype not in (torch.float32, torch.bfloat16):
             return Plan(SEPARATE, backend, dtype, f"oneDNN trains in float32 and bfloat16, and these maps are {dtype}")

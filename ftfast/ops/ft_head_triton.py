@@ -15,6 +15,7 @@ from ftfast.ops import ft_head_layers
 from ftfast.ops.conv3x3_triton import like_parameter
 from ftfast.ops.convolution_stack import Stack, prepare_once
 from ftfast.ops.ft_head_plan import Head
+from ftfast.ops.maps import rounds_to_tf32
 
 SINGLE_PASS, GROUPED, LAYERS = "single pass", "grouped", "layers"
 # The widest head that takes a single pass unmeasured.
@@ -55,8 +56,8 @@ def choose(
 ) -> tuple[str, str]:
     """The way to compute a head of this student map, and why."""
     samples, student_channels, height, width = shape
-    if dtype == torch.float32 and device.type == "cuda" and not torch.backends.cudnn.allow_tf32:
-        return LAYERS, "torch.backends.cudnn.allow_tf32 is off, and IEEE float32 is the library's"
+    if dtype == torch.float32 and device.type == "cuda" and not rounds_to_tf32():
+        return LAYERS, "TF32 is off (torch.backends.cudnn), and IEEE float32 is the library's"
     misfit = _misfit(device, dtype, shape, factor_channels, teacher_channels)
     name = str(dtype).removeprefix("torch.")
     work = Work("head", name, samples, height, width, student_channels, factor_channels)

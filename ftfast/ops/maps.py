@@ -6,11 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ftfast.reference import has_autocast
+
 
 def autocasts(features: Tensor) -> bool:
     """Whether torch would convolve these features in autocast's dtype, here and now."""
     kind = features.device.type
-    if features.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if features.dtype == torch.float64 or not has_autocast(kind):
         return False
     return torch.is_autocast_enabled(kind)
 
@@ -20,10 +22,15 @@ def map_dtype(features: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(features.device.type) if autocasts(features) else features.dtype
 
 
+def rounds_to_tf32() -> bool:
+    """Whether torch's convolutions of float32 may round their operands to TF32, by either of its two switches."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
 @contextmanager
 def no_autocast(device_type: str) -> Iterator[None]:
     """Keeps autocast out; backward may be called under another one than forward."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             yield
     else:
