@@ -122,6 +122,7 @@ def _run(loader: str, settings: Settings, size: Size, home: Path) -> tuple[list[
         "batch_size": size.batch,
         "student_epochs": EPOCHS,
         "device": settings.device.type,
+        "compile": "on" if settings.device.type == "cuda" else "off",  # as the whole preset's many steps are
     }
     given = {
         "preset": PRESET,
