@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ftfast.distill.photographs import Files
 
 _TRIES = 20
 BATCHES_AHEAD = 4  # of each process
+# torch raises a second time when the signal of a process's end comes: rather while the first is put in words.
+SECONDS_TO_NOTICE = 1.0
 
 Key = tuple[int, int, int] | int
 """Seed, epoch and number of a photograph to train on; the number alone of one to test on."""
@@ -118,6 +121,7 @@ def in_words(loader: Any) -> Iterator[Any]:
             try:
                 yield from loader
             except (OSError, EOFError) as error:  # its batch lies in memory that went with it
+                time.sleep(SECONDS_TO_NOTICE)
                 raise RuntimeError(f"DataLoader worker: {error}") from None
     except DataError as error:
         raise DataError(
