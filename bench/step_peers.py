@@ -209,6 +209,7 @@ def ours(with_: Operands, method: str, processes: Processes = ALONE) -> Step:
         device=with_.device.type,
         dtype="bfloat16",
         threads=torch.get_num_threads(),
+        compile="on" if with_.device.type == "cuda" else "off",  # as for a training's many steps
     ).resolved()
     precision = precision_of(settings)
     images = with_.images.contiguous(memory_format=torch.channels_last)

@@ -124,7 +124,9 @@ class Recipe:
         "fast", "fast, or plain: float32 modules and the reference loss, to compare with", choices=ENGINES
     )
     compile: str = setting(
-        "auto", "torch.compile of student and teacher (default: on a GPU, for trainings of 2000 steps or more)", choices=("auto", "on", "off")
+        "auto",
+        "torch.compile of student and teacher (default: on a GPU, for trainings of 2000 steps or more)",
+        choices=("auto", "on", "off"),
     )
     threads: int = setting(
         1, "threads on the CPU, 0 for torch's choice; digits are too small for more than one", least=0, most=4096
