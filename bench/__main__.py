@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import compare, guard, plots, readme
+from bench import compare, guard, plots, prediction, readme
 from bench.arguments import ALL, build_parser, check_out, settings_from
 from bench.records import RecordError, Row, load, save
 from bench.registry import discover
@@ -30,7 +30,13 @@ def plot_main(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"readme": readme.main, "plot": plot_main, "compare": compare.main, "guard": guard.main}
+COMMANDS = {
+    "readme": readme.main,
+    "plot": plot_main,
+    "compare": compare.main,
+    "guard": guard.main,
+    "prediction": prediction.main,
+}
 
 
 def is_failure(row: Row, peers_named: bool) -> bool:

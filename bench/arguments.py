@@ -31,6 +31,7 @@ DTYPES = {
 }
 ALL = "all"
 LAYOUTS = ("nchw", "channels_last")
+LOADERS = ("synthetic", "folder", "gpu")
 QUICK_PEERS = ("eager", "compile")
 # They tune for minutes, and on a CPU to nothing better.
 GPU_PEERS = ("compile-max-autotune",)
@@ -39,6 +40,7 @@ further commands:
   python -m bench readme [--check]   write the README's measured blocks and pictures from bench/records, or check them
   python -m bench plot RECORD ...    draw records, as SVG and PNG beside each
   python -m bench compare A B        ratios of two records, where they can be compared
+  python -m bench prediction         epoch times of many GPUs, predicted from the records
   python -m bench guard [RECORD]     measure a few cases again and fail where their ratios are worse than the record's
 
 examples:
@@ -149,6 +151,14 @@ def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
         f"(--quick: {', '.join(QUICK_PEERS)})",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, help="torch's threads, default: the cores that may be used")
+    parser.add_argument(
+        "--steps", type=positive, help="of the student in preset_run, default: 300 on a GPU, 12 on a CPU"
+    )
+    parser.add_argument(
+        "--loaders", type=comma_list("loaders", one_of("loader", {name: name for name in LOADERS})), metavar="LIST",
+        default=(), help=f"of preset_run, of {', '.join(LOADERS)}; default: synthetic,gpu on a GPU, else "
+        "synthetic,folder",
+    )  # fmt: skip
     parser.add_argument("--blocks", type=positive, help=f"blocks of each candidate, default: {Plan.blocks}")
     parser.add_argument(
         "--seed", type=seed_number, default=0, help="of the factors and of the order of blocks, default: 0"
@@ -209,4 +219,6 @@ def settings_from(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         heads=tuple(dict.fromkeys(head_on(head, device) for head in heads)),
         head_dtypes=options.dtype or (torch.bfloat16,),
         quick=options.quick,
+        steps=options.steps,
+        loaders=options.loaders,
     )

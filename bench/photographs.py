@@ -32,8 +32,8 @@ def picture(random: np.random.Generator, height: int = HEIGHT, width: int = WIDT
     return content.getvalue()
 
 
-def make_folder(folder: Path, *, train: int, val: int, distinct: int, seed: int = 0) -> float:
-    """``train/CLASS/*.jpeg`` and ``val/CLASS/*.jpeg``, of CLASSES classes; returns the mean bytes of a file.
+def make_folder(folder: Path, *, train: int, val: int, distinct: int, classes: int = CLASSES, seed: int = 0) -> float:
+    """``train/CLASS/*.jpeg`` and ``val/CLASS/*.jpeg``; returns the mean bytes of a file.
 
     Args:
         distinct: how many of the files differ; the others are links to them.
@@ -47,11 +47,11 @@ def make_folder(folder: Path, *, train: int, val: int, distinct: int, seed: int 
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(draw, range(distinct)))
     for part, count in (("train", train), ("val", val)):
-        for label in range(CLASSES):
-            (folder / part / f"class{label}").mkdir(parents=True)
+        for label in range(classes):
+            (folder / part / f"class{label:04}").mkdir(parents=True)
         for number in range(count):
             source = drawn / f"{number % distinct:05}.jpeg"
-            os.link(source, folder / part / f"class{number % CLASSES}" / f"{number:06}.jpeg")
+            os.link(source, folder / part / f"class{number % classes:04}" / f"{number:06}.jpeg")
     return float(np.mean(sizes))
 
 
@@ -64,7 +64,7 @@ def make_shards(folder: Path, shards: Path) -> None:
             with tarfile.open(shards / f"{part}-{start // IMAGES_PER_SHARD:05}.tar", "w") as shard:
                 for file in files[start : start + IMAGES_PER_SHARD]:
                     _add(shard, file.name, file.read_bytes())
-                    _add(shard, f"{file.stem}.cls", file.parent.name.removeprefix("class").encode())
+                    _add(shard, f"{file.stem}.cls", str(int(file.parent.name.removeprefix("class"))).encode())
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:

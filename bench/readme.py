@@ -4,16 +4,18 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import plots
+from bench import plots, prediction
 from bench.machine import CHECKOUT
 from bench.records import Record, RecordError, load, write_whole
 from bench.registry import discover
 
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 RECORDS = CHECKOUT / "bench" / "records"
+# Blocks made of several benches' records.
+DERIVED: dict[str, Callable[[dict[str, dict[str, Record]]], str]] = {"prediction": prediction.markdown}
 
 
 class ReadmeError(ValueError):
@@ -32,6 +34,14 @@ def newest_records(folder: Path) -> dict[str, dict[str, tuple[Path, Record]]]:
     return found
 
 
+def newest_alone(folder: Path) -> dict[str, dict[str, Record]]:
+    """:func:`newest_records` without their paths."""
+    return {
+        bench: {device: record for device, (_, record) in devices.items()}
+        for bench, devices in newest_records(folder).items()
+    }
+
+
 def regenerate(text: str, folder: Path, readme: Path) -> str:
     """The README's text with its blocks as the records have them.
 
@@ -46,8 +56,10 @@ def regenerate(text: str, folder: Path, readme: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
+        if name in DERIVED:
+            return f"{match[1]}{DERIVED[name](newest_alone(folder))}\n{match[4]}"
         if name not in benches:
-            raise ReadmeError(f"{readme} has a block of {name!r}; there are {', '.join(benches)}.")
+            raise ReadmeError(f"{readme} has a block of {name!r}; there are {', '.join([*benches, *DERIVED])}.")
         records = {
             device: (_link(plots.picture_paths(path, name)[0], readme), record)
             for device, (path, record) in newest.get(name, {}).items()

@@ -25,6 +25,8 @@ class Settings:
         plan: how long to measure.
         heads, head_dtypes: the same for benches of whole heads and of their convolutions.
         quick: a look is wanted, not figures.
+        steps: of a student in preset_run, None for its own number.
+        loaders: of preset_run, empty for its own.
     """
 
     device: torch.device
@@ -36,6 +38,8 @@ class Settings:
     heads: tuple[HeadShape, ...] = ()
     head_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     quick: bool = False
+    steps: int | None = None
+    loaders: tuple[str, ...] = ()
 
 
 def runs_anywhere(_: "Settings") -> str:

@@ -5,10 +5,10 @@
     out[n, i, j, c] = gain_c * sum_kl w_ik w_jl pixel[c, k, l] / sum_kl w_ik w_jl + shift_c
 
 along both sides, which is torch's and Pillow's triangle filter; a mirrored photograph has ``j`` counted from the right.
-Photographs are planar uint8 ``[3, H, W]`` of less than 2**31 numbers, each at an address of its own; ``table`` is
-``[N, COLUMNS]`` int64, a row for each: address, H, W, the box's top, left, height and width, the grid's height and
-width that the box is resized to, the first row and column of the grid that are wanted, and whether they are mirrored.
-The result is ``[N, S, S, 3]``.
+Photographs are uint8 ``[3, H, W]`` of any strides, within 2**31 bytes, each at an address of its own; ``table`` is
+``[N, COLUMNS]`` int64, a row for each: address, strides of channels, rows and columns, the box's top, left, height and
+width, the grid's height and width that the box is resized to, the first row and column of the grid that are wanted, and
+whether they are mirrored. The result is ``[N, S, S, 3]``.
 
 A program owns (part of) a row of one photograph. It reads the taps of its pixels straight from the photograph: there
 are (2a + 1)^2 of them, and what neighbours share comes from the cache.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .launch import device_guard
 
-COLUMNS = 12
+COLUMNS = 13
 LONGEST_BLOCK = 256
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -54,16 +54,17 @@ def _crop_resize_kernel(
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     entry = table + n * COLUMNS
     pixels = tl.load(entry).to(tl.pointer_type(tl.uint8))
-    width = tl.load(entry + 2).to(tl.int32)
-    plane = tl.load(entry + 1).to(tl.int32) * width
-    corner = tl.load(entry + 3).to(tl.int32) * width + tl.load(entry + 4).to(tl.int32)
-    box_height = tl.load(entry + 5).to(tl.int32)
-    box_width = tl.load(entry + 6).to(tl.int32)
-    scale_y = box_height.to(tl.float32) / tl.load(entry + 7).to(tl.float32)
-    scale_x = box_width.to(tl.float32) / tl.load(entry + 8).to(tl.float32)
-    first_row = tl.load(entry + 9).to(tl.int32)
-    first_column = tl.load(entry + 10).to(tl.int32)
-    is_mirrored = tl.load(entry + 11) != 0
+    channel_stride = tl.load(entry + 1).to(tl.int32)
+    row_stride = tl.load(entry + 2).to(tl.int32)
+    column_stride = tl.load(entry + 3).to(tl.int32)
+    corner = tl.load(entry + 4).to(tl.int32) * row_stride + tl.load(entry + 5).to(tl.int32) * column_stride
+    box_height = tl.load(entry + 6).to(tl.int32)
+    box_width = tl.load(entry + 7).to(tl.int32)
+    scale_y = box_height.to(tl.float32) / tl.load(entry + 8).to(tl.float32)
+    scale_x = box_width.to(tl.float32) / tl.load(entry + 9).to(tl.float32)
+    first_row = tl.load(entry + 10).to(tl.int32)
+    first_column = tl.load(entry + 11).to(tl.int32)
+    is_mirrored = tl.load(entry + 12) != 0
 
     widening_y = tl.maximum(scale_y, 1.0)
     widening_x = tl.maximum(scale_x, 1.0)
@@ -83,15 +84,16 @@ def _crop_resize_kernel(
     weights = tl.zeros((BLOCK,), tl.float32)
     for y in range(first_y, last_y):
         weight_y = _weight(y + 0.5 - centre_y, narrowing_y)
-        line = pixels + corner + y * width
+        line = pixels + corner + y * row_stride
         for tap in range(0, taps):
             x = first_x + tap
             within = (x < last_x) & (j < size)
             weight = tl.where(within, weight_y * _weight(x.to(tl.float32) + 0.5 - centre_x, narrowing_x), 0.0)
             weights += weight
-            red += weight * tl.load(line + x, mask=within, other=0).to(tl.float32)
-            green += weight * tl.load(line + plane + x, mask=within, other=0).to(tl.float32)
-            blue += weight * tl.load(line + 2 * plane + x, mask=within, other=0).to(tl.float32)
+            place = line + x * column_stride
+            red += weight * tl.load(place, mask=within, other=0).to(tl.float32)
+            green += weight * tl.load(place + channel_stride, mask=within, other=0).to(tl.float32)
+            blue += weight * tl.load(place + 2 * channel_stride, mask=within, other=0).to(tl.float32)
 
     share = 1.0 / tl.where(weights > 0.0, weights, 1.0)
     places = result + ((n * size + i) * size + j) * 3

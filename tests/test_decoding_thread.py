@@ -20,6 +20,7 @@ from tests.photograph_folder import make_folder
 
 CPU = torch.device("cpu")
 CLASSES, TRAIN, SIDE = 4, 40, 20
+FEW_LEVELS = 6 / 255 / 0.225  # decoders differ in how they enlarge the colours; another box differs by far more
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +200,9 @@ def test_a_gpu_sees_the_photographs_that_the_processor_sees(folder: Path) -> Non
         for ours, theirs in pairs:
             assert torch.equal(ours[1], theirs[1])
             assert ours[0].stride() == theirs[0].stride()
-            assert difference(ours[0], theirs[0]) < 3 / 255 / 0.225
+            assert difference(ours[0], theirs[0]) < FEW_LEVELS
     for ours, theirs in zip(tested.in_order(3), expected_tested.in_order(3), strict=True):
-        assert difference(ours[0], theirs[0]) < 3 / 255 / 0.225
+        assert difference(ours[0], theirs[0]) < FEW_LEVELS
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -21,7 +21,7 @@ from bench.on_gpu.steps import Step, steps
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPT = CHECKOUT / "bench" / "on_gpu.sh"
-LEFT_OUT = {"tests_triton", "tests_cuda", "tests_backends"}
+LEFT_OUT = {"tests_triton", "tests_cuda", "tests_backends", "bench_loaders"}
 if importlib.util.find_spec("ftfast._C") is None:
     LEFT_OUT.add("tune")
 

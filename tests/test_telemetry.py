@@ -65,14 +65,14 @@ def test_a_line_has_rate_pause_and_what_the_gpu_tells(tmp_path: Path) -> None:
     assert (line["training"], line["epoch"], line["step"]) == ("students/ft/seed0", 3, 7)
     seconds = 50 / line["images_per_second"]
     assert 0.31 <= seconds < 5
+    assert line["seconds"] == pytest.approx(seconds)
     assert line["checkpoint_pause"] == pytest.approx(0.01 / seconds)
+    assert line["checkpoints"] == 1
     assert line["gpu"] == {"busy_percent": 80.0, "memory_bytes": 123.0, "joules_per_image": 2.0}
     assert list((tmp_path / "tensorboard" / "students/ft/seed0").iterdir())
 
 
-def test_a_run_splits_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftfast.distill.telemetry.SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("ftfast.distill.telemetry.RunLog.__init__.__defaults__", (0.0,))
+def test_a_run_splits_its_steps(tmp_path: Path) -> None:
     settings = settings_of(
         methods=("ft",),
         seeds=1,
@@ -86,7 +86,7 @@ def test_a_run_splits_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         paraphraser_steps=20,
         device="cpu",
     )
-    run(settings, tmp_path / "run")
+    run(settings, tmp_path / "run", telemetry_seconds=0.0)
     of_student = [line for line in lines(tmp_path / "run") if line["training"] == "students/ft/seed0"]
     assert len(of_student) == 8  # 2 epochs of 4 batches
     parts = [line["milliseconds"] for line in of_student if "milliseconds" in line]

@@ -90,6 +90,12 @@ def steps(results: Path) -> list[Step]:
         ),
         _bench(results, "bench_quick", "ft_loss", "conv3x3", "ft_head", options=("--quick",)),
         _bench(results, "bench_head", "ft_head", options=("--heads", "cifar-r56-r20,imagenet-r34-r18")),
+        Step(
+            "bench_loaders",
+            _module("bench", "loaders", "preset_run", "--out", str(results / "bench_loaders.json")),
+            needs=("rich", "torchvision"),
+            environment={"TORCHINDUCTOR_COMPILE_THREADS": "8"},
+        ),
         _bench(results, "bench_convolutions", "conv3x3"),
         _bench(results, "bench_loss", "ft_loss"),
         _bench(

@@ -1,8 +1,8 @@
 """Photographs as their files' bytes, decoded by the processor one by one or by a GPU's nvJPEG in batches."""
 
+import logging
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
 from typing import NamedTuple, Self
@@ -17,6 +17,7 @@ from ftfast.ops.crop_resize import can_crop, crop_resize
 
 # torchvision's and timm's models were trained on images normalised by these, of ImageNet's training images.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_log = logging.getLogger("ftfast")
 _JPEG = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers whose segment has the size in pixels
 
@@ -131,8 +132,7 @@ def cut_batch(decoded: Sequence[Tensor], boxes: Sequence[crops.Box | None], size
             crops.middle_of(pixels.shape[1], pixels.shape[2], size) if box is None else crops.window_of(box, size)
             for pixels, box in zip(decoded, boxes, strict=True)
         ]
-        dense = [pixels.contiguous() for pixels in decoded]
-        return crop_resize(dense, windows, size, mean=MEAN, deviation=DEVIATION)
+        return crop_resize(decoded, windows, size, mean=MEAN, deviation=DEVIATION)
     squares = [
         crops.cut_middle(pixels, size) if box is None else crops.cut_box(pixels, box, size)
         for pixels, box in zip(decoded, boxes, strict=True)
@@ -162,16 +162,23 @@ def _decode(
     if device.type == "cuda":
         found = {place: pixels.to(device, non_blocking=True) for place, pixels in found.items()}
         jpegs = [place for place, read in enumerate(photographs) if place not in found and read.encoded.is_jpeg]
-        with suppress(RuntimeError):  # one that it cannot decode spoils the batch
+        try:
             contents = [photographs[place].encoded.content for place in jpegs]
             if contents:
                 found |= zip(jpegs, decode_jpeg(contents, ImageReadMode.RGB, device=device), strict=True)
+        except RuntimeError as error:  # one that it cannot decode spoils the batch
+            _say_once(str(error).strip().partition("\n")[0])
     left = [place for place in range(len(photographs)) if place not in found]
     pixels_left = on_processor(decode_or_none, [photographs[place].encoded for place in left])
     for place, pixels in zip(left, pixels_left, strict=True):
         if pixels is not None:
             found[place] = pixels.to(device)
     return found
+
+
+@lru_cache
+def _say_once(reason: str) -> None:
+    _log.warning("nvJPEG cannot decode a batch, and the processor does: %s", reason)
 
 
 def decode_or_none(encoded: Encoded) -> Tensor | None:

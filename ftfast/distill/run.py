@@ -29,6 +29,7 @@ from ftfast.distill.setup import Setup, load_images, precision_of
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
 from ftfast.distill.teacher import read_teacher
+from ftfast.distill.telemetry import SECONDS_BETWEEN_LINES
 
 
 def run(
@@ -38,6 +39,7 @@ def run(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     checkpoints_kept: int = 3,
+    telemetry_seconds: float = SECONDS_BETWEEN_LINES,
 ) -> dict[str, Any]:
     """Runs what the settings say into a folder; returns the content of its results.json.
 
@@ -45,6 +47,7 @@ def run(
         output: the run folder, new or, with ``resume``, that of a run with the same settings.
         checkpoint_seconds: the time between two checkpoints of one training.
         checkpoints_kept: of each training, the newest.
+        telemetry_seconds: the time between two lines of ``telemetry.jsonl``.
 
     Raises:
         DistillError: in one sentence, before anything is written where that can be known before.
@@ -64,8 +67,8 @@ def run(
             return is_new
 
         is_new = processes.on_first(open_folder)
-        checkpoints = (checkpoint_seconds, checkpoints_kept)
-        return _run_in(RunFolder(output), settings, checkpoints, processes, starts_anew=resume and is_new)
+        seconds = (checkpoint_seconds, telemetry_seconds)
+        return _run_in(RunFolder(output), settings, seconds, checkpoints_kept, processes, starts_anew=resume and is_new)
 
 
 def _check(settings: Settings, processes: Processes) -> None:
@@ -86,7 +89,8 @@ def _check(settings: Settings, processes: Processes) -> None:
 def _run_in(
     folder: RunFolder,
     settings: Settings,
-    checkpoints: tuple[float, int],
+    seconds: tuple[float, float],
+    kept: int,
     processes: Processes,
     *,
     starts_anew: bool,
@@ -107,8 +111,19 @@ def _run_in(
         stack.callback(train.close)
         stack.callback(students.close)
         precision = precision_of(settings)
-        seconds, kept = checkpoints
-        setup = Setup(settings, precision, folder, progress, seconds, train, students, test, processes, kept)
+        setup = Setup(
+            settings,
+            precision,
+            folder,
+            progress,
+            seconds[0],
+            train,
+            students,
+            test,
+            processes,
+            checkpoints_kept=kept,
+            telemetry_seconds=seconds[1],
+        )
         teacher, teacher_checkpoint = prepare_teacher(setup)
         paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
         guides = Guides(teacher, paraphraser)

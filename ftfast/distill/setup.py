@@ -17,7 +17,7 @@ from ftfast.distill.images import Images
 from ftfast.distill.processes import Processes
 from ftfast.distill.progress import Progress
 from ftfast.distill.settings import DTYPES, Settings
-from ftfast.distill.telemetry import RunLog
+from ftfast.distill.telemetry import SECONDS_BETWEEN_LINES, RunLog
 from ftfast.distill.tensorboard import EpochLog
 
 
@@ -71,6 +71,7 @@ class Setup:
     test: Images
     processes: Processes
     checkpoints_kept: int = 3
+    telemetry_seconds: float = SECONDS_BETWEEN_LINES
 
     @property
     def part_size(self) -> int:
@@ -107,7 +108,11 @@ class Setup:
         with (
             EpochLog(self.folder.tensorboard / title) as log,
             RunLog(
-                self.folder.path if self.processes.is_first else None, title, device, gpu_of(device)
+                self.folder.path if self.processes.is_first else None,
+                title,
+                device,
+                gpu_of(device),
+                self.telemetry_seconds,
             ) as training.log,
         ):
 

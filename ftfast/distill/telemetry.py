@@ -78,9 +78,10 @@ class StepClock:
 class RunLog:
     """Writes a training's lines into the run folder's ``telemetry.jsonl``, which a resumed run goes on with.
 
-    A line has ``training``, ``epoch`` and ``step`` (from 1), ``images_per_second`` since the line before, and where
-    they are known ``milliseconds`` by part, ``checkpoint_pause`` (its share of the time) and ``gpu`` (``busy_percent``,
-    ``memory_bytes``, ``watts``, ``joules_per_image``).
+    A line has ``training``, ``epoch`` and ``step`` (from 1), ``seconds`` since the line before, of these
+    ``images_per_second``, ``checkpoints`` written meanwhile and ``checkpoint_pause`` (their share of the time), and
+    where they are known ``milliseconds`` by part and ``gpu`` (``busy_percent``, ``memory_bytes``, ``watts``,
+    ``joules_per_image``).
 
     Args:
         folder: of the run; None writes nothing.
@@ -101,7 +102,7 @@ class RunLog:
         self._folder, self._title, self._gpu, self._seconds = folder, title, gpu, seconds
         self._file: Any = None
         self._writer: Any = None
-        self._paused = 0.0
+        self._paused, self._checkpoints = 0.0, 0
         self._images = 0
         self._since = time.perf_counter()
         self._joules = None if gpu is None else gpu.joules()
@@ -123,6 +124,7 @@ class RunLog:
     def pause(self, seconds: float) -> None:
         """The training stood still that long for a checkpoint."""
         self._paused += seconds
+        self._checkpoints += 1
 
     def step(self, training: "Training", images: int) -> None:
         """After each step, with the images of all processes in it."""
@@ -135,8 +137,10 @@ class RunLog:
             "training": self._title,
             "epoch": len(training.history) + 1,
             "step": training.steps_done(),
+            "seconds": seconds,
             "images_per_second": self._images / seconds,
             "checkpoint_pause": self._paused / seconds,
+            "checkpoints": self._checkpoints,
         }
         if milliseconds := self.clock.take():
             line["milliseconds"] = milliseconds
@@ -145,7 +149,8 @@ class RunLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._draw(line, training.total_steps_done())
-        self._images, self._paused, self._since = 0, 0.0, time.perf_counter()
+        self._images, self._paused, self._checkpoints = 0, 0.0, 0
+        self._since = time.perf_counter()
 
     def _look(self) -> dict[str, float]:
         if self._gpu is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ftfast.dispatch import Support, resolve, supports
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST = 2**31 - 1  # numbers of a photograph, which the kernel counts in 32 bits
+LARGEST = 2**31 - 1  # bytes that a photograph spans, which the kernel counts in 32 bits
 
 
 class Window(NamedTuple):
@@ -55,7 +55,7 @@ def crop_resize(
     The current stream has to have the photographs; they may be let go of at once.
 
     Args:
-        photographs: N of ``[3, H, W]`` uint8, contiguous, on one device, each with a size of its own.
+        photographs: N of ``[3, H, W]`` uint8, any strides, on one device, each with a size of its own.
         windows: one for each.
         size: the squares' side in pixels.
         mean, deviation: of the three channels, of pixels from 0 to 1.
@@ -66,7 +66,7 @@ def crop_resize(
 
     Raises:
         TypeError: photographs that are no uint8, or another dtype of the result.
-        ValueError: other shapes or strides, unlike devices, or a window beyond its photograph or grid.
+        ValueError: other shapes, too large ones, unlike devices, or a window beyond its photograph or grid.
         RuntimeError: a device that the kernel does not run on, with the reason.
     """
     _check(photographs, windows, size, dtype)
@@ -78,7 +78,7 @@ def crop_resize(
     from ftfast.kernels import crop_resize as kernels
 
     rows = [
-        (photograph.data_ptr(), *photograph.shape[1:], *(int(value) for value in window))
+        (photograph.data_ptr(), *photograph.stride(), *(int(value) for value in window))
         for photograph, window in zip(photographs, windows, strict=True)
     ]
     table = torch.tensor(rows, dtype=torch.int64)
@@ -97,15 +97,13 @@ def _check(photographs: Sequence[Tensor], windows: Sequence[Window], size: int, 
     for place, (photograph, window) in enumerate(zip(photographs, windows, strict=True)):
         if photograph.dtype != torch.uint8:
             raise TypeError(f"photographs[{place}] is {photograph.dtype}; it takes uint8.")
-        if photograph.dim() != 3 or len(photograph) != 3 or not photograph.is_contiguous():
+        if photograph.dim() != 3 or len(photograph) != 3:
             raise ValueError(
-                f"photographs[{place}] is {list(photograph.shape)} with strides {photograph.stride()}; it takes "
-                "contiguous [3, H, W]."
+                f"photographs[{place}] is {list(photograph.shape)}; it takes [3, H, W]: convert it to three channels."
             )
-        if photograph.numel() > LARGEST:
-            raise ValueError(
-                f"photographs[{place}] has {photograph.numel()} numbers; it takes at most {LARGEST}: make it smaller."
-            )
+        span = sum((length - 1) * step for length, step in zip(photograph.shape, photograph.stride(), strict=True))
+        if span > LARGEST:
+            raise ValueError(f"photographs[{place}] spans {span} bytes; it takes at most {LARGEST}: make it smaller.")
         if photograph.device != photographs[0].device:
             raise ValueError(
                 f"photographs[{place}] is on {photograph.device} and the first on {photographs[0].device}; "
