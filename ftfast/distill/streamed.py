@@ -8,13 +8,13 @@ import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -58,8 +58,15 @@ class Reading:
     report: Callable[[str], None] = lambda _: None
 
 
-Key = tuple[int, int, int] | int
-"""Seed, epoch and number of a photograph to train on; the number alone of one to test on."""
+Key = tuple[int, int, int] | int | crops.Cut | crops.Views
+"""Seed, epoch and number of a photograph to train on; the number alone of one to test on; or boxes that are given."""
+
+
+class Squares(NamedTuple):
+    """Views of photographs ``[..., V, 3, size, size]`` uint8 and their boxes ``[..., V, 5]`` int32."""
+
+    pixels: Tensor
+    boxes: Tensor
 
 
 @dataclass
@@ -74,7 +81,7 @@ class _Reader(Dataset[Any]):
 
     def __getitem__(self, key: Key) -> tuple[Any, int, list[str]]:
         """Pixels ``[3, size, size]`` uint8, or what they are decoded from, label, and the damaged files on the way."""
-        index = key if isinstance(key, int) else key[2]
+        index = _number(key)
         damaged: list[str] = []
         for _ in range(min(_TRIES, len(self.labels))):
             try:
@@ -89,14 +96,21 @@ class _Reader(Dataset[Any]):
     def _box(self, content: "gpu_decoding.Encoded", key: Key) -> crops.Box | None:
         if isinstance(key, int):
             return None
+        if isinstance(key, crops.Cut):
+            return key.box
         torch.manual_seed(crops.sample_seed(*key))
         return crops.draw_box(content.height, content.width)
 
     def _encoded(self, content: "gpu_decoding.Encoded", key: Key) -> Any:
         return content, self._box(content, key)
 
-    def _pixels(self, content: "gpu_decoding.Encoded", key: Key) -> Tensor:
+    def _pixels(self, content: "gpu_decoding.Encoded", key: Key) -> Tensor | Squares:
         photograph = content.decode()
+        if isinstance(key, crops.Views):
+            drawn = [self._box(content, (key.seed, view, key.row)) for view in range(key.boxes)]
+            boxes = [box for box in drawn if box is not None]
+            cuts = [crops.cut_box(photograph, box, self.size) for box in boxes]
+            return Squares(torch.stack(cuts), torch.tensor(boxes, dtype=torch.int32))
         box = self._box(content, key)
         if box is None:
             return crops.cut_middle(photograph, self.size)
@@ -118,9 +132,17 @@ class _Keys:
         return self.batches()
 
 
+def _number(key: Key) -> int:
+    if isinstance(key, int):
+        return key
+    return key.row if isinstance(key, crops.Cut | crops.Views) else key[2]
+
+
 def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Any, Tensor, list[str]]:
     found, labels, damaged = zip(*samples, strict=True)
-    pixels = torch.stack(found) if isinstance(found[0], Tensor) else list(found)
+    pixels: Any = torch.stack(found) if isinstance(found[0], Tensor) else list(found)
+    if isinstance(found[0], Squares):
+        pixels = Squares(*(torch.stack(parts) for parts in zip(*found, strict=True)))
     return pixels, torch.tensor(labels), [name for names in damaged for name in names]
 
 
@@ -161,37 +183,47 @@ class Streamed:
 
         yield from self._read("draw", keys)
 
+    def cut_boxes(self, batches: Iterable[list[crops.Cut]]) -> Iterator[tuple[Tensor, ...]]:
+        """The boxes of each batch, images ``[N, 3, size, size]`` as :meth:`draw` has them, and labels."""
+        yield from self._read("draw", lambda: iter(batches))
+
+    def draw_views(self, batches: Iterable[list[crops.Views]]) -> Iterator[tuple[Tensor, ...]]:
+        """Images ``[N * V, 3, size, size]``, an image's views one after the other, labels and boxes ``[N, V, 5]``."""
+        yield from self._read("views", lambda: iter(batches))
+
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """The middle of every photograph, with its label; of several processes, each takes its own."""
         own = np.array_split(self.rows, part.ranks)[part.rank]
         batches = [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
-        yield from self._read("in order", lambda: iter(batches))
+        for images, labels, *_ in self._read("in order", lambda: iter(batches)):
+            yield images, labels
 
     def cut(self, count: int) -> tuple[Self, Self]:
         """``count`` photographs with every class in proportion, the same ones at every call, and the rest."""
         from sklearn.model_selection import train_test_split
 
         if count == len(self):
-            return self, self._at(self.rows[:0])
+            return self, self.at(self.rows[:0])
         labels = self.photographs.labels[self.rows]
         chosen, rest = train_test_split(self.rows, train_size=count, stratify=labels, random_state=0)
-        return self._at(np.sort(chosen)), self._at(np.sort(rest))
+        return self.at(np.sort(chosen)), self.at(np.sort(rest))
 
     def close(self) -> None:
         """Ends the reading processes, which take no signal; the next pass starts others."""
         self._loaders.clear()
         gc.collect()  # the loader's iterator, which ends them, may hang on a cycle
 
-    def _at(self, rows: np.ndarray) -> Self:
+    def at(self, rows: np.ndarray) -> Self:
+        """Those of some rows of the photographs."""
         return replace(self, rows=rows, _loaders={})
 
-    def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Tensor, ...]]:
         if not len(self):
             return
         loader, batches = self._loader(kind)
         batches.batches = keys
         damaged: set[str] = set()
-        for pixels, labels, names in _ahead(_in_words(loader), self._to_device):
+        for pixels, labels, names, *boxes in _ahead(_in_words(loader), self._to_device):
             for name in names:
                 if name not in damaged and len(damaged) < SHOWN_DAMAGED:
                     self.reading.report(f"warning: {name} cannot be decoded; the next one is taken in its place")
@@ -201,7 +233,7 @@ class Streamed:
                     f"{len(damaged)} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}; the "
                     f"last is {names[-1]}: check the files in --data-dir."
                 )
-            yield pixels, labels
+            yield pixels, labels, *boxes
         if len(damaged) > SHOWN_DAMAGED:
             self.reading.report(f"warning: {len(damaged)} photographs of this pass cannot be decoded")
 
@@ -229,15 +261,18 @@ class Streamed:
             self._loaders[kind] = (loader, keys)
         return loader, keys
 
-    def _to_device(self, read: tuple[Any, Tensor, list[str]]) -> tuple[Tensor, Tensor, list[str]]:
+    def _to_device(self, read: tuple[Any, Tensor, list[str]]) -> tuple[Any, ...]:
         found, labels, names = read
+        boxes = (found.boxes,) if isinstance(found, Squares) else ()
+        if isinstance(found, Squares):
+            found = found.pixels.flatten(0, 1)
         device = self.reading.device
         if self.reading.on_device:
             found, labels, also = gpu_decoding.decode_batch(found, labels, self.reading.size, device)
             names = [*names, *also]
         pixels = found.to(device, non_blocking=True)
         images = _normalisation(device).apply(pixels).contiguous(memory_format=torch.channels_last)
-        return images, labels.to(device, non_blocking=True), names
+        return images, labels.to(device, non_blocking=True), names, *boxes
 
 
 def _normalisation(device: torch.device) -> Normalisation:
