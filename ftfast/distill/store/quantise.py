@@ -1,4 +1,4 @@
-"""Factors in few bits. The loss sees only a factor's direction, so each is scaled as its dtype likes, and no scale kept."""
+"""Factors in few bits. The loss sees only a direction, so each is scaled as its dtype likes, and no scale is kept."""
 
 import torch
 from torch import Tensor
