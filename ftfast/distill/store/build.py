@@ -121,9 +121,7 @@ def build_store(
             if _check_path(path, header, resume=resume):
                 progress.say(f"the store {path} is finished already")
                 return []
-            if not only_estimate:
-                stack.enter_context(_locked(path))
-            left = _left(path, header, progress.say) if path.exists() else list(range(header.shard_count))
+            left = _left(path, header, progress.say)
             found = estimate(path, maker, left, processes.part.ranks)
             progress.say(describe(header))
             progress.say(describe_work(found))
@@ -132,8 +130,11 @@ def build_store(
                     f"{path} has {size(found.free)} free, and the store takes {size(found.bytes)} more; make room, "
                     "choose another place, fewer --views or a smaller --dtype."
                 )
-            if not only_estimate:
-                _begin(path, header, teacher, paraphraser)
+            if only_estimate:
+                return left
+            stack.enter_context(_locked(path))
+            _check_path(path, header, resume=resume)  # another process may have filled it meanwhile
+            _begin(path, header, teacher, paraphraser)
             return left
 
         is_whole = headers.is_finished(path)
