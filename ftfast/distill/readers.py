@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,15 @@ from ftfast.distill.photographs import Files
 _TRIES = 20
 BATCHES_AHEAD = 4  # of each process
 
-Key = tuple[int, int, int] | int
-"""Seed, epoch and number of a photograph to train on; the number alone of one to test on."""
+Key = tuple[int, int, int] | int | crops.Cut | crops.Views
+"""Seed, epoch and number of a photograph to train on; the number alone of one to test on; or boxes that are given."""
+
+
+class Squares(NamedTuple):
+    """Views of photographs ``[..., V, 3, size, size]`` uint8 and their boxes ``[..., V, 5]`` int32."""
+
+    pixels: Tensor
+    boxes: Tensor
 
 
 @dataclass
@@ -36,8 +43,8 @@ class Reader(Dataset[Any]):
     size: int
     rand_augment: int = 0
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
-        """Pixels ``[3, size, size]`` uint8, label, and the damaged files on the way."""
+    def __getitem__(self, key: Key) -> tuple[Tensor | Squares, int, list[str]]:
+        """Pixels ``[3, size, size]`` uint8 or several views, label, and the damaged files on the way."""
         return self._first_whole(key, self._pixels)
 
     def read(self, key: Key) -> tuple[Read, int, list[str]]:
@@ -45,7 +52,7 @@ class Reader(Dataset[Any]):
         return self._first_whole(key, lambda content, key: Read(content, self._box(content, key)))
 
     def _first_whole(self, key: Key, use: Callable[[Encoded, Key], Any]) -> tuple[Any, int, list[str]]:
-        index = key if isinstance(key, int) else key[2]
+        index = _number(key)
         damaged: list[str] = []
         for _ in range(min(_TRIES, len(self.labels))):
             try:
@@ -57,10 +64,19 @@ class Reader(Dataset[Any]):
         raise DataError(f"{len(damaged)} photographs one after the other cannot be decoded, the first {damaged[0]}.")
 
     def _box(self, content: Encoded, key: Key) -> crops.Box | None:
-        return None if isinstance(key, int) else crops.draw_box(content.height, content.width, crops.sample_seed(*key))
+        if isinstance(key, int):
+            return None
+        if isinstance(key, crops.Cut):
+            return key.box
+        return crops.draw_box(content.height, content.width, crops.sample_seed(*key))
 
-    def _pixels(self, content: Encoded, key: Key) -> Tensor:
+    def _pixels(self, content: Encoded, key: Key) -> Tensor | Squares:
         photograph = content.decode()
+        if isinstance(key, crops.Views):
+            drawn = [self._box(content, (key.seed, view, key.row)) for view in range(key.boxes)]
+            boxes = [box for box in drawn if box is not None]
+            cuts = [crops.cut_box(photograph, box, self.size) for box in boxes]
+            return Squares(torch.stack(cuts), torch.tensor(boxes, dtype=torch.int32))
         box = self._box(content, key)
         if box is None:
             return crops.cut_middle(photograph, self.size)
@@ -69,9 +85,15 @@ class Reader(Dataset[Any]):
             return square
         from torchvision.transforms import v2
 
-        assert not isinstance(key, int)
+        assert not isinstance(key, int | crops.Cut)
         torch.manual_seed(crops.sample_seed(*key))
         return v2.RandAugment(magnitude=self.rand_augment)(square)
+
+
+def _number(key: Key) -> int:
+    if isinstance(key, int):
+        return key
+    return key.row if isinstance(key, crops.Cut | crops.Views) else key[2]
 
 
 class Keys:
@@ -106,9 +128,14 @@ def loader_of(reader: Reader, keys: Keys, workers: int, *, pinned: bool, persist
     )
 
 
-def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    pixels, labels, damaged = zip(*samples, strict=True)
-    return torch.stack(pixels), torch.tensor(labels), [name for names in damaged for name in names]
+def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Tensor | Squares, Tensor, list[str]]:
+    found, labels, damaged = zip(*samples, strict=True)
+    pixels: Tensor | Squares
+    if isinstance(found[0], Squares):
+        pixels = Squares(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+    else:
+        pixels = torch.stack(found)
+    return pixels, torch.tensor(labels), [name for names in damaged for name in names]
 
 
 def in_words(loader: Any) -> Iterator[Any]:
