@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 CLASSES, TRAIN, TEST, SIDE = 4, 80, 16, 24
 RECIPE = [
     *("distill", "--data", "images", "--image-size", str(SIDE), "--workers", "0", "--methods", "ft", "--seeds", "1"),
-    *("--teacher", "resnet8", "--teacher-channels", "4", "--teacher-epochs", "2", "--paraphraser-epochs", "1"),
+    *("--teacher", "resnet8", "--teacher-channels", "4", "--teacher-epochs", "2", "--paraphraser-epochs", "3"),
     *("--paraphraser-batch-size", "20", "--paraphraser-held-out", "16", "--paraphraser-optimiser", "adam"),
 ]
 STUDENT = [

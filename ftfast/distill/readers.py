@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from ftfast.distill import crops
 from ftfast.distill.datasets import DataError
@@ -164,10 +165,18 @@ def lost_readers_in_words() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        _hear_no_more_of_it()
         raise DataError(
             "a reading process is gone, as where the system lacks memory "
             f"({str(error).strip().splitlines()[0].rstrip('.')}); go on with --resume and fewer --workers."
         ) from None
+
+
+def _hear_no_more_of_it() -> None:
+    """torch's handler would raise for each further reader that ends, wherever this process then is, at its exit too."""
+    with suppress(ValueError):  # in another thread than the first there is no handler to take
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal_handling._SIGCHLD_handler_set = False  # the next loader sets it again
 
 
 @lru_cache
