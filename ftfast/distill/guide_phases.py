@@ -154,7 +154,10 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
             features = teacher_features(teacher, fitted, setup.precision)
             train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
         features = teacher_features(teacher, held_out, setup.precision)
-        diagnosis = setup.processes.on_first(lambda: diagnose(paraphraser, features, setup.precision))
+        is_noise = settings.loader == "synthetic"
+        diagnosis = setup.processes.on_first(
+            lambda: diagnose(paraphraser, features, setup.precision, of_noise=is_noise)
+        )
         judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": diagnosis.warning}
         setup.keep(path, Checkpoint(paraphraser.state_dict(), {}, {**description, "diagnosis": judged}))
         setup.forget(_trained_on_the_way(setup))
