@@ -105,8 +105,7 @@ def build_store(
         stack.enter_context(lost_readers_in_words())
         processes = stack.enter_context(joined(settings.device))
         stack.enter_context(reproducible(settings))
-        images_of_all = settings.dataset().train_images
-        progress = stack.enter_context(Progress(images_of_all, quiet=not processes.is_first))
+        progress = stack.enter_context(Progress(settings.dataset().train_images, quiet=not processes.is_first))
         train, _ = load_images(settings, report=progress.say)
         stack.callback(train.close)
         images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
@@ -141,8 +140,9 @@ def build_store(
         left = processes.on_first(begin)
         if only_estimate or is_whole:
             return header
-        progress.begin("factors", -(-images_of_all // processes.part.ranks))
-        _write(path, maker, left[processes.part.rank :: processes.part.ranks], progress)
+        own = left[processes.part.rank :: processes.part.ranks]
+        progress.begin("factors", sum(len(header.rows_of(shard)) for shard in own))
+        _write(path, maker, own, progress)
         processes.wait()
         processes.on_first(lambda: _finish(path, header))
         progress.end()
