@@ -1,7 +1,8 @@
 """Clocks: how long a candidate's steps take on a device."""
 
-import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -106,17 +107,25 @@ def graph_replay(candidate: Candidate) -> Candidate:
 
 
 def _capture(candidate: Candidate) -> torch.cuda.CUDAGraph:
-    # A backward node of the factor left over from another stream would be waited for, which a capture does not take.
-    gc.collect()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            candidate.prepare()
-            candidate.step()
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        candidate.prepare()
+        candidate.step()
     candidate.prepare()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         candidate.step()
     return graph
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, work in a stream that a graph can be captured on.
+
+    Backward nodes of a factor remember the stream that they were made on, and a capture on another waits for it, which
+    it must not: so all is made on one.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield

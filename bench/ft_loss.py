@@ -20,8 +20,6 @@ STEM = "ft_loss"
 OURS = "ftfast"
 OTHER_UPSTREAM = 512.0
 README_DTYPES = (torch.float32, torch.bfloat16)
-# Below this a step is over before Python has launched the next one, and a CUDA graph is the usual way to run it.
-LAUNCH_BOUND_NUMEL = 2**20
 
 
 def group_name(shape: FactorShape, dtype: torch.dtype, layout: str) -> str:
@@ -72,7 +70,8 @@ def candidates(settings: Settings, shape: FactorShape, dtype: torch.dtype, layou
     works = (FORWARD, FORWARD_BACKWARD)
     found += cases.entries(peers.YARDSTICK, peers.yardstick, works=works, formula=None, moved=3, **kept)
     found += our_entries(cases, layout)
-    if settings.device.type == "cuda" and shape.numel < LAUNCH_BOUND_NUMEL:
+    # A step is over before Python has launched the next one, and a graph is the usual way to run it.
+    if settings.device.type == "cuda":
         graphed = [candidate for candidate in found if candidate.work == FORWARD_BACKWARD]
         found += [graph_replay(candidate) for candidate in graphed if candidate.name in (peers.EAGER, OURS)]
     return [*found, copy_candidate(cases.teacher)]
@@ -117,14 +116,12 @@ def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
     total = 0
     absent = absent_peers(settings)
-    for shape in settings.shapes:
-        for dtype in settings.dtypes:
-            installed = sum(name not in absent for name in peers_on(settings, dtype))
-            graphs = settings.device.type == "cuda" and shape.numel < LAUNCH_BOUND_NUMEL
-            # The works of each peer and of ours; two of the yardstick; two more of ours; the copy; the graphs.
-            of_group = len(WORKS) * (installed + 1) + 2 + 2 + 1 + (graphs * (1 + ("eager" in settings.peers)))
-            total += len(settings.layouts) * of_group
-    return total * (1 + settings.plan.blocks)
+    graphs = 1 + ("eager" in settings.peers) if settings.device.type == "cuda" else 0
+    for dtype in settings.dtypes:
+        installed = sum(name not in absent for name in peers_on(settings, dtype))
+        # The works of each peer and of ours; two of the yardstick; two more of ours; the copy; the graphs.
+        total += len(WORKS) * (installed + 1) + 2 + 2 + 1 + graphs
+    return total * len(settings.shapes) * len(settings.layouts) * (1 + settings.plan.blocks)
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:

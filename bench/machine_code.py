@@ -31,6 +31,9 @@ TENSOR_MEMORY_COLUMNS = 512
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _TENSOR_CORE = re.compile(r"(?:HGMMA|QGMMA|IGMMA|HMMA|QMMA|OMMA|IMMA|DMMA|UTC\w*MMA)\b")
 _LOCAL_MEMORY = re.compile(r"(?:LDL|STL)\b")
+# A warp group's product whose left operand is in registers, and a wait that lets some products go on.
+_REGISTER_OPERAND = re.compile(r"\bHGMMA\.\S+ R\d+, R\d+, gdesc")
+_PENDING = re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb\d, 0x[1-9a-f]")
 
 
 class Launch(NamedTuple):
@@ -103,6 +106,9 @@ class Machine:
             found.append(f"{registers} registers in a program (limit {REGISTERS_PER_BLOCK})")
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             found.append(f"{self.tensor_memory} columns of tensor memory (limit {TENSOR_MEMORY_COLUMNS})")
+        # The next step of a loop would load the operand into registers that a product of this one still reads.
+        if _REGISTER_OPERAND.search(self.sass) and _PENDING.search(self.sass):
+            found.append("products that may still run while their operands' registers are written")
         if tensor_cores and not self.tensor_core_instructions:
             found.append("no tensor-core instruction")
         return found

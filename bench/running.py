@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from bench import machine, power, quiet
+from bench.clocks import own_stream
 from bench.records import Record
 from bench.registry import Bench, Settings
 from ftfast.distill import gpu_meter
@@ -69,6 +70,7 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
         power.Watch(gpu_meter.gpu_of(device)) as watch,
         # A GPU's kernels are launched by one thread, which is better left where the scheduler has it.
         quiet.pinned(threads if device.type == "cpu" else quiet.usable_cores()) as cores,
+        own_stream(device),
     ):
         task = bar.add_task("", total=sum(work.bench.size(work.settings) for work in works))
         for work in works:

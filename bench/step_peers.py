@@ -195,8 +195,17 @@ def hand_tuned(with_: Operands) -> Step:
     return Step(run, student.model, optimiser)
 
 
-def ours(with_: Operands, method: str, processes: Processes = ALONE) -> Step:
-    """The step of ``ftfast distill``, through its own engine; method ``"none"`` has no teacher."""
+def ours(
+    with_: Operands,
+    method: str,
+    processes: Processes = ALONE,
+    stored: Callable[[], tuple[Tensor, ...]] | None = None,
+) -> Step:
+    """The step of ``ftfast distill``, through its own engine; method ``"none"`` has no teacher.
+
+    Args:
+        stored: gives the factors of the next batch, which then has no teacher either.
+    """
     settings = Settings(
         methods=(method,),
         teacher=with_.pair.teacher,
@@ -209,6 +218,7 @@ def ours(with_: Operands, method: str, processes: Processes = ALONE) -> Step:
         device=with_.device.type,
         dtype="bfloat16",
         threads=torch.get_num_threads(),
+        compile="on" if with_.device.type == "cuda" else "off",  # as for a training's many steps
     ).resolved()
     precision = precision_of(settings)
     images = with_.images.contiguous(memory_format=torch.channels_last)
@@ -226,9 +236,10 @@ def ours(with_: Operands, method: str, processes: Processes = ALONE) -> Step:
     learner.train()
 
     def run() -> Tensor:
-        return torch.stack(list(step((images, with_.labels), RATE).values())).sum()
+        factors = () if stored is None else stored()
+        return torch.stack(list(step((images, with_.labels, *factors), RATE).values())).sum()
 
-    return Step(run, student, step.optimiser, teacher.explain() if method != "none" else "")
+    return Step(run, student, step.optimiser, teacher.explain() if method != "none" and stored is None else "")
 
 
 class StepJudge:

@@ -16,6 +16,7 @@ COMMANDS = {
     "info": ("versions, devices, and each backend with its reason", "ftfast.info"),
     "check": ("every kernel that runs here against the float64 reference", "ftfast.check"),
     "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.distill.command"),
+    "store": ("factors of fixed views on disk, from which students train without a teacher", "ftfast.store_command"),
     "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.tune"),
     "evaluate": ("the test accuracy of a checkpoint, and what is taken for what", "ftfast.distill.evaluate"),
     "features": ("a model's layers with the shapes of what they give", "ftfast.features_command"),

@@ -177,7 +177,7 @@ def _tiling(
     bm, bk, bc, warps, stages = conv3x3_tiles.convolution_tile(
         operation, table, source.dtype, channels, channels_out, pixels, conv3x3_tiles.multiprocessors(source.device)
     )
-    descriptors = conv3x3_tiles.takes_descriptors(table)
+    descriptors = conv3x3_tiles.copied_by(table)
     operands: list[Any] = [source, weight, *maps]
     if descriptors:
         rounded = input_precision == "tf32"

@@ -25,6 +25,20 @@ def multiply_accumulate(left, right, accumulator, INPUT_PRECISION: tl.constexpr)
 
 
 @triton.jit
+def _settled(accumulator, DESCRIPTORS: tl.constexpr):
+    """The same numbers, of a product that has ended where it runs on its own: on compute capability 9.0.
+
+    There the compiler lets products go on into the next step of a loop whose left operands, having been masked or
+    turned round, are in registers, and the next step loads its own into the same registers: wrong results, seen with
+    Triton 3.6. It waits for a product whose result is used, so this uses it, in no instruction.
+    """
+    if DESCRIPTORS == 90 and not INTERPRETED:
+        return tl.inline_asm_elementwise("", "=r,0", [accumulator], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return accumulator
+
+
+@triton.jit
 def accumulate_taps(
     x,
     weight,
@@ -46,8 +60,8 @@ def accumulate_taps(
     """``out[p, k] = sum over taps and c of x[p + shift(tap), c] * weight[tap * PADDED_CHANNELS + c, k]``, one tile.
 
     Args:
-        x: the map's pixels ``[pixels, CHANNELS]``: with DESCRIPTORS a TensorDescriptor of block ``[BM, BC]``, otherwise
-            a pointer.
+        x: the map's pixels ``[pixels, CHANNELS]``: with DESCRIPTORS (the compute capability that
+            they are for, else 0) a TensorDescriptor of block ``[BM, BC]``, otherwise a pointer.
         weight: packed ``[9 * PADDED_CHANNELS, COLUMNS]``: a TensorDescriptor of block ``[BC, BK]``, or a pointer.
         first_pixel, first_column: of the tile; its overhang past the last pixel or column comes out as zeros.
         pixels, height, width: N * H * W, H, W.
@@ -93,7 +107,7 @@ def accumulate_taps(
             else:
                 factors = tl.load(weight + weight_offsets, mask=within[None, :], other=0.0)
             weight += BC * COLUMNS
-        accumulator = multiply_accumulate(values, factors, accumulator, INPUT_PRECISION)
+        accumulator = _settled(multiply_accumulate(values, factors, accumulator, INPUT_PRECISION), DESCRIPTORS)
     return accumulator
 
 
@@ -170,6 +184,7 @@ def accumulate_pixels(
                 mask = mask & (column < COLUMNS)[None, :]
             gradients = tl.load(dz + pixel * COLUMNS + dz_offsets, mask=mask, other=0.0)
         accumulator = multiply_accumulate(tl.trans(values), gradients, accumulator, INPUT_PRECISION)
+        accumulator = _settled(accumulator, DESCRIPTORS)
     return accumulator
 
 

@@ -167,9 +167,9 @@ def table(*maps: Tensor) -> int:
     return capability(maps[0].device) if can_describe(*maps) else ODD
 
 
-def takes_descriptors(table: int) -> bool:
-    """Whether tiles are copied by tensor descriptors."""
-    return table in (HOPPER, BLACKWELL)
+def copied_by(table: int) -> int:
+    """The compute capability for whose tensor descriptors the tiles are; 0 where they are copied by pointers."""
+    return table if table in (HOPPER, BLACKWELL) else 0
 
 
 def _fits(count: int, tile: int) -> bool:

@@ -220,7 +220,7 @@ def conv3x3_weight_gradient(
     dw = torch.empty((columns, channels, 3, 3), dtype=torch.float32, device=device)
     db = torch.empty((columns,), dtype=torch.float32, device=device) if bias else None
     operands: list[Any] = [x, dz]
-    descriptors = conv3x3_tiles.takes_descriptors(table)
+    descriptors = conv3x3_tiles.copied_by(table)
     if descriptors:
         rounded = input_precision == "tf32"
         operands = [

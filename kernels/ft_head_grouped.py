@@ -191,7 +191,7 @@ def _convolve_both(first: Side, second: Side, input_precision: str) -> None:
     _, height, width, _ = first.x.shape
     pixels, device = first.x.shape[:3].numel(), first.x.device
     table = conv3x3_tiles.table(first.x, first.y, second.x, second.y)
-    descriptors = conv3x3_tiles.takes_descriptors(table)
+    descriptors = conv3x3_tiles.copied_by(table)
     outputs = (first.y.shape[3], second.y.shape[3])
     multiprocessors = conv3x3_tiles.multiprocessors(device)
     tile = ft_head_tiles.forward_tile(table, first.x.dtype, outputs, pixels, multiprocessors)

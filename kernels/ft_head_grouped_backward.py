@@ -209,7 +209,7 @@ def _layer_gradients(
     columns, device = dz.shape[3], x.device
     pixels = samples * height * width
     table = conv3x3_tiles.table(x, dz)
-    descriptors = conv3x3_tiles.takes_descriptors(table)
+    descriptors = conv3x3_tiles.copied_by(table)
     multiprocessors = conv3x3_tiles.multiprocessors(device)
     convolution, piece = ft_head_tiles.backward_tile(table, x.dtype, channels, columns, pixels, multiprocessors)
     padded_channels, padded_columns = packed_backward.shape[1], packed_backward.shape[0] // TAPS

@@ -376,6 +376,17 @@ def test_the_paper_s_layers(dtype: torch.dtype) -> None:
 
 @on_gpu
 @pytest.mark.cuda
+@pytest.mark.parametrize("channels_out", [64, 256, 512])
+def test_products_that_ran_on_while_their_operands_were_replaced(channels_out: int) -> None:
+    """A tenth of the result was off at 512 channels, where the widest tiles are enough to fill a GPU."""
+    layer = make(256, 7, 7, 512, channels_out, torch.bfloat16)
+    assert_forward(layer)
+    assert_input_gradient(layer)
+    assert_weight_gradient(layer)
+
+
+@on_gpu
+@pytest.mark.cuda
 def test_a_thousand_runs_are_bit_equal() -> None:
     layer = make(64, 7, 7, 256, 128, torch.bfloat16)
 

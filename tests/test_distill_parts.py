@@ -406,3 +406,15 @@ def test_bars_are_drawn_on_terminals_alone_and_lines_everywhere(
     assert "ft: done" in written.getvalue()
     assert ("students of ft" in written.getvalue()) == terminal
     assert ("\x1b" in written.getvalue()) == terminal
+
+
+def test_a_paraphraser_of_noise_is_judged_and_not_refused() -> None:
+    """--loader synthetic is for timing, and its images show nothing."""
+    paraphraser = Paraphraser(4)
+    with torch.no_grad():
+        for parameter in paraphraser.parameters():
+            parameter.mul_(1e-3 if parameter.dim() > 1 else 1)  # factors that are all the biases'
+    features = torch.randn(6, 4, 3, 3)
+    with pytest.raises(ParaphraserError, match="same factor for every image"):
+        diagnose(paraphraser, features, FLOAT32)
+    assert diagnose(paraphraser, features, FLOAT32, of_noise=True).spread < 0.1

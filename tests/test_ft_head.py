@@ -138,7 +138,8 @@ def test_sixteen_bits_are_no_worse_than_the_eager_formula(backend, device, dtype
     assert_fused(head, student, teacher, dtype)
     found = results(head, student, teacher, upstream, autocast=dtype)
     for got, bound in zip(errors(found, exact(head, student, teacher, upstream)), rounded, strict=True):
-        assert got <= 1.25 * bound + 1e-6
+        # The one number of the loss may be rounded luckily.
+        assert got <= 1.25 * bound + 0.05 * torch.finfo(dtype).eps
 
 
 def test_the_loss_is_float32_and_gradients_keep_their_inputs_dtypes(backend, device):

@@ -13,7 +13,9 @@ from ftfast.distill.interrupts import Interrupted, signals_interrupt
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command, and one for each setting."""
-    parser.add_argument("--output", metavar="FOLDER", help="the run folder [runs/<preset or data>]")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="the run folder [runs/<preset or data>, of a --store with -store behind it]"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, with the same settings")
     parser.add_argument("--print-settings", action="store_true", help="print the settings as JSON, and run nothing")
     parser.add_argument("--json", action="store_true", help="print results.json in place of the table")
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from ftfast.distill.report import print_table, write_report
     from ftfast.distill.run import run as run_distillation
 
-    output = Path(args.output or f"runs/{args.preset or settings.data}")
+    # Beside the run of the teacher, not on it.
+    output = Path(args.output or f"runs/{args.preset or settings.data}{'-store' * (settings.store is not None)}")
     try:
         with signals_interrupt():
             results = run_distillation(

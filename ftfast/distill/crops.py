@@ -7,6 +7,7 @@ import math
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ftfast.ops.crop_resize import Window
@@ -24,6 +25,21 @@ class Box(NamedTuple):
     height: int
     width: int
     flip: bool
+
+
+class Cut(NamedTuple):
+    """A photograph by its number, and the box that is cut out of it."""
+
+    row: int
+    box: Box
+
+
+class Views(NamedTuple):
+    """A photograph by its number, and how many boxes of it are drawn: those of the epochs 0, 1, ... of ``seed``."""
+
+    row: int
+    seed: int
+    boxes: int
 
 
 def draw_box(height: int, width: int, seed: int) -> Box:
@@ -85,4 +101,15 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         mixed ^= mixed >> 31
+    return mixed
+
+
+def sample_seeds(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+    """:func:`sample_seed` of many photographs: ``[N]`` to ``[N]`` uint64."""
+    mixed = np.zeros(len(indices), np.uint64)
+    for part in (np.uint64(seed), np.uint64(epoch), indices.astype(np.uint64)):
+        mixed = mixed + part + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
     return mixed

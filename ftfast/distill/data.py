@@ -119,41 +119,55 @@ class Split:
         Raises:
             SettingsError: fewer images than classes in either part.
         """
-        from sklearn.model_selection import train_test_split
-
-        labels = self.labels.cpu().numpy()
-        classes = len(np.unique(labels))
         if count == len(self):
-            return self, self._at(np.arange(0))
-        if not classes <= count <= len(self) - classes:
-            raise SettingsError(
-                f"{count} of {len(self)} images cannot hold every class on both sides of the cut; "
-                f"take {classes} to {len(self) - classes}."
-            )
-        chosen, rest = train_test_split(
-            np.arange(len(self)), train_size=count, stratify=labels, random_state=_SPLIT_SEED
-        )
-        return self._at(chosen), self._at(rest)
+            return self, self.at(np.arange(0))
+        chosen, rest = cut_rows(self.labels.cpu().numpy(), count)
+        return self.at(chosen), self.at(rest)
 
     def folds(self, count: int) -> list[tuple["Split", "Split"]]:
         """``count`` ways to cut the images, classes in proportion: those to fit on and those to validate on.
 
         Every image is in one validation part. The cuts are the same at every call.
         """
-        from sklearn.model_selection import StratifiedKFold
+        cuts = fold_rows(self.labels.cpu().numpy(), count)
+        return [(self.at(fitted), self.at(validated)) for fitted, validated in cuts]
 
-        labels = self.labels.cpu().numpy()
-        cuts = StratifiedKFold(count, shuffle=True, random_state=_SPLIT_SEED).split(labels, labels)
-        return [(self._at(fitted), self._at(validated)) for fitted, validated in cuts]
-
-    def _at(self, indices: np.ndarray) -> "Split":
-        rows = torch.from_numpy(np.sort(indices)).to(self.labels.device)
+    def at(self, indices: np.ndarray) -> "Split":
+        """Some of the images, by their rows."""
+        rows = torch.from_numpy(indices).to(self.labels.device)
         return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels ``[N, C, H, W]`` of the split's kind to float32, channels_last; a floating-point dtype stays."""
         images = pixels if self.normalisation is None else self.normalisation.apply(pixels)
         return images.contiguous(memory_format=torch.channels_last)
+
+
+def cut_rows(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """``count`` rows of labels ``[N]`` with every class in proportion, and the rest, each in order.
+
+    Raises:
+        SettingsError: fewer rows than classes in either part.
+    """
+    from sklearn.model_selection import train_test_split
+
+    classes = len(np.unique(labels))
+    if not classes <= count <= len(labels) - classes:
+        raise SettingsError(
+            f"{count} of {len(labels)} images cannot hold every class on both sides of the cut; "
+            f"take {classes} to {len(labels) - classes}."
+        )
+    rows = np.arange(len(labels))
+    chosen, rest = train_test_split(rows, train_size=count, stratify=labels, random_state=_SPLIT_SEED)
+    return np.sort(chosen), np.sort(rest)
+
+
+def fold_rows(labels: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """``count`` ways to cut labels ``[N]``, classes in proportion: rows to fit on and rows to validate on, in order."""
+    from sklearn.model_selection import StratifiedKFold
+
+    cuts = StratifiedKFold(count, shuffle=True, random_state=_SPLIT_SEED).split(labels, labels)
+    return [(np.sort(fitted), np.sort(validated)) for fitted, validated in cuts]
 
 
 @dataclass(frozen=True)

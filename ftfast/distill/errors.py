@@ -26,3 +26,7 @@ class ParaphraserError(DistillError):
 
 class LostProcessError(DistillError):
     """A run of several processes, one of which no longer answers."""
+
+
+class StoreError(DistillError):
+    """A factor store that is unfinished, damaged, of something else, or newer than this version."""

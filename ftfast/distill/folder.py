@@ -101,10 +101,16 @@ def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
     if found and not holds_run:
         raise RunFolderError(f"output {path} holds no run to resume, and other files; choose another --output.")
     if holds_run:
-        _compare(_read_settings(RunFolder(path).settings), settings)
+        _compare(read_settings(RunFolder(path).settings), settings)
 
 
-def _read_settings(path: Path) -> Settings:
+def read_settings(path: Path) -> Settings:
+    """The settings of a run, from its settings.json.
+
+    Raises:
+        RunFolderError: not there, or not as they were written.
+        SettingsError: of a newer version, or with a field that this one does not know.
+    """
     try:
         return Settings.from_json(json.loads(path.read_text()))
     except (OSError, ValueError) as error:

@@ -1,8 +1,9 @@
 """The phases before the students: the teacher, then the paraphraser of its features."""
 
 import time
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.engine import Training, evaluate
+from ftfast.distill.engine import Precision, Training, evaluate
 from ftfast.distill.frozen import FrozenTeacher
 from ftfast.distill.images import Images
 from ftfast.distill.methods import METHODS, Terms
@@ -26,6 +27,7 @@ from ftfast.distill.paraphrase import (
 )
 from ftfast.distill.resized import resized
 from ftfast.distill.schedule import Schedule, schedule_of
+from ftfast.distill.settings import Settings
 from ftfast.distill.setup import Setup
 from ftfast.distill.students import with_batch_norms
 from ftfast.distill.teacher import Teacher, build, read_teacher, teacher_description
@@ -62,21 +64,51 @@ def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
 
 
 def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
-    """The teacher as students need it; whole and in float32 for the plain engine."""
-    settings, features = setup.settings, setup.settings.teacher_features()
-    if settings.engine == "plain" or not any(METHODS[method].uses_teacher for method in settings.methods):
-        return resized(Teacher(model, features.layer), features, settings.map_size())
-    on_gpu = setup.precision.device.type == "cuda"
+    """The teacher as students need it; whole and in float32 where none of them does."""
+    settings = setup.settings
+    if not any(METHODS[method].uses_teacher for method in settings.methods):
+        settings = replace(settings, engine="plain")
+    frozen, note = freeze(
+        settings,
+        setup.precision,
+        model,
+        lambda: next(setup.train.in_order(setup.part_size))[0],
+        size=settings.map_size(),
+        logits=any(METHODS[method].uses_teacher_logits for method in settings.methods),
+    )
+    if note:
+        setup.progress.say(f"frozen teacher: {note}")
+    return frozen
+
+
+def freeze(
+    settings: Settings,
+    precision: Precision,
+    model: torch.nn.Module,
+    example: Callable[[], Tensor],
+    *,
+    size: tuple[int, int],
+    logits: bool,
+) -> tuple[torch.nn.Module, str]:
+    """A trained teacher for inference alone, images to its ``Outputs``, and what was done to it.
+
+    Args:
+        example: gives images as they will come, on the device.
+        size: height and width to which its features are pooled where they are larger.
+        logits: are wanted too.
+    """
+    features = settings.teacher_features()
+    if settings.engine == "plain":
+        return resized(Teacher(model, features.layer), features, size), ""
     frozen = FrozenTeacher(
         model,
         features.layer,
-        dtype=setup.precision.dtype,
-        classifier=any(METHODS[method].uses_teacher_logits for method in settings.methods),
-        example=next(setup.train.in_order(setup.part_size))[0],
-        execution="compile" if on_gpu and settings.compile == "on" else "eager",
+        dtype=precision.dtype,
+        classifier=logits,
+        example=example(),
+        execution="compile" if precision.device.type == "cuda" and settings.compile == "on" else "eager",
     )
-    setup.progress.say(f"frozen teacher: {frozen.explain()}")
-    return resized(frozen, features, settings.map_size())
+    return resized(frozen, features, size), frozen.explain()
 
 
 def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, Any]) -> None:
@@ -122,7 +154,10 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
             features = teacher_features(teacher, fitted, setup.precision)
             train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
         features = teacher_features(teacher, held_out, setup.precision)
-        diagnosis = setup.processes.on_first(lambda: diagnose(paraphraser, features, setup.precision))
+        is_noise = settings.loader == "synthetic"
+        diagnosis = setup.processes.on_first(
+            lambda: diagnose(paraphraser, features, setup.precision, of_noise=is_noise)
+        )
         judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": diagnosis.warning}
         setup.keep(path, Checkpoint(paraphraser.state_dict(), {}, {**description, "diagnosis": judged}))
         setup.forget(_trained_on_the_way(setup))

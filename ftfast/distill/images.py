@@ -49,6 +49,13 @@ class Images(Protocol):
         """``count`` images with every class in proportion, the same ones at every call, and the rest."""
 
 
+class Foldable(Images, Protocol):
+    """Images that can be cut into parts to choose weights on."""
+
+    def folds(self, count: int) -> list[tuple[Images, Images]]:
+        """``count`` ways to cut them, classes in proportion: those to fit on and those to validate on."""
+
+
 def steps_of(images: int, batch_size: int) -> int:
     """How many batches of at most ``batch_size`` an epoch has."""
     return -(-images // batch_size)

@@ -111,8 +111,11 @@ def train_paraphraser(
     paraphraser.eval()
 
 
-def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision) -> Diagnosis:
+def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision, *, of_noise: bool = False) -> Diagnosis:
     """Judges a paraphraser on feature maps ``[N, C, H, W]`` that it was not trained on.
+
+    Args:
+        of_noise: of images that show nothing, whose factors may be alike.
 
     Raises:
         ParaphraserError: its factors are not finite, or nearly the same for every image; the message has the remedy.
@@ -128,7 +131,7 @@ def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision) -
     if not bool(torch.isfinite(factors).all() & torch.isfinite(reconstruction).all()):
         raise ParaphraserError(f"the paraphraser's factors are not finite; {remedy}")
     diagnosis = Diagnosis(_explained_variance(features, reconstruction), _spread(factors))
-    if diagnosis.spread < LEAST_SPREAD:
+    if diagnosis.spread < LEAST_SPREAD and not of_noise:
         raise ParaphraserError(
             f"the paraphraser gives nearly the same factor for every image (spread {diagnosis.spread:.3f} of that of "
             f"random factors, at least {LEAST_SPREAD} is taken); {remedy}"

@@ -4,16 +4,17 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from ftfast.distill import crops
 from ftfast.distill.datasets import DataError
@@ -26,8 +27,15 @@ BATCHES_AHEAD = 4  # of each process
 # torch raises a second time when the signal of a process's end comes: rather while the first is put in words.
 SECONDS_TO_NOTICE = 1.0
 
-Key = tuple[int, int, int] | int
-"""Seed, epoch and number of a photograph to train on; the number alone of one to test on."""
+Key = tuple[int, int, int] | int | crops.Cut | crops.Views
+"""Seed, epoch and number of a photograph to train on; the number alone of one to test on; or boxes that are given."""
+
+
+class Squares(NamedTuple):
+    """Views of photographs ``[..., V, 3, size, size]`` uint8 and their boxes ``[..., V, 5]`` int32."""
+
+    pixels: Tensor
+    boxes: Tensor
 
 
 @dataclass
@@ -39,8 +47,8 @@ class Reader(Dataset[Any]):
     size: int
     rand_augment: int = 0
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
-        """Pixels ``[3, size, size]`` uint8, label, and the damaged files on the way."""
+    def __getitem__(self, key: Key) -> tuple[Tensor | Squares, int, list[str]]:
+        """Pixels ``[3, size, size]`` uint8 or several views, label, and the damaged files on the way."""
         return self._first_whole(key, self._pixels)
 
     def read(self, key: Key) -> tuple[Read, int, list[str]]:
@@ -48,7 +56,7 @@ class Reader(Dataset[Any]):
         return self._first_whole(key, lambda content, key: Read(content, self._box(content, key)))
 
     def _first_whole(self, key: Key, use: Callable[[Encoded, Key], Any]) -> tuple[Any, int, list[str]]:
-        index = key if isinstance(key, int) else key[2]
+        index = _number(key)
         damaged: list[str] = []
         for _ in range(min(_TRIES, len(self.labels))):
             try:
@@ -60,10 +68,19 @@ class Reader(Dataset[Any]):
         raise DataError(f"{len(damaged)} photographs one after the other cannot be decoded, the first {damaged[0]}.")
 
     def _box(self, content: Encoded, key: Key) -> crops.Box | None:
-        return None if isinstance(key, int) else crops.draw_box(content.height, content.width, crops.sample_seed(*key))
+        if isinstance(key, int):
+            return None
+        if isinstance(key, crops.Cut):
+            return key.box
+        return crops.draw_box(content.height, content.width, crops.sample_seed(*key))
 
-    def _pixels(self, content: Encoded, key: Key) -> Tensor:
+    def _pixels(self, content: Encoded, key: Key) -> Tensor | Squares:
         photograph = content.decode()
+        if isinstance(key, crops.Views):
+            drawn = [self._box(content, (key.seed, view, key.row)) for view in range(key.boxes)]
+            boxes = [box for box in drawn if box is not None]
+            cuts = [crops.cut_box(photograph, box, self.size) for box in boxes]
+            return Squares(torch.stack(cuts), torch.tensor(boxes, dtype=torch.int32))
         box = self._box(content, key)
         if box is None:
             return crops.cut_middle(photograph, self.size)
@@ -72,9 +89,15 @@ class Reader(Dataset[Any]):
             return square
         from torchvision.transforms import v2
 
-        assert not isinstance(key, int)
+        assert not isinstance(key, int | crops.Cut)
         torch.manual_seed(crops.sample_seed(*key))
         return v2.RandAugment(magnitude=self.rand_augment)(square)
+
+
+def _number(key: Key) -> int:
+    if isinstance(key, int):
+        return key
+    return key.row if isinstance(key, crops.Cut | crops.Views) else key[2]
 
 
 class Keys:
@@ -109,9 +132,14 @@ def loader_of(reader: Reader, keys: Keys, workers: int, *, pinned: bool, persist
     )
 
 
-def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    pixels, labels, damaged = zip(*samples, strict=True)
-    return torch.stack(pixels), torch.tensor(labels), [name for names in damaged for name in names]
+def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Tensor | Squares, Tensor, list[str]]:
+    found, labels, damaged = zip(*samples, strict=True)
+    pixels: Tensor | Squares
+    if isinstance(found[0], Squares):
+        pixels = Squares(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+    else:
+        pixels = torch.stack(found)
+    return pixels, torch.tensor(labels), [name for names in damaged for name in names]
 
 
 def in_words(loader: Any) -> Iterator[Any]:
@@ -141,10 +169,18 @@ def lost_readers_in_words() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        _hear_no_more_of_it()
         raise DataError(
             "a reading process is gone, as where the system lacks memory "
             f"({str(error).strip().splitlines()[0].rstrip('.')}); go on with --resume and fewer --workers."
         ) from None
+
+
+def _hear_no_more_of_it() -> None:
+    """torch's handler would raise for each further reader that ends, wherever this process then is, at its exit too."""
+    with suppress(ValueError):  # in another thread than the first there is no handler to take
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal_handling._SIGCHLD_handler_set = False  # the next loader sets it again
 
 
 @lru_cache

@@ -44,6 +44,10 @@ class Recipe:
     workers: int = setting(
         -1, "processes that read photographs, for each GPU; -1 for a share of the processors", least=-1, free=True
     )
+    store: str | None = setting(
+        None,
+        "folder of a factor store (ftfast store build) in the teacher's place: images, teacher and paraphraser are its",
+    )
     methods: tuple[str, ...] = setting(("none", "ft", "kd", "ft+kd"), "methods to compare", choices=tuple(METHODS))
     seeds: int = setting(6, "students of each method; a seed fixes a student's weights and its batches", least=1)
 
@@ -124,7 +128,9 @@ class Recipe:
         "fast", "fast, or plain: float32 modules and the reference loss, to compare with", choices=ENGINES
     )
     compile: str = setting(
-        "auto", "torch.compile of student and teacher (default: on a GPU, for trainings of 2000 steps or more)", choices=("auto", "on", "off")
+        "auto",
+        "torch.compile of student and teacher (default: on a GPU, for trainings of 2000 steps or more)",
+        choices=("auto", "on", "off"),
     )
     threads: int = setting(
         1, "threads on the CPU, 0 for torch's choice; digits are too small for more than one", least=0, most=4096

@@ -3,8 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from ftfast.distill.results import collect
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.selection import candidates, trial_images
 from ftfast.distill.settings import DTYPES, Settings
-from ftfast.distill.setup import Setup, load_images, precision_of
+from ftfast.distill.setup import Setup, load_images, precision_of, reproducible
+from ftfast.distill.store import training as store_training
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
 from ftfast.distill.teacher import read_teacher
@@ -81,7 +81,9 @@ def _check(settings: Settings, processes: Processes) -> None:
                 f"{name} is {getattr(settings, name)}, which {ranks} processes share; it takes at least {2 * ranks}."
             )
     data.check_files(settings.data, settings.image_source())
-    if settings.teacher_source() is not None:
+    if settings.store is not None:
+        store_training.check(settings)
+    elif settings.teacher_source() is not None:
         read_teacher(settings)
     _check_backend(settings)
 
@@ -97,7 +99,7 @@ def _run_in(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     with (
-        _reproducible(settings),
+        reproducible(settings),
         Progress(_planned_images(settings), quiet=not processes.is_first) as progress,
         ExitStack() as stack,
     ):
@@ -107,6 +109,8 @@ def _run_in(
             if (warning := schedule_of(settings, epochs).warning) is not None:
                 progress.say(f"warning: {warning}")
         train, test = load_images(settings, report=progress.say)
+        stored = None if settings.store is None else store_training.stored_images(settings, train)
+        train = stored or train
         students, _ = train.cut(settings.student_images)
         stack.callback(train.close)
         stack.callback(students.close)
@@ -124,10 +128,13 @@ def _run_in(
             checkpoints_kept=kept,
             telemetry_seconds=seconds[1],
         )
-        teacher, teacher_checkpoint = prepare_teacher(setup)
-        paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
-        guides = Guides(teacher, paraphraser)
-        examine_step(setup, guides)
+        if stored is not None:
+            guides, teacher_checkpoint, diagnosis = store_training.stored_guides(setup, stored.store)
+        else:
+            teacher, teacher_checkpoint = prepare_teacher(setup)
+            paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
+            guides = Guides(teacher, paraphraser)
+            examine_step(setup, guides)
         trials = select_weights(setup, guides)
         methods = {method: train_students(setup, guides, method, trials[method]) for method in settings.methods}
     results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)
@@ -166,23 +173,13 @@ def _earlier_record(folder: RunFolder) -> dict[str, Any]:
 
 def _planned_images(settings: Settings) -> int:
     """How many images all phases draw."""
-    images = settings.teacher_epochs * settings.dataset().train_images
-    if any(METHODS[method].uses_factors for method in settings.methods):
-        images += paraphraser_images(settings)
+    images = 0
+    if settings.store is None:
+        images += settings.teacher_epochs * settings.dataset().train_images
+        if any(METHODS[method].uses_factors for method in settings.methods):
+            images += paraphraser_images(settings)
     for method in settings.methods:
         trials = len(candidates(settings, method))
         images += trials * trial_images(settings) if trials > 1 else 0
         images += settings.seeds * settings.student_epochs * settings.student_images
     return images
-
-
-@contextmanager
-def _reproducible(settings: Settings) -> Iterator[None]:
-    """The settings' number of threads, and algorithms on a GPU that give the same sums each time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            yield
-    finally:
-        torch.set_num_threads(threads)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from ftfast.distill.data import Split
 from ftfast.distill.engine import DivergedError, Precision, evaluate
+from ftfast.distill.images import Foldable
 from ftfast.distill.methods import METHODS, Weights
 from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.settings import Settings
@@ -51,7 +51,7 @@ def try_weights(
     settings: Settings,
     precision: Precision,
     guides: Guides,
-    split: Split,
+    split: Foldable,
     method: str,
     weights: Weights,
     after_epoch: Callable[[int], None] = lambda _: None,

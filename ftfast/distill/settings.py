@@ -52,6 +52,7 @@ class Settings(Recipe):
         if self.learning_rate_schedule == "steps" and not self.milestones:
             raise SettingsError("learning_rate_schedule is 'steps', and milestones is empty; give --milestones 82,123.")
         self._check_photographs()
+        self._check_store()
         if DATASETS[self.data].is_streamed and any(len(getattr(self, name)) > 1 for name in WEIGHTS):
             raise SettingsError(
                 "several values of a weight are given, and with --data images none is chosen; give one of each."
@@ -77,10 +78,10 @@ class Settings(Recipe):
 
     def _check_image_counts(self) -> None:
         dataset = self.dataset()
-        for name, whole in (
-            ("student_images", dataset.train_images),
-            ("paraphraser_held_out", dataset.train_images),
-        ):
+        whole = dataset.train_images
+        for name in ("student_images", "paraphraser_held_out"):
+            if name == "paraphraser_held_out" and self.store is not None:
+                continue  # no paraphraser is trained
             value = self._student_images() if name == "student_images" else getattr(self, name)
             is_all = name == "student_images" and value == whole
             if not is_all and not dataset.classes <= value <= whole - dataset.classes:
@@ -105,11 +106,32 @@ class Settings(Recipe):
                 "crop_padding, flip or cutout is given, and photographs are cropped and flipped by their loader; leave "
                 "them out."
             )
-        if not self.paraphraser_epochs and any(METHODS[method].uses_factors for method in self.methods):
+        if (
+            not self.paraphraser_epochs
+            and self.store is None
+            and any(METHODS[method].uses_factors for method in self.methods)
+        ):
             raise SettingsError(
                 "paraphraser_epochs is 0, which keeps the features of all images in memory; give at least 1 with "
                 "--data images."
             )
+
+    def _check_store(self) -> None:
+        """A store knows the factors of its own views alone."""
+        if self.store is None:
+            return
+        for name in ("mixup", "cutmix", "cutout", "rand_augment"):
+            if getattr(self, name):
+                raise SettingsError(
+                    f"{name} is {getattr(self, name)}, and store is given, which has factors of crops and flips alone; "
+                    f"leave --{name.replace('_', '-')} out, or train without --store."
+                )
+        for method in self.methods:
+            if METHODS[method].uses_teacher_maps:
+                raise SettingsError(
+                    f"methods has {method}, which compares the teacher's feature maps, and a store has factors and "
+                    "logits; take none, ft, kd or ft+kd, or train without --store."
+                )
 
     def dataset(self) -> Dataset:
         """The data set; of photographs, what is known of them."""
@@ -218,6 +240,7 @@ class Settings(Recipe):
             **grids,
             teacher_checkpoint=None if checkpoint is None else str(Path(checkpoint).absolute()),
             data_dir=str(Path(self.data_dir or datasets.default_folder()).absolute()) if in_files else None,
+            store=None if self.store is None else str(Path(self.store).absolute()),
             student_images=self._student_images(),
             teacher_channels=self._resolved_channels(self.teacher, self.teacher_channels),
             student_channels=self._resolved_channels(self.student, self.student_channels),

@@ -1,7 +1,8 @@
 """What every phase of a run works with, and how a phase trains."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,18 @@ from ftfast.distill.progress import Progress
 from ftfast.distill.settings import DTYPES, Settings
 from ftfast.distill.telemetry import SECONDS_BETWEEN_LINES, RunLog
 from ftfast.distill.tensorboard import EpochLog
+
+
+@contextmanager
+def reproducible(settings: Settings) -> Iterator[None]:
+    """The settings' number of threads, and algorithms on a GPU that give the same sums each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def precision_of(settings: Settings) -> Precision:

@@ -6,7 +6,7 @@ processes; a file that cannot be decoded is counted, said and replaced by the ne
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftfast.distill import crops
 from ftfast.distill.datasets import DataError, default_folder
 from ftfast.distill.decoding_thread import decoded_ahead
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.gpu_decoding import normalise
 from ftfast.distill.images import WHOLE, Images, Part, steps_of
 from ftfast.distill.photographs import TEST, TRAIN, Photographs, list_photographs
-from ftfast.distill.readers import Key, Keys, Reader, in_words, loader_of
+from ftfast.distill.readers import Key, Keys, Reader, Squares, in_words, loader_of
 from ftfast.distill.synthetic import Synthetic
 
 FEWEST_DAMAGED, DAMAGED_SHARE = 10, 0.01  # as many are borne with in a pass; the larger of the two
@@ -86,35 +87,45 @@ class Streamed:
 
         yield from self._read("draw", keys)
 
+    def cut_boxes(self, batches: Iterable[list[crops.Cut]]) -> Iterator[tuple[Tensor, ...]]:
+        """The boxes of each batch, images ``[N, 3, size, size]`` as :meth:`draw` has them, and labels."""
+        yield from self._read("draw", lambda: iter(batches))
+
+    def draw_views(self, batches: Iterable[list[crops.Views]]) -> Iterator[tuple[Tensor, ...]]:
+        """Images ``[N * V, 3, size, size]``, an image's views one after the other, labels and boxes ``[N, V, 5]``."""
+        yield from self._read("views", lambda: iter(batches))
+
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """The middle of every photograph, with its label; of several processes, each takes its own."""
         own = np.array_split(self.rows, part.ranks)[part.rank]
         batches = [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
-        yield from self._read("in order", lambda: iter(batches))
+        for images, labels, *_ in self._read("in order", lambda: iter(batches)):
+            yield images, labels
 
     def cut(self, count: int) -> tuple[Self, Self]:
         """``count`` photographs with every class in proportion, the same ones at every call, and the rest."""
         from sklearn.model_selection import train_test_split
 
         if count == len(self):
-            return self, self._at(self.rows[:0])
+            return self, self.at(self.rows[:0])
         labels = self.photographs.labels[self.rows]
         chosen, rest = train_test_split(self.rows, train_size=count, stratify=labels, random_state=0)
-        return self._at(np.sort(chosen)), self._at(np.sort(rest))
+        return self.at(np.sort(chosen)), self.at(np.sort(rest))
 
     def close(self) -> None:
         """Ends the reading processes, which take no signal; the next pass starts others."""
         self._loaders.clear()
         gc.collect()  # the loader's iterator, which ends them, may hang on a cycle
 
-    def _at(self, rows: np.ndarray) -> Self:
+    def at(self, rows: np.ndarray) -> Self:
+        """Those of some rows of the photographs."""
         return replace(self, rows=rows, _loaders={})
 
-    def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Tensor, ...]]:
         if not len(self):
             return
         damaged: set[str] = set()
-        for pixels, labels, names in self._batches(kind, keys):
+        for pixels, labels, names, *boxes in self._batches(kind, keys):
             for name in names:
                 if name not in damaged and len(damaged) < SHOWN_DAMAGED:
                     self.reading.report(f"warning: {name} cannot be decoded; the next one is taken in its place")
@@ -124,15 +135,13 @@ class Streamed:
                     f"{len(damaged)} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}; the "
                     f"last is {names[-1]}: check the files in --data-dir."
                 )
-            yield pixels, labels
+            yield pixels, labels, *boxes
         if len(damaged) > SHOWN_DAMAGED:
             self.reading.report(f"warning: {len(damaged)} photographs of this pass cannot be decoded")
 
-    def _batches(
-        self, kind: str, keys: Callable[[], Iterator[list[Any]]]
-    ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        """Images and labels on the device, and the damaged files' names."""
-        if self.reading.on_device:
+    def _batches(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Any, ...]]:
+        """Images and labels on the device, the damaged files' names and, of views, their boxes."""
+        if self.reading.on_device and kind != "views":  # several of one file are the processor's
             return decoded_ahead(self._reader(), keys(), self.reading.device, max(1, self.reading.workers))
         loader, batches = self._loader(kind)
         batches.batches = keys
@@ -154,10 +163,13 @@ class Streamed:
             self._loaders[kind] = (loader, keys)
         return loader, keys
 
-    def _to_device(self, read: tuple[Tensor, Tensor, list[str]]) -> tuple[Tensor, Tensor, list[str]]:
-        pixels, labels, names = read
+    def _to_device(self, read: tuple[Any, Tensor, list[str]]) -> tuple[Any, ...]:
+        found, labels, names = read
         device = self.reading.device
-        return normalise(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True), names
+        pixels = found.pixels.flatten(0, 1) if isinstance(found, Squares) else found
+        boxes = (found.boxes,) if isinstance(found, Squares) else ()
+        images = normalise(pixels.to(device, non_blocking=True))
+        return images, labels.to(device, non_blocking=True), names, *boxes
 
 
 def _ahead(batches: Iterator[Any], prepare: Callable[[Any], Any]) -> Iterator[Any]:

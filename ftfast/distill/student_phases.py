@@ -5,11 +5,11 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ftfast.distill import files, resumable, selection
-from ftfast.distill.data import Split
 from ftfast.distill.errors import IN_A_NEW_RUN, DistillError, RunFolderError
+from ftfast.distill.images import Foldable
 from ftfast.distill.methods import METHODS, Weights
 from ftfast.distill.results import method_line, student_result
 from ftfast.distill.settings import Settings
@@ -31,13 +31,13 @@ def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Tri
             progress.begin(f"weights of {method}", len(candidates) * images)
             progress.advance(len(trials) * images)
             start = time.perf_counter()
-            assert isinstance(setup.students, Split)  # photographs leave no choice
+            split = cast(Foldable, setup.students)  # photographs leave no choice
             for weights in candidates[len(trials) :]:
                 trial = selection.try_weights(
                     settings,
                     setup.precision,
                     guides,
-                    setup.students,
+                    split,
                     method,
                     weights,
                     progress.advance,

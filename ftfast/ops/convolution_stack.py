@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,11 @@ def _version(tensor: Tensor) -> tuple[Any, ...]:
     return tensor._version, tensor.untyped_storage()._cdata, tensor.dtype, tensor.storage_offset(), tensor.stride()
 
 
+def _forget(prepared: dict[tuple[Any, ...], _Prepared], place: tuple[Any, ...], _: object) -> None:
+    """Takes the table along: at the end of a process this module's names may be gone before its tensors."""
+    prepared.pop(place, None)
+
+
 def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
     """``prepare()``, kept until a tensor of the stack is written to, replaced, moved or gone.
 
@@ -80,7 +86,7 @@ def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any])
         if all(reference() is tensor for reference, tensor in alive):
             return found.result
     result = prepare()
-    first = weakref.ref(tensors[0], lambda _: _prepared.pop(place, None))
+    first = weakref.ref(tensors[0], partial(_forget, _prepared, place))
     references = (first, *(weakref.ref(tensor) for tensor in tensors[1:]))
     storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
     _prepared[place] = _Prepared(references, storages, versions, result)

@@ -24,7 +24,7 @@ def map_dtype(features: Tensor) -> torch.dtype:
 
 def rounds_to_tf32() -> bool:
     """Whether torch's convolutions of float32 may round their operands to TF32, by either of its two switches."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 @contextmanager

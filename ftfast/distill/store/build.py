@@ -1,0 +1,294 @@
+"""Building a store: the frozen teacher and paraphraser run once over fixed views of all training images.
+
+Shards are made one by one, each from its own images alone, so that a build that was ended goes on with the shards that
+are missing and ends in the same bytes; several processes take every so-manieth shard.
+"""
+
+import dataclasses
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ftfast.distill import checkpoint, files
+from ftfast.distill.checkpoint import Checkpoint
+from ftfast.distill.errors import StoreError
+from ftfast.distill.folder import RunFolder, read_settings
+from ftfast.distill.images import Images
+from ftfast.distill.processes import joined, lost_in_words
+from ftfast.distill.progress import Progress
+from ftfast.distill.readers import lost_readers_in_words
+from ftfast.distill.settings import Settings
+from ftfast.distill.setup import load_images, precision_of, reproducible
+from ftfast.distill.store import header as headers
+from ftfast.distill.store import shards
+from ftfast.distill.store.compute import ShardMaker
+from ftfast.distill.store.estimate import describe, describe_work, estimate, size
+from ftfast.distill.store.guides import frozen_guides, read_run
+from ftfast.distill.store.header import Header
+from ftfast.distill.store.quantise import DTYPES
+from ftfast.distill.store.read import PARAPHRASER, TEACHER
+from ftfast.distill.store.views import SmallImages, ViewedImages, viewed
+from ftfast.distill.students import Guides
+
+MOST_VIEWS = 1000
+DEFAULT_VIEWS = 4
+_SHARD_BYTES = 64 << 20
+_MOST_SHARDS = 512
+_LOCK = ".lock"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to store.
+
+    Attributes:
+        views: of each image; None for :data:`DEFAULT_VIEWS`, or for one where images are not augmented.
+        dtype: of the factors, one of :data:`ftfast.distill.store.quantise.DTYPES`.
+        logits: keep the teacher's too.
+        seed: of the views.
+        batch_size: images that go through the teacher at once, with all their views.
+        shard_images: images in a file, a multiple of ``batch_size``; None for about 64 MiB.
+    """
+
+    views: int | None = None
+    dtype: str = "int8"
+    logits: bool = False
+    seed: int = 0
+    batch_size: int = 64
+    shard_images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise StoreError(f"dtype is {self.dtype!r}; it takes {', '.join(DTYPES)}.")
+        for name, most in (("views", MOST_VIEWS), ("batch_size", 1 << 16), ("shard_images", 1 << 32)):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise StoreError(f"{name} is {value}; it takes a whole number of 1 to {most}.")
+        if not 0 <= self.seed < 1 << 32:
+            raise StoreError(f"seed is {self.seed}; it takes a whole number of at least 0.")
+        if self.shard_images is not None and self.shard_images % self.batch_size:
+            raise StoreError(
+                f"shard_images is {self.shard_images}; it takes whole batches, a multiple of {self.batch_size}."
+            )
+
+
+def build_store(
+    run: Path,
+    path: Path,
+    request: Request,
+    *,
+    resume: bool = False,
+    only_estimate: bool = False,
+    device: str = "auto",
+    data_dir: str | None = None,
+    workers: int | None = None,
+) -> Header:
+    """Builds a store from the teacher, paraphraser and settings of a run folder.
+
+    Args:
+        path: a new folder or, with ``resume``, one in which the same build was begun.
+        only_estimate: say how large the store would be and how long it would take, and write nothing.
+        device, data_dir, workers: in place of the run's.
+
+    Raises:
+        DistillError: in one sentence, before anything is written where that can be known before.
+        OSError: the store cannot be written.
+    """
+    settings = _settings(run, device=device, data_dir=data_dir, workers=workers)
+    with ExitStack() as stack:
+        stack.enter_context(lost_in_words())
+        stack.enter_context(lost_readers_in_words())
+        processes = stack.enter_context(joined(settings.device))
+        stack.enter_context(reproducible(settings))
+        progress = stack.enter_context(Progress(settings.dataset().train_images, quiet=not processes.is_first))
+        train, _ = load_images(settings, report=progress.say)
+        stack.callback(train.close)
+        images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
+        teacher, paraphraser = processes.on_first(lambda: read_run(run))
+        header = header_of(settings, images, teacher, paraphraser, request)
+        maker = ShardMaker(
+            header, images, _guides(settings, header, train, teacher, paraphraser), precision_of(settings)
+        )
+
+        def begin() -> list[int]:
+            """The shards to make."""
+            if _check_path(path, header, resume=resume):
+                progress.say(f"the store {path} is finished already")
+                return []
+            left = _left(path, header, progress.say)
+            found = estimate(path, maker, left, processes.part.ranks)
+            progress.say(describe(header))
+            progress.say(describe_work(found))
+            if found.bytes > found.free:
+                raise StoreError(
+                    f"{path} has {size(found.free)} free, and the store takes {size(found.bytes)} more; make room, "
+                    "choose another place, fewer --views or a smaller --dtype."
+                )
+            if only_estimate:
+                return left
+            stack.enter_context(_locked(path))
+            _check_path(path, header, resume=resume)  # another process may have filled it meanwhile
+            _begin(path, header, teacher, paraphraser)
+            return left
+
+        is_whole = headers.is_finished(path)
+        left = processes.on_first(begin)
+        if only_estimate or is_whole:
+            return header
+        own = left[processes.part.rank :: processes.part.ranks]
+        progress.begin("factors", sum(len(header.rows_of(shard)) for shard in own))
+        _write(path, maker, own, progress)
+        processes.wait()
+        processes.on_first(lambda: _finish(path, header))
+        progress.end()
+        progress.say(f"the store {path} is finished")
+    return header
+
+
+def _settings(run: Path, *, device: str, data_dir: str | None, workers: int | None) -> Settings:
+    """The run's, on this machine."""
+    kept = read_settings(RunFolder(run).settings)
+    changes: dict[str, Any] = {"device": device, "compile": "auto", "store": None}
+    changes |= {"data_dir": data_dir} if data_dir is not None else {}
+    changes |= {"workers": workers} if workers is not None else {}
+    return dataclasses.replace(kept, **changes).resolved()
+
+
+def _guides(settings: Settings, header: Header, train: Images, teacher: Checkpoint, paraphraser: Checkpoint) -> Guides:
+    return frozen_guides(
+        settings,
+        precision_of(settings),
+        teacher,
+        paraphraser,
+        lambda: next(train.in_order(header.batch_size))[0],
+        size=settings.map_size(),
+        logits=bool(header.classes),
+    )
+
+
+def header_of(
+    settings: Settings, images: ViewedImages, teacher: Checkpoint, paraphraser: Checkpoint, request: Request
+) -> Header:
+    """The header of the store that a request means, unfinished."""
+    height, width = settings.map_size()
+    factor = (paraphraser.description["model"]["factor_channels"], height, width)
+    views = request.views
+    if views is None:
+        views = min(DEFAULT_VIEWS, images.different_views) if isinstance(images, SmallImages) else DEFAULT_VIEWS
+    classes = settings.dataset().classes if request.logits else 0
+    count = len(images.labels)
+    hashes = {
+        "teacher": headers.hash_tensors(teacher.tensors),
+        "paraphraser": headers.hash_tensors(paraphraser.tensors),
+        **images.hashes(),
+    }
+    return Header(
+        settings={name: getattr(settings, name) for name in headers.TAKEN},
+        hashes=hashes,
+        transform=images.transform(),
+        images=count,
+        views=views,
+        factor=factor,
+        dtype=request.dtype,
+        computed_in=settings.dtype,
+        classes=classes,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        shard_images=request.shard_images or _shard_images(request.batch_size, count, views, factor, request.dtype),
+    )
+
+
+def _shard_images(batch_size: int, images: int, views: int, factor: tuple[int, int, int], dtype: str) -> int:
+    image_bytes = views * factor[0] * factor[1] * factor[2] * DTYPES[dtype].itemsize
+    wanted = max(_SHARD_BYTES, images * image_bytes // _MOST_SHARDS) // image_bytes
+    return max(1, wanted // batch_size) * batch_size
+
+
+def _check_path(path: Path, header: Header, *, resume: bool) -> bool:
+    """Whether the store is finished already; refuses a folder that is not for this build."""
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file; choose another name for the store.")
+    entries = list(path.iterdir()) if path.exists() else []
+    found = [entry for entry in entries if entry.name != _LOCK and not files.is_left_over(entry)]
+    holds_store = (path / headers.FILE).exists()
+    if found and not holds_store:
+        raise StoreError(f"{path} holds other files; choose another name for the store.")
+    if not holds_store:
+        return False
+    begun = headers.read(path)
+    if not resume:
+        held = "a finished store" if begun.is_finished else "a store that is not finished; go on with --resume"
+        raise StoreError(f"{path} holds {held}{';' if begun.is_finished else ', or'} choose another name.")
+    headers.check_same_build(path, begun, header)
+    return begun.is_finished
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The folder for this build alone."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"another process is building {path}; wait for it, or choose another name.") from None
+        yield
+    finally:
+        os.close(lock)  # which gives the lock back, as a kill does
+
+
+def _begin(path: Path, header: Header, teacher: Checkpoint, paraphraser: Checkpoint) -> None:
+    for entry in path.iterdir():
+        if files.is_left_over(entry):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for name, kept in ((TEACHER, teacher), (PARAPHRASER, paraphraser)):
+        if not (path / name).exists():
+            checkpoint.save(path / name, kept)
+    if not (path / headers.FILE).exists():
+        headers.write(path, header)
+
+
+def _left(path: Path, header: Header, say: Callable[[str], None]) -> list[int]:
+    """The shards that are not there."""
+    left = []
+    for shard in range(header.shard_count):
+        file = shards.shard_path(path, shard)
+        try:
+            if file.exists():
+                shards.check_head(file, shards.read_head(file), header, shard)
+                continue
+        except StoreError as error:
+            say(f"warning: {str(error).partition(';')[0].rstrip('.')}; it is made anew")
+        left.append(shard)
+    return left
+
+
+def _write(path: Path, maker: ShardMaker, own: list[int], progress: Progress) -> None:
+    """One shard is written by a thread while the next is made."""
+    with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as thread:
+        writing: Future[None] | None = None
+        for shard, tensors in maker.make(own):
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(shards.write_shard, shards.shard_path(path, shard), tensors)
+            progress.advance(len(maker.header.rows_of(shard)))
+        if writing is not None:
+            writing.result()
+
+
+def _finish(path: Path, header: Header) -> None:
+    """Writes the header that makes the folder a store."""
+    heads = []
+    for shard in range(header.shard_count):
+        file = shards.shard_path(path, shard)
+        head = shards.read_head(file)
+        shards.check_head(file, head, header, shard)
+        heads.append({"bytes": head.bytes, "head": head.checksum})
+    headers.write(path, dataclasses.replace(header, shards=heads))
+    (path / _LOCK).unlink(missing_ok=True)

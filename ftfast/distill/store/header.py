@@ -1,0 +1,179 @@
+"""``store.json``: what a store was made from and how, and the comparison with what it is to be used for."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ftfast.distill import files
+from ftfast.distill.errors import StoreError
+from ftfast.distill.settings import Settings
+
+FORMAT = "ftfast-store"
+VERSION = 1
+FILE = "store.json"
+# The settings that decide what a factor is; a training from the store takes them from there.
+COMPARED = (
+    *("data", "image_size", "classes", "train_images", "crop_padding", "flip"),
+    *("teacher", "teacher_channels", "teacher_layer", "shortcut", "rate", "resize_features"),
+)
+TAKEN = (*COMPARED, "loader")
+HASHES = {
+    "teacher": "the weights of the teacher",
+    "paraphraser": "the weights of the paraphraser",
+    "transform": "how an image is cut and normalised",
+    "decoder": "what the decoder makes of a file",
+    "data": "which training images there are, and in which order",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a store holds.
+
+    Attributes:
+        settings: those of :data:`TAKEN`, as the run had them that trained teacher and paraphraser.
+        hashes: SHA-256 of each of :data:`HASHES`.
+        transform: the transform in words and numbers.
+        images, views: how many, views of each image.
+        factor: channels, height, width.
+        dtype: of the factors.
+        computed_in: the teacher's and paraphraser's arithmetic.
+        classes: of the logits; 0 where none are stored.
+        seed: of the views.
+        batch_size: images in a forward of the teacher; their views go through together.
+        shard_images: images in a shard, the last one's but for.
+        shards: of each file its size in bytes and the SHA-256 of its head; None until all are there.
+    """
+
+    settings: dict[str, Any]
+    hashes: dict[str, str]
+    transform: dict[str, Any]
+    images: int
+    views: int
+    factor: tuple[int, int, int]
+    dtype: str
+    computed_in: str
+    classes: int
+    seed: int
+    batch_size: int
+    shard_images: int
+    shards: list[dict[str, Any]] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.shards is not None
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.images // self.shard_images)
+
+    def rows_of(self, shard: int) -> range:
+        """The images of a shard."""
+        return range(shard * self.shard_images, min(self.images, (shard + 1) * self.shard_images))
+
+    def to_json(self) -> dict[str, Any]:
+        content = {**asdict(self), "factor": list(self.factor)}
+        return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(content))}
+
+    @classmethod
+    def from_json(cls, content: Any, path: Path) -> Self:
+        """Raises StoreError on another format, a newer version, or fields that are not the header's."""
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise StoreError(f'{path} is no factor store: "format" in {FILE} is not "{FORMAT}".')
+        if content.get("version") != VERSION:
+            raise StoreError(
+                f"{path} has store format version {content.get('version')!r}; this ftfast reads version {VERSION}."
+            )
+        values = {name: value for name, value in content.items() if name not in ("format", "version")}
+        known = {item.name for item in fields(cls)}
+        if values.keys() != known or not values["settings"].keys() >= set(TAKEN):
+            wrong = sorted(values.keys() ^ known) or sorted(set(TAKEN) - values["settings"].keys())
+            raise StoreError(f"{path / FILE} was changed: {wrong[0]!r} is missing or unknown; build the store anew.")
+        return cls(**{**values, "factor": tuple(values["factor"])})
+
+    def read_settings(self) -> dict[str, Any]:
+        """Those of :data:`TAKEN`, as ``Settings`` takes them."""
+        return {name: self.settings[name] for name in TAKEN}
+
+
+def read(path: Path) -> Header:
+    """The header of a store that may be unfinished.
+
+    Raises:
+        StoreError: no store, or one of a newer version.
+    """
+    file = path / FILE
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise StoreError(f"{path} is no factor store: {FILE} cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise StoreError(f"{file} is cut short or not JSON; build the store anew.") from None
+    return Header.from_json(content, path)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether there is a finished store; one of another version, or none, is not."""
+    try:
+        return read(path).is_finished
+    except StoreError:
+        return False
+
+
+def write(path: Path, header: Header) -> None:
+    files.write_json(path / FILE, header.to_json())
+
+
+def check_settings(path: Path, header: Header, settings: Settings) -> None:
+    """Raises StoreError where resolved settings are of other images, another teacher or another paraphraser."""
+    for name in COMPARED:
+        now, before = getattr(settings, name), header.settings[name]
+        if now != before:
+            raise StoreError(
+                f"{name} is {now!r}, and the store {path} was built with {before!r}; leave "
+                f"--{name.replace('_', '-')} out, or build a store for it."
+            )
+
+
+def check_hashes(path: Path, header: Header, found: Mapping[str, str]) -> None:
+    """Raises StoreError naming the first of :data:`HASHES` that differs from the header's."""
+    for name, value in found.items():
+        if header.hashes.get(name) != value:
+            raise StoreError(
+                f"{name} differs from what the store {path} was built with ({HASHES[name]}: hash {value[:12]} here, "
+                f"{str(header.hashes.get(name))[:12]} there); build a store for it, or go back to what it was."
+            )
+
+
+def check_same_build(path: Path, begun: Header, asked: Header) -> None:
+    """Raises StoreError naming the first field in which an unfinished store differs from what is now asked for."""
+    check_hashes(path, begun, asked.hashes)
+    before, now = begun.to_json(), asked.to_json()
+    for part_before, part_now in ((before["settings"], now["settings"]), (before, now)):
+        for name, value in part_now.items():
+            if name not in ("settings", "shards") and part_before.get(name) != value:
+                raise StoreError(
+                    f"{name} is {value!r}, and the store {path} was begun with {part_before.get(name)!r}; go on as it "
+                    "was begun, or build another one."
+                )
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_json(content: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

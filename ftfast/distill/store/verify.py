@@ -1,0 +1,122 @@
+"""Whether a store is what was written, and what its teacher and paraphraser say today."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftfast.distill.errors import StoreError
+from ftfast.distill.progress import Progress
+from ftfast.distill.setup import load_images, precision_of, reproducible
+from ftfast.distill.store import header as headers
+from ftfast.distill.store.guides import factors_of, frozen_guides, settings_for
+from ftfast.distill.store.read import PARAPHRASER, TEACHER, Rows, Store, check_whole
+from ftfast.distill.store.views import viewed
+
+# Distance of two directions. int8 leaves 0.01 and float8 0.03, other kernels or another device's roundings of bfloat16
+# about 0.02; another view of the same image is ten times as far.
+MOST_DISTANCE = 0.08
+
+
+class Verified(NamedTuple):
+    """How many views were computed anew, and the largest distance of a stored factor's direction from its own."""
+
+    views: int
+    distance: float
+
+
+def verify(
+    path: Path,
+    *,
+    sample: int = 64,
+    device: str = "auto",
+    data_dir: str | None = None,
+    loader: str | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+) -> Verified:
+    """Reads every byte of a store, then computes the factors of a sample of its images anew.
+
+    Args:
+        sample: how many images, one view of each; 0 looks at the bytes alone and needs no images.
+        seed: of the sample.
+
+    Raises:
+        StoreError: naming the file and the field that is not as it was written, or what has changed since.
+    """
+    store = Store(path)
+    try:
+        for name in (TEACHER, PARAPHRASER):
+            store.guide(name)
+        with Progress(store.header.images) as progress:
+            progress.begin("reading", store.header.images)
+            check_whole(store, progress.advance)
+        if not sample:
+            return Verified(0, 0.0)
+        return _compute_anew(store, sample, seed, device=device, data_dir=data_dir, loader=loader, workers=workers)
+    finally:
+        store.close()
+
+
+def _compute_anew(
+    store: Store,
+    sample: int,
+    seed: int,
+    *,
+    device: str,
+    data_dir: str | None,
+    loader: str | None,
+    workers: int | None,
+) -> Verified:
+    header = store.header
+    settings = settings_for(header, device=device, data_dir=data_dir, loader=loader, workers=workers)
+    headers.check_settings(store.path, header, settings)
+    precision = precision_of(settings)
+    with reproducible(settings):
+        train, _ = load_images(settings)
+        try:
+            images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
+            headers.check_hashes(store.path, header, images.hashes())
+            guides = frozen_guides(
+                settings,
+                precision,
+                store.guide(TEACHER),
+                store.guide(PARAPHRASER),
+                lambda: next(train.in_order(header.batch_size))[0],
+                size=(header.factor[1], header.factor[2]),
+                logits=bool(header.classes),
+            )
+            largest = 0.0
+            rows = _sample(header.images, header.views, sample, seed)
+            for first in range(0, len(rows.images), header.batch_size):
+                part = Rows(*(values[first : first + header.batch_size] for values in rows))
+                pixels = next(images.cut(iter([(part.images, store.boxes[part.images, part.views])])))[0]
+                factors, logits = factors_of(guides, precision, pixels)
+                found = store.read(part)
+                largest = max(largest, _check(store, part, "factor", found[0].to(factors.device), factors))
+                if header.classes:
+                    _check(store, part, "logits", found[1].to(logits.device), logits)
+        finally:
+            train.close()
+    return Verified(len(rows.images), largest)
+
+
+def _sample(images: int, views: int, sample: int, seed: int) -> Rows:
+    random = np.random.default_rng(seed)
+    chosen = np.sort(random.choice(images, min(sample, images), replace=False))
+    return Rows(chosen, random.integers(0, views, len(chosen)))
+
+
+def _check(store: Store, rows: Rows, what: str, stored: Tensor, computed: Tensor) -> float:
+    directions = [F.normalize(values.float().flatten(1), dim=1) for values in (stored, computed)]
+    distances = (directions[0] - directions[1]).norm(dim=1)
+    worst = int(distances.argmax())
+    if not float(distances[worst]) <= MOST_DISTANCE:
+        raise StoreError(
+            f"the store {store.path} differs from what its teacher and paraphraser give: the {what} of image "
+            f"{rows.images[worst]}, view {rows.views[worst]}, is {float(distances[worst]):.2f} away, and at most "
+            f"{MOST_DISTANCE} is taken; build the store anew."
+        )
+    return float(distances[worst])
