@@ -2,7 +2,6 @@
 
 import multiprocessing
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from ftfast.distill.photographs import Files
 
 _TRIES = 20
 BATCHES_AHEAD = 4  # of each process
-# torch raises a second time when the signal of a process's end comes: rather while the first is put in words.
-SECONDS_TO_NOTICE = 1.0
 
 Key = tuple[int, int, int] | int | crops.Cut | crops.Views
 """Seed, epoch and number of a photograph to train on; the number alone of one to test on; or boxes that are given."""
@@ -149,7 +146,6 @@ def in_words(loader: Any) -> Iterator[Any]:
             try:
                 yield from loader
             except (OSError, EOFError) as error:  # its batch lies in memory that went with it
-                time.sleep(SECONDS_TO_NOTICE)
                 raise RuntimeError(f"DataLoader worker: {error}") from None
     except DataError as error:
         raise DataError(
