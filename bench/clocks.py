@@ -112,7 +112,8 @@ def _capture(candidate: Candidate) -> torch.cuda.CUDAGraph:
         candidate.step()
     candidate.prepare()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    # Other threads may call CUDA meanwhile: a meter, say.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         candidate.step()
     return graph
 
