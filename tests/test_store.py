@@ -221,6 +221,12 @@ def test_a_newer_version_is_refused(store: Path, capsys: pytest.CaptureFixture[s
         assert "store format version 2; this ftfast reads version 1" in capsys.readouterr().err
 
 
+def test_a_header_that_lacks_a_shard_is_refused(store: Path) -> None:
+    changed(store, shards=headers.read(store).to_json()["shards"][:-1])
+    with pytest.raises(StoreError, match="it names 9 shards of 10"):
+        Store(store)
+
+
 def test_factors_of_other_weights_are_found_by_a_sample(store: Path, run_folder: Path, tmp_path: Path) -> None:
     """Whole by its checksums, and yet not what its teacher gives: another view of the same images."""
     other = make_store(run_folder, tmp_path / "other", dataclasses.replace(REQUEST, seed=1))

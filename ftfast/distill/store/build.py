@@ -153,7 +153,8 @@ def build_store(
 def _settings(run: Path, *, device: str, data_dir: str | None, workers: int | None) -> Settings:
     """The run's, on this machine."""
     kept = read_settings(RunFolder(run).settings)
-    changes: dict[str, Any] = {"device": device, "compile": "auto", "store": None}
+    # A view is a crop and a flip, whatever else the run's own students were shown.
+    changes: dict[str, Any] = {"device": device, "compile": "auto", "store": None, "rand_augment": 0, "cutout": 0}
     changes |= {"data_dir": data_dir} if data_dir is not None else {}
     changes |= {"workers": workers} if workers is not None else {}
     return dataclasses.replace(kept, **changes).resolved()

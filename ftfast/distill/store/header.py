@@ -95,7 +95,13 @@ class Header:
         if values.keys() != known or not values["settings"].keys() >= set(TAKEN):
             wrong = sorted(values.keys() ^ known) or sorted(set(TAKEN) - values["settings"].keys())
             raise StoreError(f"{path / FILE} was changed: {wrong[0]!r} is missing or unknown; build the store anew.")
-        return cls(**{**values, "factor": tuple(values["factor"])})
+        found = cls(**{**values, "factor": tuple(values["factor"])})
+        if found.shards is not None and len(found.shards) != found.shard_count:
+            raise StoreError(
+                f"{path / FILE} was changed: it names {len(found.shards)} shards of {found.shard_count}; build the "
+                "store anew."
+            )
+        return found
 
     def read_settings(self) -> dict[str, Any]:
         """Those of :data:`TAKEN`, as ``Settings`` takes them."""
