@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -10,6 +11,7 @@
 #include "conv3x3_direct.h"
 #include "ft_head.h"
 #include "ft_loss.h"
+#include "read_rows.h"
 
 namespace py = pybind11;
 
@@ -255,6 +257,14 @@ void norm_backward(const py::tuple& addresses, int dtype, int64_t rows, int64_t 
   batch_norm_backward(work);
 }
 
+std::pair<int64_t, int> rows_of_files(uintptr_t descriptors, uintptr_t offsets, int64_t rows, int64_t row_bytes, uintptr_t out) {
+  py::gil_scoped_release release;
+  const ReadFailure failure = read_rows(
+      reinterpret_cast<const int32_t*>(descriptors), reinterpret_cast<const int64_t*>(offsets), rows, row_bytes,
+      reinterpret_cast<char*>(out));
+  return {failure.row, failure.error};
+}
+
 }  // namespace
 }  // namespace ftfast
 
@@ -273,6 +283,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention", &ftfast::attention);
   module.def("batch_norm_forward", &ftfast::norm_forward);
   module.def("batch_norm_backward", &ftfast::norm_backward);
+  module.def("read_rows", &ftfast::rows_of_files);
   module.def("unfold_3x3", &ftfast::unfold);
   module.def("weight_taps_first", &ftfast::taps_first);
   module.def("weight_taps_last", &ftfast::taps_last);

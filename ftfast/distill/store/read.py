@@ -1,8 +1,8 @@
 """An open store: its rows by number and view, read straight into the batch's own memory."""
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from ftfast.distill.errors import CheckpointError, StoreError
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.quantise import DTYPES, as_factors
 from ftfast.distill.store.shards import FACTORS, LOGITS, VIEWS, Head, check_head, read_head, read_whole, shard_path
+from ftfast.ops.read_rows import RowError, read_rows
 
 TEACHER, PARAPHRASER = "teacher", "paraphraser"
 LOGITS_DTYPE = torch.float16
@@ -91,18 +92,14 @@ class Store:
         shards, within = np.divmod(rows.images, self.header.shard_images)
         firsts = np.array([self.heads[shard].places[name].first for shard in shards.tolist()])
         offsets = firsts + (within * self.header.views + rows.views) * row_bytes
-        buffer = made.view(torch.uint8).reshape(len(made), -1).numpy()
-        places = list(zip(shards.tolist(), offsets.tolist(), strict=True))
-        for shard, offset in places:  # all are asked for before the first is waited for
-            with suppress(OSError):
-                os.posix_fadvise(self._file(shard), offset, row_bytes, os.POSIX_FADV_WILLNEED)
-        for place, (shard, offset) in enumerate(places):
-            try:
-                count = os.preadv(self._file(shard), [buffer[place]], offset)
-            except OSError as error:
-                raise StoreError(f"{shard_path(self.path, shard)} cannot be read ({error.strerror}).") from None
-            if count != row_bytes:
-                raise StoreError(f"{shard_path(self.path, shard)} was cut short while it was read.")
+        files = np.array([self._file(shard) for shard in shards.tolist()])
+        try:
+            read_rows(files, offsets, made)
+        except RowError as error:
+            path = shard_path(self.path, int(shards[error.row]))
+            if error.errno == errno.ENODATA:
+                raise StoreError(f"{path} was cut short while it was read.") from None
+            raise StoreError(f"{path} cannot be read ({error.strerror}).") from None
         return made
 
     def _file(self, shard: int) -> int:
