@@ -135,10 +135,12 @@ def _allocator_environment() -> dict[str, str]:
 
 
 def _revision() -> dict[str, Any]:
+    # A copy of a checkout, whose maker says what it is a copy of; git may be at another revision there.
+    if given := os.environ.get("FTFAST_BENCH_REVISION"):
+        return {"revision": given, "dirty": None}
     revision = _first_line(["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "--quiet", "HEAD"])
     if not revision:
-        # A copy of a checkout, whose maker says what it is a copy of.
-        return {"revision": os.environ.get("FTFAST_BENCH_REVISION"), "dirty": None}
+        return {"revision": None, "dirty": None}
     # Records and the README are made from a run and cannot change it.
     changes = ["git", "-C", str(CHECKOUT), "status", "--porcelain", "--", ".", ":!bench/records", ":!README.md"]
     first_change = _first_line(changes)

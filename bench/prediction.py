@@ -8,12 +8,12 @@ the nodes at w, and a latency for each of their hops. The gradient is on its way
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import ftfast
-from bench import loaders, preset_run, tables
-from bench.distill_step import OURS
+from bench import distill_step, loaders, preset_run, store, tables
 from bench.records import Record, Row
 from bench.step_peers import IMAGENET, Pair
 from ftfast.distill import models
@@ -77,7 +77,7 @@ def predict(gpus: int, parts: Parts, *, overlapped: bool) -> Line:
 
 
 def parts_of(step: Row, split: Row | None) -> Parts:
-    """From the step's row of ``distill_step`` and a row of ``preset_run``, whose split gives backward its share."""
+    """From a measured step's row and a row of ``preset_run``, whose split gives backward its share."""
     assert step.timing is not None
     seconds = step.timing.median * 1e-3
     split_ms = split.details.get("milliseconds", {}) if split is not None else {}
@@ -90,16 +90,13 @@ def parts_of(step: Row, split: Row | None) -> Parts:
 
 def markdown(newest: dict[str, dict[str, Record]]) -> str:
     """The README's block, from the newest record of each bench on each device type, ``[bench][device]``."""
-    found = newest.get("distill_step", {}).get("cuda")
-    rows = [] if found is None else found.of("distill_step")
-    steps = [
-        row for row in rows if row.candidate == OURS and row.timing and row.details.get("teacher") == IMAGENET.teacher
-    ]
-    if found is None or not steps:
+    steps = list(_steps(newest))
+    if not steps:
         return f"Past these machines: {tables.NOT_MEASURED}; it takes the step's time from a GPU's record."
+    found, step = steps[0]
     preset = newest.get(preset_run.STEM, {}).get("cuda")
     runs = [row for row in preset.of(preset_run.STEM) if row.timing] if preset is not None else []
-    parts = parts_of(steps[0], next(iter(runs), None))
+    parts = parts_of(step, next(iter(runs), None))
     lines = [_measured(row) for row in runs if row.details.get("images_per_second")]
     for gpus in GPUS:
         for overlapped in (True, False) if gpus > 1 else (True,):
@@ -110,6 +107,16 @@ def markdown(newest: dict[str, dict[str, Record]]) -> str:
     return "\n\n".join(
         [source, tables.markdown_table(head, lines, numbers_from=2), _assumptions(parts), *_feeding(newest, parts)]
     )
+
+
+def _steps(newest: dict[str, dict[str, Record]]) -> Iterator[tuple[Record, Row]]:
+    """Measured steps of ours with a teacher, and their records; two benches time the same one."""
+    for bench, candidate in ((distill_step.STEM, distill_step.OURS), (store.STEM, store.LIVE)):
+        if (record := newest.get(bench, {}).get("cuda")) is None:
+            continue
+        for row in record.of(bench):
+            if row.candidate == candidate and row.timing and row.details.get("teacher") == IMAGENET.teacher:
+                yield record, row
 
 
 def _measured(row: Row) -> tuple[str, ...]:

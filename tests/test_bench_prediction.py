@@ -71,6 +71,10 @@ def test_every_line_says_whether_it_was_measured() -> None:
 
 
 def test_without_a_split_backward_is_assumed_and_without_a_gpu_nothing_is_said() -> None:
+    same = row("store", "live teacher", "step", 32.0, dims=[256, 3, 224, 224], teacher=IMAGENET.teacher)
+    assert prediction.markdown({"store": {"cuda": record("", same)}}) == prediction.markdown(
+        {"distill_step": {"cuda": record("", STEP)}}
+    )
     assert "assumed to be 40% of the step" in prediction.markdown({"distill_step": {"cuda": record("", STEP)}})
     assert "not measured yet" in prediction.markdown({"distill_step": {"cpu": record("", STEP)}})
     assert "not measured yet" in prediction.markdown({})
