@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,17 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = Findings()
+    found, shown = Findings(), _Shown(silent=args.json)
     for backend, device in _backends(args.backend):
         support = supports(backend, device, torch.float32, torch.float32)
         if support.ok:
-            found.losses += check_loss.check_backend(backend, device)
+            found.losses += shown(check_loss.check_backend(backend, device))
             if backend == "triton" or device.type == "cpu":  # CUDA C++ has the loss alone
-                found.heads += check_head.check_heads(backend, device)
+                found.heads += shown(check_head.check_heads(backend, device))
         elif backend == "triton" and not interpreting() and "not installed" not in support.reason:
             interpreted = _check_interpreted()
-            found.losses += interpreted.losses
-            found.heads += interpreted.heads
+            found.losses += shown(interpreted.losses)
+            found.heads += shown(interpreted.heads)
         else:
             where = "here" if device.type == "cpu" or backend == "triton" else "on the GPU"
             found.skipped.append(f"{backend} cannot run {where}: {support.reason}.")
@@ -50,14 +52,29 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(found), indent=1))
     else:
-        check_loss.print_table(found.losses)
-        if found.heads:
-            print()
-            check_head.print_table(found.heads)
-        for line in found.skipped:
-            print(line)
-        print(f"{right} of {len(cases)} cases agree with the float64 reference.")
+        print(*("", *found.skipped, f"{right} of {len(cases)} cases agree with the float64 reference."), sep="\n")
     return 0 if right == len(cases) else 1
+
+
+class _Shown:
+    """Prints outcomes one by one, as they are found, each table under its head; on a GPU each may be compiled first."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._silent = silent
+        self._kind: type | None = None
+
+    def __call__(self, outcomes: Iterable[Any]) -> list[Any]:
+        kept = []
+        for outcome in outcomes:
+            kept.append(outcome)
+            if self._silent:
+                continue
+            table = check_loss if isinstance(outcome, check_loss.Outcome) else check_head
+            if type(outcome) is not self._kind:
+                print(*([""] if self._kind else []), table.head(), sep="\n")
+                self._kind = type(outcome)
+            print(table.line(outcome), flush=True)
+        return kept
 
 
 def _backends(asked: str | None) -> list[tuple[str, torch.device]]:

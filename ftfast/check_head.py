@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,18 +43,16 @@ class HeadOutcome:
     ok: bool
 
 
-def check_heads(backend: str, device: torch.device) -> list[HeadOutcome]:
+def check_heads(backend: str, device: torch.device) -> Iterator[HeadOutcome]:
     """Every way of one backend on one device."""
     cases = [(torch.float32, 1), (torch.float32, 2)]
     if backend == "triton":
         cases.append((torch.float16, 2))
     if backend == "native" or device.type == "cuda":  # Triton's interpreter rounds bfloat16 towards zero
         cases.append((torch.bfloat16, 2))
-    return [
-        check_head(backend, device, kernel, dtype, p, maps, shape)
-        for (maps, shape), (dtype, p) in itertools.product(SHAPES.items(), cases)
-        for kernel in ways(backend, device, dtype, shape)
-    ]
+    for (maps, shape), (dtype, p) in itertools.product(SHAPES.items(), cases):
+        for kernel in ways(backend, device, dtype, shape):
+            yield check_head(backend, device, kernel, dtype, p, maps, shape)
 
 
 def ways(backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -145,14 +144,20 @@ def _by_reference(
     return [loss.detach(), *gradients]
 
 
-def print_table(outcomes: list[HeadOutcome]) -> None:
-    """One line for each way to compute a head."""
-    widths = (9, 13, 13, 10, 3, 19)
-    names = ("backend", "on", "head", "maps in", "p", "of")
-    head = "".join(f"{name:<{width}}" for name, width in zip(names, widths, strict=True))
-    print(f"{head}{'loss':>9}{'d student':>11}{'d params':>11}")
-    for it in outcomes:
-        cells = (it.backend, it.device, it.kernel, it.dtype, it.p, it.maps)
-        case = "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-        verdict = "" if it.ok else "  WRONG"
-        print(f"{case}{it.loss_error:>9.1e}{it.student_error:>11.1e}{it.parameter_error:>11.1e}{verdict}")
+_WIDTHS = (9, 13, 13, 10, 3, 19)
+
+
+def _cells(*cells: object) -> str:
+    return "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def head() -> str:
+    """What stands above the lines of :func:`line`."""
+    return f"{_cells('backend', 'on', 'head', 'maps in', 'p', 'of')}{'loss':>9}{'d student':>11}{'d params':>11}"
+
+
+def line(it: HeadOutcome) -> str:
+    """One way to compute a head."""
+    cells = _cells(it.backend, it.device, it.kernel, it.dtype, it.p, it.maps)
+    errors = f"{it.loss_error:>9.1e}{it.student_error:>11.1e}{it.parameter_error:>11.1e}"
+    return f"{cells}{errors}{'' if it.ok else '  WRONG'}"

@@ -1,6 +1,7 @@
 """The part of ``ftfast check`` that holds the loss to float64: every dtype, p and layout."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Outcome:
     ok: bool
 
 
-def check_backend(backend: str, device: torch.device) -> list[Outcome]:
+def check_backend(backend: str, device: torch.device) -> Iterator[Outcome]:
     """Every dtype, p and layout of one backend on one device, with a trained and with a frozen teacher's side."""
     cases: list[dict[str, Any]] = []
     for dtype, p in itertools.product(GRADIENT_BOUNDS, (1, 2)):
@@ -46,7 +47,8 @@ def check_backend(backend: str, device: torch.device) -> list[Outcome]:
         cases.append({"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "shape": LONG_SHAPE})
     if backend == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         cases = [case for case in cases if case.get("stored") != torch.float8_e4m3fn]
-    return [check_case(backend, device, **case) for case in cases]
+    for case in cases:
+        yield check_case(backend, device, **case)
 
 
 def check_case(
@@ -120,14 +122,22 @@ def _loss_and_gradients(
     return loss, torch.autograd.grad(loss, inputs, torch.full_like(loss, student.numel()))
 
 
-def print_table(outcomes: list[Outcome]) -> None:
-    widths = (9, 13, 10, 21, 3, 16)
-    names = ("backend", "on", "student", "teacher", "p", "layout")
-    head = "".join(f"{name:<{width}}" for name, width in zip(names, widths, strict=True))
-    print(f"{head}{'loss':>9}{'d student':>11}{'d teacher':>11}")
-    for it in outcomes:
-        cells = (it.backend, it.device, it.dtype, it.teacher, it.p, it.layout)
-        case = "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-        teacher_error = f"{it.teacher_error:>11.1e}" if it.teacher_error is not None else " " * 11
-        verdict = "" if it.ok else "  WRONG"
-        print(f"{case}{it.loss_error:>9.1e}{it.student_error:>11.1e}{teacher_error}{verdict}")
+_WIDTHS = (9, 13, 10, 21, 3, 16)
+
+
+def _cells(*cells: object) -> str:
+    return "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def head() -> str:
+    """What stands above the lines of :func:`line`."""
+    names = _cells("backend", "on", "student", "teacher", "p", "layout")
+    return f"{names}{'loss':>9}{'d student':>11}{'d teacher':>11}"
+
+
+def line(it: Outcome) -> str:
+    """One case."""
+    teacher_error = f"{it.teacher_error:>11.1e}" if it.teacher_error is not None else " " * 11
+    errors = f"{it.loss_error:>9.1e}{it.student_error:>11.1e}{teacher_error}"
+    cells = _cells(it.backend, it.device, it.dtype, it.teacher, it.p, it.layout)
+    return f"{cells}{errors}{'' if it.ok else '  WRONG'}"
