@@ -2,6 +2,8 @@
 
 import multiprocessing
 import signal
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -121,7 +123,7 @@ def loader_of(reader: Reader, keys: Keys, workers: int, *, pinned: bool, persist
         reader,
         batch_sampler=keys,
         num_workers=workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin,
         collate_fn=_collate,
         pin_memory=pinned,
         persistent_workers=persistent and workers > 0,
@@ -191,7 +193,14 @@ def _kill_readers() -> None:
             child.kill()
 
 
-def _ignore_signals(_worker: int) -> None:
-    """A signal is for the training process, which saves and then ends its readers."""
+def _begin(_worker: int) -> None:
+    """Of a reading process: a signal is for the training process, which saves and then ends its readers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _say_unless_cut_off
+
+
+def _say_unless_cut_off(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
+    """Python's thread that hands over memory would tell of a training process that hangs up; that one has spoken."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
