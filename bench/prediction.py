@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import ftfast
 from bench import distill_step, loaders, preset_run, store, tables
+from bench.newest import RECORDS, newest_alone
 from bench.records import Record, Row
 from bench.step_peers import IMAGENET, Pair
 from ftfast.distill import models
@@ -162,8 +163,6 @@ def _feeding(newest: dict[str, dict[str, Record]], parts: Parts) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """``python -m bench prediction``: prints the README's block."""
-    from bench.readme import RECORDS, newest_alone
-
     parser = argparse.ArgumentParser(
         prog="python -m bench prediction", description="Predict epoch times of many GPUs from measured parts."
     )

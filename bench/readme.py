@@ -9,37 +9,17 @@ from pathlib import Path
 
 from bench import plots, prediction
 from bench.machine import CHECKOUT
-from bench.records import Record, RecordError, load, write_whole
+from bench.newest import RECORDS, newest_alone, newest_records
+from bench.records import Record, RecordError, write_whole
 from bench.registry import discover
 
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-RECORDS = CHECKOUT / "bench" / "records"
 # Blocks made of several benches' records.
 DERIVED: dict[str, Callable[[dict[str, dict[str, Record]]], str]] = {"prediction": prediction.markdown}
 
 
 class ReadmeError(ValueError):
     """A README that cannot be brought up to date."""
-
-
-def newest_records(folder: Path) -> dict[str, dict[str, tuple[Path, Record]]]:
-    """The newest record of every bench on each device type: ``[bench][device]``."""
-    found: dict[str, dict[str, tuple[Path, Record]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        record = load(path)
-        for bench in {row.bench for row in record.rows}:
-            held = found.setdefault(bench, {}).get(record.hardware["device"])
-            if held is None or held[1].created < record.created:
-                found[bench][record.hardware["device"]] = (path, record)
-    return found
-
-
-def newest_alone(folder: Path) -> dict[str, dict[str, Record]]:
-    """:func:`newest_records` without their paths."""
-    return {
-        bench: {device: record for device, (_, record) in devices.items()}
-        for bench, devices in newest_records(folder).items()
-    }
 
 
 def regenerate(text: str, folder: Path, readme: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ceilings, curves, ft_loss, plots, readme, records, roofline, scaling
+from bench import ceilings, curves, ft_loss, newest, plots, readme, records, roofline, scaling
 from bench.__main__ import main
 from bench.measuring import Plan
 from bench.peers import COPY, EAGER, YARDSTICK
@@ -179,7 +179,7 @@ def test_roofline_places_whole_steps_under_the_measured_ceilings(tmp_path: Path)
 
 
 def test_committed_heads_have_a_roofline(tmp_path: Path) -> None:
-    path = readme.RECORDS / "cpu-amd-epyc.json"
+    path = newest.RECORDS / "cpu-amd-epyc.json"
     record = records.load(path)
     assert len(roofline.points(record.of("ft_head"))) >= 6
     names = [picture.name for picture in plots.plot(record, "ft_head", tmp_path / path.name)]
