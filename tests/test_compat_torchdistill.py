@@ -286,7 +286,7 @@ def test_a_yaml_logs_the_same_losses_with_one_line_more(tmp_path, pictures, line
     for number, (step, other) in enumerate(zip(found, expected, strict=True)):
         assert step.keys() == other.keys()
         for name in step:
-            assert step[name] == pytest.approx(other[name], rel=1e-5), f"step {number}, {name}"
+            assert step[name] == pytest.approx(other[name], rel=5e-5), f"step {number}, {name}"
     states = [torch.load(tmp_path / side / "paraphraser.pt", weights_only=True) for side in "ab"]
     assert list(states[0]) == list(states[1])
     for key in states[0]:

@@ -274,7 +274,7 @@ def test_a_captured_forward_replays_on_new_images_and_keeps_its_outputs(monkeypa
         monkeypatch.setattr(torch.cuda, name, lambda *_: _FakeStream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     captured = frozen_capture.Captured(run)
     first, second = torch.ones(2, 3), torch.full((2, 3), 5.0)
     found, nothing = captured(first)
