@@ -38,6 +38,7 @@ def environment() -> dict[str, str]:
     return {**own, "PYTHON": sys.executable}
 
 
+@pytest.mark.slow
 def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
     finished = subprocess.run(
