@@ -31,8 +31,8 @@ demo: $(VENV)/ready
 	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20 --layouts nchw --peers eager,compile
 
 test: $(VENV)/ready
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow" tests
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(INTERPRETED)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED)
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
 INTERPRETED := tests/test_ft_loss.py tests/test_gates.py tests/test_conv3x3.py $(wildcard tests/test_*_triton.py)

@@ -65,13 +65,15 @@ CASES = {
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_photographs_of_unlike_size_in_one_launch(dtype: torch.dtype) -> None:
-    photographs = [photograph(*shape, seed) for seed, (shape, _) in enumerate(CASES.values())]
-    windows = [window for _, window in CASES.values()]
+    # The interpreter takes a second for each, and 16 bits differ in the last rounding alone.
+    cases = dict(list(CASES.items())[:3]) if INTERPRETED and dtype != torch.float32 else CASES
+    photographs = [photograph(*shape, seed) for seed, (shape, _) in enumerate(cases.values())]
+    windows = [window for _, window in cases.values()]
     found = crop_resize(photographs, windows, 8, mean=MEAN, deviation=DEVIATION, dtype=dtype)
     assert found.dtype == dtype
-    assert found.shape == (len(CASES), 3, 8, 8)
+    assert found.shape == (len(cases), 3, 8, 8)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    for name, pixels, window, square in zip(CASES, photographs, windows, levels(found), strict=True):
+    for name, pixels, window, square in zip(cases, photographs, windows, levels(found), strict=True):
         error = (square - expected(pixels, window, 8)).abs().max()
         assert error < 2e-3 + ROUNDING[dtype], (name, float(error))
 
