@@ -1,8 +1,11 @@
-"""What a second process with a core of its own adds to the distillation step: images a second of two over one's."""
+"""What a second process with a core of its own adds to the distillation step: images a second of two over one's.
+
+Two processes that tell each other nothing are measured too: what they lack of twice is the machine's, since both share
+its memory and its clock, and what is lost from there is the distribution's.
+"""
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterator
 from rich.table import Table
 
 from bench import tables
+from bench.data_parallel_worker import ALONE, APART, JOINED
 from bench.machine import CHECKOUT
 from bench.measuring import summarise
 from bench.records import Record, Row
@@ -18,9 +22,9 @@ from bench.step_peers import CIFAR
 
 STEM = "data_parallel"
 WORK = "step"
-COUNTS = (1, 2)
+PROCESSES = {ALONE: 1, APART: 2, JOINED: 2}
 BATCH, QUICK_BATCH = 64, 8  # of each process
-TARGET = 1.6
+TARGETS = {JOINED: 1.6}
 
 
 def group_name(batch: int) -> str:
@@ -28,49 +32,45 @@ def group_name(batch: int) -> str:
     return f"{CIFAR.title}, {batch}x3x{CIFAR.size}x{CIFAR.size} for each process, one core each, gloo"
 
 
-def candidate_name(count: int) -> str:
-    return f"{count} process{'es' * (count > 1)}"
-
-
-def blocks(settings: Settings) -> int:
-    """Launches of each."""
-    return max(1, settings.plan.blocks // 2)
+def launches(settings: Settings) -> int:
+    """How often two processes start; memory lies elsewhere each time."""
+    return 1 if settings.quick else settings.plan.blocks
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
-    """Launch one and two processes in random order, each launch a block."""
+    """Each launch is a block of every candidate."""
     batch = QUICK_BATCH if settings.quick else BATCH
-    order = [count for count in COUNTS for _ in range(blocks(settings))]
-    random.Random(settings.plan.seed).shuffle(order)
-    elapsed: dict[int, list[list[float]]] = {count: [] for count in COUNTS}
-    reasons: dict[int, str] = {}
-    for count in order:
-        advance(candidate_name(count))
+    elapsed: dict[str, list[list[float]]] = {name: [] for name in PROCESSES}
+    reason = ""
+    for launch in range(launches(settings)):
+        advance(f"launch {launch + 1}")
         try:
-            elapsed[count].append(_launch(count, batch, settings))
+            found = _launch(batch, settings, settings.plan.seed + launch)
         except RuntimeError as error:
-            reasons[count] = str(error)
+            reason = str(error)
+            continue
+        for name, milliseconds in found.items():
+            elapsed[name].append(milliseconds)
     return [
         Row(
             STEM,
             group_name(batch),
-            candidate_name(count),
+            name,
             WORK,
-            summarise(elapsed[count]) if count not in reasons else None,
-            reason=reasons.get(count, ""),
+            None if reason else summarise(elapsed[name]),
+            reason=reason,
             details={"processes": count, "images": batch * count},
         )
-        for count in COUNTS
+        for name, count in PROCESSES.items()
     ]
 
 
-def _launch(count: int, batch: int, settings: Settings) -> list[float]:
-    """Milliseconds of steps, as the first process saw them."""
-    seconds = 1.0 if settings.quick else max(3.0, 2 * settings.plan.block_seconds)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    worker = ["-m", "bench.data_parallel_worker", str(batch), str(seconds), str(settings.plan.seed)]
+def _launch(batch: int, settings: Settings, seed: int) -> dict[str, list[float]]:
+    """Milliseconds of a step by candidate, a number for each of its turns."""
+    rounds = 2 if settings.quick else 6
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
-        [*command, *worker],
+        [*command, "-m", "bench.data_parallel_worker", str(batch), str(rounds), str(seed)],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
@@ -80,16 +80,12 @@ def _launch(count: int, batch: int, settings: Settings) -> list[float]:
     if finished.returncode != 0:
         said = [line.strip() for line in finished.stderr.splitlines() if "Error" in line]
         raise RuntimeError(f"it ends with status {finished.returncode}: {said[0] if said else 'nothing said'}")
-    return [float(ms) for ms in json.loads(finished.stdout.splitlines()[-1])]
+    return {name: list(found) for name, found in json.loads(finished.stdout.splitlines()[-1]).items()}
 
 
-def rates(rows: list[Row]) -> dict[int, float]:
-    """Images a second by number of processes, of the rows of one group."""
-    return {
-        row.details["processes"]: row.details["images"] / row.timing.median * 1e3
-        for row in rows
-        if row.timing is not None
-    }
+def rates(rows: list[Row]) -> dict[str, float]:
+    """Images a second by candidate, of the rows of one group."""
+    return {row.candidate: row.details["images"] / row.timing.median * 1e3 for row in rows if row.timing is not None}
 
 
 def show(rows: list[Row]) -> Iterator[Table]:
@@ -105,10 +101,9 @@ def show(rows: list[Row]) -> Iterator[Table]:
             if row.timing is None:
                 table.add_row(row.candidate, row.reason)
                 continue
-            count = row.details["processes"]
-            ratio = tables.number(found[count] / found[1], "x") if 1 in found else ""
-            aim = f"{TARGET:g}x" if count == 2 else ""
-            table.add_row(row.candidate, tables.number(row.timing.median), f"{found[count]:,.0f}", ratio, aim)
+            ratio = tables.number(found[row.candidate] / found[ALONE], "x")
+            aim = f"{TARGETS[row.candidate]:g}x" if row.candidate in TARGETS else ""
+            table.add_row(row.candidate, tables.number(row.timing.median), f"{found[row.candidate]:,.0f}", ratio, aim)
         yield table
 
 
@@ -117,19 +112,19 @@ def markdown(newest: dict[str, tuple[str, Record]]) -> str:
     if "cpu" not in newest:
         return f"CPU: {tables.NOT_MEASURED}."
     _, record = newest["cpu"]
-    rows = [row for row in record.of(STEM) if row.group == group_name(BATCH)]
-    found = rates(rows)
-    if set(found) != set(COUNTS):
+    found = rates([row for row in record.of(STEM) if row.group == group_name(BATCH)])
+    if set(found) != set(PROCESSES):
         return f"CPU: {tables.NOT_MEASURED}."
-    over_one = {count: tables.number(found[count] / found[1]) for count in COUNTS}
-    lines = [(candidate_name(count), f"{found[count]:,.0f}", over_one[count]) for count in COUNTS]
-    head = f"CPU: {tables.provenance(record)}. {group_name(BATCH)}; medians of steps."
+    lines = [(name, f"{found[name]:,.0f}", tables.number(found[name] / found[ALONE])) for name in PROCESSES]
+    head = (
+        f"CPU: {tables.provenance(record)}. {group_name(BATCH)}; medians of steps; apart: without a word to each other."
+    )
     return head + "\n\n" + tables.markdown_table(("", "images/s", "over one process"), lines, numbers_from=1)
 
 
 BENCH = Bench(
     summary="two processes with a core each against one, the distillation step through gloo",
-    size=lambda settings: len(COUNTS) * blocks(settings),
+    size=launches,
     run=run,
     tables=show,
     markdown=markdown,

@@ -1,42 +1,67 @@
-"""One of the processes that ``bench data_parallel`` measures: steps on one core, their milliseconds as JSON."""
+"""One of the two processes that ``bench data_parallel`` measures: steps on one core, alone, apart and joined.
+
+The three take turns, a second at a time and in random order, so that a machine whose speed drifts is the same for all.
+"""
 
 import json
 import os
+import random
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
 from bench.step_peers import CIFAR, Operands, ours
-from ftfast.distill.processes import joined
+from ftfast.distill.processes import Processes, joined
 
+ALONE, APART, JOINED = "1 process", "2 processes apart", "2 processes"
 WARMUPS = 3
-STEPS = 5  # between two looks at the clock, which all processes have to agree on
+STEPS = 5  # a block has so many
 
 
-def main(batch: int, seconds: float, seed: int) -> None:
-    """Steps on this process's ``batch`` images until the seconds are over; the first process prints."""
+def main(batch: int, rounds: int, seed: int) -> None:
+    """Steps on this process's ``batch`` images; the first process prints the milliseconds of each block, as JSON.
+
+    Args:
+        batch: images of a step.
+        rounds: blocks of each of the three.
+        seed: of the images, the networks and the order of blocks.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ["LOCAL_RANK"])
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
-    elapsed = []
     with joined("cpu") as processes:
-        step = ours(Operands(CIFAR, batch, torch.device("cpu"), seed), "ft", processes)
-        for _ in range(WARMUPS):
-            step.run()
-        end = time.perf_counter() + seconds
-        go_on = True
-        while go_on:
+        operands = Operands(CIFAR, batch, torch.device("cpu"), seed)
+        own, shared = ours(operands, "ft").run, ours(operands, "ft", processes).run
+        for step in (own, shared):
+            _milliseconds(step, WARMUPS)
+        elapsed: dict[str, list[float]] = {ALONE: [], APART: [], JOINED: []}
+        order = [name for name in elapsed for _ in range(rounds)]
+        random.Random(seed).shuffle(order)  # the same in both
+        for name in order:
+            step = shared if name == JOINED else own
             processes.wait()
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                step.run()
-            elapsed.append((time.perf_counter() - start) / STEPS * 1e3)
-            go_on = processes.on_first(lambda: time.perf_counter() < end)
+            steps = name != ALONE or processes.is_first
+            elapsed[name].append(_of_all(processes, _milliseconds(step, STEPS) if steps else None))
         if processes.is_first:
             print(json.dumps(elapsed))
 
 
+def _milliseconds(step: Callable[[], object], count: int) -> float:
+    """Of a step, in a row of ``count``."""
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def _of_all(processes: Processes, milliseconds: float | None) -> float:
+    """What a step takes, such that all processes that stepped did as many images a second as they did together."""
+    rates = processes.sum(torch.tensor([1 / milliseconds if milliseconds else 0.0, float(milliseconds is not None)]))
+    return float(rates[1] / rates[0])
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
