@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ftfast.distill.errors import SettingsError
+from ftfast.distill.evaluate import evaluate_checkpoint
 from ftfast.distill.images import Part, size_of, steps_of
 from ftfast.distill.processes import ALONE, Agreement
 from tests import data_parallel_worker
@@ -59,6 +60,21 @@ def test_two_processes_distil_and_one_speaks(tmp_path: Path) -> None:
     assert json.loads(out) == results_of(tmp_path / "run")
     assert errors.count("paraphraser: explains") == 1
     assert results_of(tmp_path / "run")["hardware"]["processes"] == 2
+
+
+@pytest.mark.parametrize("average", [(), ("--ema", "0.6")], ids=["last", "ema"])
+def test_the_recorded_accuracy_is_that_of_the_weights_that_are_kept(tmp_path: Path, average: tuple[str, ...]) -> None:
+    """Each process's batch norms have seen other images, and only the first one's are kept."""
+    # Rates so high that the running statistics of two processes differ.
+    noisy = ["--methods", "none", "--batch-size", "4", "--learning-rate", "0.3", *average]
+    status, _, errors = finished(torchrun(2, "-m", "ftfast", *TINY, *noisy, "--output", str(tmp_path / "run")))
+    assert status == 0, errors
+    for folder, recorded in (
+        (tmp_path / "run" / "teacher", results_of(tmp_path / "run")["teacher"]["accuracy"]),
+        (tmp_path / "run" / "students" / "none" / "seed0", results_of(tmp_path / "run")["methods"]["none"]["students"]),
+    ):
+        wanted = recorded if isinstance(recorded, float) else recorded[0]["accuracy"]
+        assert evaluate_checkpoint(folder, device="cpu")["accuracy"] == pytest.approx(wanted)
 
 
 def test_a_refusal_is_said_once_and_ends_all(tmp_path: Path) -> None:

@@ -142,9 +142,15 @@ class Training:
         losses = self._losses.means(count)
         seconds = self._seconds + time.perf_counter() - start
         self._steps_done, self._seconds, self._losses = 0, 0.0, LossRecord(processes=self._processes)
+        return Epoch(epoch + 1, losses, self._watch(), count, seconds)
+
+    def _watch(self) -> float | None:
+        if self._accuracy is None:
+            return None
         with self._averaged_weights():
-            accuracy = self._accuracy() if self._accuracy is not None else None
-        return Epoch(epoch + 1, losses, accuracy, count, seconds)
+            # Running statistics are of each process's own batches, and those of the first one are kept.
+            self._processes.take_from_first(self._model().buffers())
+            return self._accuracy()
 
     def _timed(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """The batches, each asked for within a step of the log's clock."""

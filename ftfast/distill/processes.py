@@ -5,7 +5,7 @@ Every process calls the same functions in the same order; one alone talks to nob
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -53,6 +53,13 @@ class Processes:
         with lost_in_words():
             dist.all_reduce(total)
         return total
+
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Fills tensors of one shape and dtype in all processes with those of the first one."""
+        if self.are_many:
+            with lost_in_words():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
 
     def on_first(self, work: Callable[[], Value]) -> Value:
         """What ``work`` gives in the first process, sent to all; what it refuses is refused in all."""
