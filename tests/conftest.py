@@ -10,6 +10,8 @@ import torch
 from ftfast.dispatch import interpreting, supports
 
 CPU = torch.device("cpu")
+# Begun first, or one process waits minutes at the end for what the other does.
+LONGEST = ("test_kills", "test_photograph_runs", "test_packaging", "test_on_gpu", "test_store_builds")
 # All slow tests of machine code take two cores a quarter of an hour.
 HALVED = os.environ.get("FTFAST_HALF_RESOURCES") == "1"
 
@@ -31,6 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip("no CUDA device here"))
