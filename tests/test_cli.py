@@ -265,6 +265,17 @@ def test_a_bad_teacher_checkpoint_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_of_another_paraphraser_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    words = [*TINY, "--output", str(tmp_path / "run"), "--paraphraser-checkpoint"]
+    assert "is the checkpoint of a teacher" in refused(capsys, *words, str(finished[0] / "teacher"))
+    of_another_rate = [*words, str(finished[0] / "paraphraser"), "--rate", "0.25"]
+    assert "at a rate of 0.25" in refused(capsys, *of_another_rate)
+    assert "cannot be read" in refused(capsys, *words, str(tmp_path / "nothing.pt"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_output_folders_that_cannot_be_used_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:

@@ -342,6 +342,28 @@ def test_a_teacher_from_a_checkpoint_is_the_same_teacher(
     assert results["methods"]["none"]["students"][0]["accuracy"] == expected
 
 
+@pytest.mark.parametrize("form", ["folder", "safetensors"])
+def test_a_paraphraser_from_a_checkpoint_gives_the_same_students(
+    tmp_path: Path, whole: tuple[Path, dict[str, Any]], form: str
+) -> None:
+    source = whole[0] / "paraphraser" / ("" if form == "folder" else "model.safetensors")
+    settings = replace(
+        SMALL,
+        teacher_checkpoint=str(whole[0] / "teacher"),
+        paraphraser_checkpoint=str(source),
+        paraphraser_steps=1,
+        methods=("ft",),
+        seeds=1,
+        beta=(whole[1]["methods"]["ft"]["weights"]["beta"],),
+    )
+    results = run(settings, tmp_path / "run")
+    assert results["paraphraser"] == whole[1]["paraphraser"]
+    expected = whole[1]["methods"]["ft"]["students"][0]["history"]
+    assert [epoch["losses"] for epoch in results["methods"]["ft"]["students"][0]["history"]] == [
+        epoch["losses"] for epoch in expected
+    ]
+
+
 def test_a_paraphraser_that_learns_nothing_stops_the_run(tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
     settings = replace(
         SMALL,

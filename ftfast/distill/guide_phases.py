@@ -22,6 +22,7 @@ from ftfast.distill.paraphrase import (
     build_paraphraser,
     diagnose,
     paraphraser_images,
+    read_paraphraser,
     teacher_features,
     train_paraphraser,
 )
@@ -131,7 +132,9 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
 
 
 def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphraser | None, dict[str, Any] | None]:
-    """The trained paraphraser and its diagnosis, or None and None where no method uses factors.
+    """The paraphraser, trained or read back or taken from ``paraphraser_checkpoint``, and its diagnosis.
+
+    Both are None where no method uses factors.
 
     Raises:
         ParaphraserError: it learned nothing.
@@ -143,11 +146,14 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
     start = time.perf_counter()
     paraphraser = build_paraphraser(settings)
     model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
-    description = setup.describe("paraphraser", model)
+    source = settings.paraphraser_checkpoint
+    description = setup.describe("paraphraser", model, **({} if source is None else {"source": source}))
     finished = setup.read_finished(path, description)
     if finished is None:
         held_out, fitted = setup.train.cut(settings.paraphraser_held_out)
-        if settings.paraphraser_epochs:
+        if source is not None:
+            paraphraser.load_state_dict(setup.processes.on_first(lambda: read_paraphraser(settings)))
+        elif settings.paraphraser_epochs:
             with closing(fitted):
                 _train_on_the_way(setup, teacher, paraphraser, fitted, description)
         else:

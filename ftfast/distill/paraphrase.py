@@ -7,13 +7,15 @@ explained variance and the spread of its factors are measured on images that it 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftfast.distill import checkpoint
 from ftfast.distill.engine import Precision
-from ftfast.distill.errors import IN_A_NEW_RUN, ParaphraserError
+from ftfast.distill.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError
 from ftfast.distill.images import Images
 from ftfast.distill.models import place, seeded
 from ftfast.distill.schedule import cosine
@@ -60,9 +62,28 @@ def build_paraphraser(settings: Settings) -> Paraphraser:
 
 def paraphraser_images(settings: Settings) -> int:
     """How many images the paraphraser draws."""
+    if settings.paraphraser_checkpoint is not None:
+        return 0
     if settings.paraphraser_epochs:
         return settings.paraphraser_epochs * (settings.dataset().train_images - settings.paraphraser_held_out)
     return settings.paraphraser_steps * settings.paraphraser_batch_size
+
+
+def read_paraphraser(settings: Settings) -> dict[str, Tensor]:
+    """The tensors of the paraphraser that ``settings.paraphraser_checkpoint`` names, checked against the settings'.
+
+    Raises:
+        CheckpointError: not readable, not plain tensors, or not of such a paraphraser.
+    """
+    assert settings.paraphraser_checkpoint is not None
+    path = Path(settings.paraphraser_checkpoint)
+    tensors, description = checkpoint.load_tensors(path)
+    if (kind := description.get("kind", "paraphraser")) != "paraphraser":
+        raise CheckpointError(f"{path} is the checkpoint of a {kind}; paraphraser_checkpoint takes a paraphraser's.")
+    channels = settings.teacher_features().channels
+    title = f"a paraphraser of {channels} channels at a rate of {settings.rate:g}"
+    checkpoint.fill(Paraphraser(channels, settings.rate), tensors, path, title)
+    return tensors
 
 
 @torch.no_grad()

@@ -90,6 +90,9 @@ class Recipe:
     mixup: float = setting(0.0, "alpha of mixup, 0 for none; factors are those of the mixed image", least=0)
     cutmix: float = setting(0.0, "alpha of cutmix, 0 for none; with mixup, each batch draws one of the two", least=0)
 
+    paraphraser_checkpoint: str | None = setting(
+        None, "a paraphraser trained before: the folder that a run left, a .safetensors file or a torch file of tensors"
+    )
     rate: float = setting(0.5, "the paraphraser's k: factor channels over feature channels", positive=True, most=64)
     paraphraser_steps: int = setting(500, "steps of the paraphraser", least=1)
     paraphraser_epochs: int = setting(

@@ -16,7 +16,7 @@ from ftfast.distill.examine import examine_step
 from ftfast.distill.folder import RunFolder, check_run_folder, open_run_folder
 from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
 from ftfast.distill.methods import METHODS
-from ftfast.distill.paraphrase import paraphraser_images
+from ftfast.distill.paraphrase import paraphraser_images, read_paraphraser
 from ftfast.distill.processes import Processes, joined, lost_in_words
 from ftfast.distill.progress import Progress
 from ftfast.distill.readers import lost_readers_in_words
@@ -83,8 +83,11 @@ def _check(settings: Settings, processes: Processes) -> None:
     data.check_files(settings.data, settings.image_source())
     if settings.store is not None:
         store_training.check(settings)
-    elif settings.teacher_source() is not None:
-        read_teacher(settings)
+    else:
+        if settings.teacher_source() is not None:
+            read_teacher(settings)
+        if settings.paraphraser_checkpoint is not None:
+            read_paraphraser(settings)
     _check_backend(settings)
 
 

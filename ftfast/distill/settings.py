@@ -108,6 +108,7 @@ class Settings(Recipe):
             )
         if (
             not self.paraphraser_epochs
+            and self.paraphraser_checkpoint is None
             and self.store is None
             and any(METHODS[method].uses_factors for method in self.methods)
         ):
@@ -120,6 +121,10 @@ class Settings(Recipe):
         """A store knows the factors of its own views alone."""
         if self.store is None:
             return
+        if self.paraphraser_checkpoint is not None:
+            raise SettingsError(
+                "paraphraser_checkpoint and store are given, and a store has its own paraphraser; give one of them."
+            )
         for name in ("mixup", "cutmix", "cutout", "rand_augment"):
             if getattr(self, name):
                 raise SettingsError(
@@ -227,7 +232,6 @@ class Settings(Recipe):
         if DATASETS[self.data].is_streamed and not (self.classes and self.train_images and self.test_images):
             return self._counted().resolved()
         device = self._resolved_device()
-        checkpoint = self.teacher_checkpoint
         in_files = DATASETS[self.data].in_files
         self._check_map_sizes()
         grids: dict[str, Any] = {name: self._grid(name) for name in WEIGHTS}
@@ -238,9 +242,10 @@ class Settings(Recipe):
             compile=self._resolved_compile(device),
             threads=self.threads or torch.get_num_threads(),
             **grids,
-            teacher_checkpoint=None if checkpoint is None else str(Path(checkpoint).absolute()),
+            teacher_checkpoint=_absolute(self.teacher_checkpoint),
+            paraphraser_checkpoint=_absolute(self.paraphraser_checkpoint),
             data_dir=str(Path(self.data_dir or datasets.default_folder()).absolute()) if in_files else None,
-            store=None if self.store is None else str(Path(self.store).absolute()),
+            store=_absolute(self.store),
             student_images=self._student_images(),
             teacher_channels=self._resolved_channels(self.teacher, self.teacher_channels),
             student_channels=self._resolved_channels(self.student, self.student_channels),
@@ -321,6 +326,10 @@ class Settings(Recipe):
 
 
 HINTS = typing.get_type_hints(Settings)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 def _has_bfloat16(device: str) -> bool:
