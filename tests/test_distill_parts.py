@@ -28,6 +28,7 @@ from ftfast.distill.report import write_report
 from ftfast.distill.results import collect, paired_gain, student_result
 from ftfast.distill.selection import Trial, best, candidates, selection_epochs, try_weights
 from ftfast.distill.settings import Settings
+from ftfast.distill.setup import algorithms
 from ftfast.distill.students import Guides
 from ftfast.distill.teacher import Teacher
 
@@ -325,6 +326,27 @@ def test_one_seed_has_no_deviation_anywhere(tmp_path: Path) -> None:
     write_report(tmp_path, results)
     rows = list(csv.DictReader((tmp_path / "curves.csv").open()))
     assert [row["accuracy_standard_deviation"] for row in rows] == ["", ""]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "on"), ("cuda", "off")])
+def test_photographs_on_a_gpu_take_the_fastest_algorithms(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    sizes = {"student_images": 0, "paraphraser_held_out": 1000}
+    photographs = small_settings(data="images", loader="synthetic", methods=("none",), device=device, **sizes)
+    assert photographs.resolved().deterministic == expected
+    assert replace(photographs, deterministic="on").resolved().deterministic == "on"
+    assert small_settings(device=device).resolved().deterministic == "on"
+
+
+def test_algorithms_are_put_back() -> None:
+    before = (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.get_num_threads())
+    with algorithms(1, repeatable=False):
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, False)
+        assert torch.get_num_threads() == 1
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.get_num_threads()) == before
 
 
 def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(digits: tuple[data.Split, data.Split]) -> None:

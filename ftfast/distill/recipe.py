@@ -135,6 +135,11 @@ class Recipe:
         "torch.compile of student and teacher (default: on a GPU, for trainings of 2000 steps or more)",
         choices=("auto", "on", "off"),
     )
+    deterministic: str = setting(
+        "auto",
+        "algorithms on a GPU that give the same sums each time, rather than the fastest (default: off for photographs)",
+        choices=("auto", "on", "off"),
+    )
     threads: int = setting(
         1, "threads on the CPU, 0 for torch's choice; digits are too small for more than one", least=0, most=4096
     )

@@ -24,7 +24,7 @@ from ftfast.distill.results import collect
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.selection import candidates, trial_images
 from ftfast.distill.settings import DTYPES, Settings
-from ftfast.distill.setup import Setup, load_images, precision_of, reproducible
+from ftfast.distill.setup import Setup, algorithms, load_images, precision_of
 from ftfast.distill.store import training as store_training
 from ftfast.distill.student_phases import select_weights, train_students
 from ftfast.distill.students import Guides
@@ -102,7 +102,7 @@ def _run_in(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     with (
-        reproducible(settings),
+        algorithms(settings.threads, repeatable=settings.deterministic == "on"),
         Progress(_planned_images(settings), quiet=not processes.is_first) as progress,
         ExitStack() as stack,
     ):

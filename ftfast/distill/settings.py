@@ -240,6 +240,7 @@ class Settings(Recipe):
             device=device,
             dtype=self._resolved_dtype(device),
             compile=self._resolved_compile(device),
+            deterministic=self._resolved_deterministic(device),
             threads=self.threads or torch.get_num_threads(),
             **grids,
             teacher_checkpoint=_absolute(self.teacher_checkpoint),
@@ -288,6 +289,11 @@ class Settings(Recipe):
             return self.compile
         steps = self.student_epochs * steps_of(self._student_images(), self.batch_size)
         return "on" if device == "cuda" and steps >= STEPS_WORTH_COMPILING else "off"
+
+    def _resolved_deterministic(self, device: str) -> str:
+        if self.deterministic != "auto":
+            return self.deterministic
+        return "off" if device == "cuda" and DATASETS[self.data].is_streamed else "on"
 
     @staticmethod
     def _resolved_channels(model: str, channels: int) -> int:

@@ -23,15 +23,15 @@ from ftfast.distill.tensorboard import EpochLog
 
 
 @contextmanager
-def reproducible(settings: Settings) -> Iterator[None]:
-    """The settings' number of threads, and algorithms on a GPU that give the same sums each time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
+def algorithms(threads: int, *, repeatable: bool = True) -> Iterator[None]:
+    """A number of threads and, on a GPU, algorithms that give the same sums each time, or the fastest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not repeatable, deterministic=repeatable):
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def precision_of(settings: Settings) -> Precision:

@@ -23,7 +23,7 @@ from ftfast.distill.processes import joined, lost_in_words
 from ftfast.distill.progress import Progress
 from ftfast.distill.readers import lost_readers_in_words
 from ftfast.distill.settings import Settings
-from ftfast.distill.setup import load_images, precision_of, reproducible
+from ftfast.distill.setup import algorithms, load_images, precision_of
 from ftfast.distill.store import header as headers
 from ftfast.distill.store import shards
 from ftfast.distill.store.compute import ShardMaker
@@ -104,7 +104,7 @@ def build_store(
         stack.enter_context(lost_in_words())
         stack.enter_context(lost_readers_in_words())
         processes = stack.enter_context(joined(settings.device))
-        stack.enter_context(reproducible(settings))
+        stack.enter_context(algorithms(settings.threads))
         progress = stack.enter_context(Progress(settings.dataset().train_images, quiet=not processes.is_first))
         train, _ = load_images(settings, report=progress.say)
         stack.callback(train.close)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ftfast.distill.errors import StoreError
 from ftfast.distill.progress import Progress
-from ftfast.distill.setup import load_images, precision_of, reproducible
+from ftfast.distill.setup import algorithms, load_images, precision_of
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.guides import factors_of, frozen_guides, settings_for
 from ftfast.distill.store.read import PARAPHRASER, TEACHER, Rows, Store, check_whole
@@ -74,7 +74,7 @@ def _compute_anew(
     settings = settings_for(header, device=device, data_dir=data_dir, loader=loader, workers=workers)
     headers.check_settings(store.path, header, settings)
     precision = precision_of(settings)
-    with reproducible(settings):
+    with algorithms(settings.threads):
         train, _ = load_images(settings)
         try:
             images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
