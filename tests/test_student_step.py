@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -357,3 +358,45 @@ def test_a_compiled_student_learns_the_same() -> None:
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in own.parameters()]))
         assert own.norm.num_batches_tracked == 1
     assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-5
+
+
+FLOAT16 = Precision(CPU, torch.float16)
+
+
+def normed_training(images: Tensor, precision: Precision, ema: float | None = None) -> Training:
+    with models.seeded(0):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 4))
+    learner = nn.ModuleDict({"model": model})
+    schedule = replace(PLAIN, epochs=2, ema=ema)
+    split = data.Split(images, torch.arange(len(images)) % 4)
+    return Training(learner, cross_entropy(model), split, schedule, precision, seed=0)
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_float16_leaves_a_step_out_whose_loss_is_not_finite(ema: float | None) -> None:
+    images = batch(40)[0]
+    images[3] = math.inf
+    training = normed_training(images, FLOAT16, ema)
+    before = copy.deepcopy(training.learner.state_dict())
+    history = training.run()
+    assert all(math.isfinite(epoch.losses["labels"]) for epoch in history)
+    assert all(bool(tensor.isfinite().all()) for tensor in training.learner.state_dict().values())
+    assert not torch.equal(training.learner.state_dict()["model.0.weight"], before["model.0.weight"])
+
+
+def test_the_mean_loss_is_that_of_the_steps_that_count() -> None:
+    record = LossRecord(leaves_out=True)
+    record.add({"labels": torch.tensor(2.0)}, 3, 0)
+    record.add({"labels": torch.tensor(math.nan)}, 3, 1)
+    record.add({"labels": torch.tensor(4.0)}, 3, 2)
+    record.look(2)
+    assert record.means(9) == {"labels": 3.0}
+
+
+def test_a_step_that_is_not_finite_ends_a_training_in_float32_and_one_in_float16_where_all_are() -> None:
+    images = batch(40)[0]
+    images[3] = math.inf
+    with pytest.raises(DivergedError, match="the loss is nan at step"):
+        normed_training(images, FLOAT32).run()
+    with pytest.raises(DivergedError, match="the loss is nan"):
+        normed_training(torch.full_like(images, math.inf), FLOAT16).run()

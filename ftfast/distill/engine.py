@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ftfast.distill.images import Images, size_of, steps_of
 from ftfast.distill.methods import Terms
 from ftfast.distill.processes import ALONE, Processes
+from ftfast.distill.running_statistics import RunningStatistics
 from ftfast.distill.schedule import Schedule
 from ftfast.distill.student_step import DivergedError, LearningStep, LossRecord, Precision
 from ftfast.distill.telemetry import RunLog, part
@@ -79,7 +80,9 @@ class Training:
         self._steps_per_epoch = steps_of(len(images), schedule.batch_size)
         self._steps_done = 0  # of the epoch that is under way
         self._seconds = 0.0
-        self._losses = LossRecord(processes=processes)
+        models = [self._model()] if self._average is None else [self._model(), self._average]
+        self._statistics = RunningStatistics(models) if precision.dtype == torch.float16 else None
+        self._losses = self._loss_record()
 
     def run(
         self,
@@ -141,7 +144,7 @@ class Training:
         self._losses.look(first + self._steps_per_epoch - 1)
         losses = self._losses.means(count)
         seconds = self._seconds + time.perf_counter() - start
-        self._steps_done, self._seconds, self._losses = 0, 0.0, LossRecord(processes=self._processes)
+        self._steps_done, self._seconds, self._losses = 0, 0.0, self._loss_record()
         return Epoch(epoch + 1, losses, self._watch(), count, seconds)
 
     def _watch(self) -> float | None:
@@ -164,6 +167,11 @@ class Training:
                     self.log.clock.end_step()
                 return
             yield batch
+
+    def _loss_record(self, sums: dict[str, Tensor] | None = None) -> LossRecord:
+        if self._statistics is None:
+            return LossRecord(sums, self._processes)
+        return LossRecord(sums, self._processes, leaves_out=True, looked=self._statistics.mend)
 
     def _model(self) -> nn.Module:
         return self.learner.get_submodule("model")
@@ -203,7 +211,7 @@ class Training:
         self.history = [Epoch(**record) for record in state["history"]]
         under_way = state["epoch_under_way"]
         self._steps_done, self._seconds = under_way["steps"], under_way["seconds"]
-        self._losses = LossRecord(under_way["sums"], self._processes)
+        self._losses = self._loss_record(under_way["sums"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
 
