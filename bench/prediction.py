@@ -101,7 +101,13 @@ def markdown(newest: dict[str, dict[str, Record]]) -> str:
     lines = [_measured(row) for row in runs if row.details.get("images_per_second")]
     for gpus in GPUS:
         for overlapped in (True, False) if gpus > 1 else (True,):
-            how = "" if gpus == 1 else ", reduced beside backward" if overlapped else ", reduced after backward"
+            how = (
+                " from its step"
+                if gpus == 1
+                else ", reduced beside backward"
+                if overlapped
+                else ", reduced after backward"
+            )
             lines.append(_predicted(predict(gpus, parts, overlapped=overlapped), how))
     head = ("GPUs", "", "step", "epoch", "efficiency")
     source = f"Parts measured on {tables.provenance(found)}."
@@ -148,17 +154,21 @@ def _assumptions(parts: Parts) -> str:
 
 
 def _feeding(newest: dict[str, dict[str, Record]], parts: Parts) -> list[str]:
-    """What a node of eight needs of its processors, by loader."""
-    record = newest.get(loaders.STEM, {}).get("cuda")
+    """What a node of eight needs of its processors, by loader; of a machine without a GPU where none was measured."""
+    found = newest.get(loaders.STEM, {})
+    record = found.get("cuda") or found.get("cpu")
     if record is None:
-        return [f"Loaders beside a GPU: {tables.NOT_MEASURED}."]
+        return [f"Loaders: {tables.NOT_MEASURED}."]
     needed = parts.batch / parts.step
     said = []
     for name, rates in loaders.rates(record.of(loaders.STEM)).items():
         if rates.of_core is not None:
             enough = "" if name != "gpu" else f", of which its own GPU decodes up to {rates.loader:,.0f} a second"
             said.append(f"{name} {tables.number(IN_NODE * needed / rates.of_core)} cores{enough}")
-    return [f"To feed {IN_NODE} GPUs with {IN_NODE * needed:,.0f} images/s ({PREDICTED}): {'; '.join(said)}."]
+    cores = f"To feed {IN_NODE} GPUs with {IN_NODE * needed:,.0f} images/s ({PREDICTED}): {'; '.join(said)}"
+    if "cuda" in found:
+        return [f"{cores}."]
+    return [f"{cores}, of {tables.provenance(record)}. Loaders beside a GPU: {tables.NOT_MEASURED}."]
 
 
 def main(arguments: list[str]) -> int:

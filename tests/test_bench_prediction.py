@@ -64,7 +64,7 @@ def test_every_line_says_whether_it_was_measured() -> None:
     assert len(lines) == 1 + 1 + 2 * 3
     assert lines[0] == "| 1 | measured, synthetic images | 32.0 ms | 2.67 min |  |"
     assert all(("predicted" in line) != ("measured" in line) for line in lines)
-    assert lines[1] == "| 1 | predicted | 32.0 ms | 2.67 min | 100 % |"
+    assert lines[1] == "| 1 | predicted from its step | 32.0 ms | 2.67 min | 100 % |"
     assert "as its share was measured" in text
     assert "gpu 32.0 cores" in text  # 8 * 8,000 images at 2,000 a core
     assert "63.3 MB" in text
