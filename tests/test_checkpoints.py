@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftfast.distill import checkpoint, models
+from ftfast.distill import checkpoint, files, models
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.errors import CheckpointError
 
@@ -227,3 +227,14 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for name in ("teacher.pt", "teacher.safetensors"):
         with pytest.raises(CheckpointError, match="cannot be read"):
             checkpoint.load_tensors(tmp_path / name)
+
+
+def test_folders_made_on_the_way_are_flushed_into_those_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a power failure takes a whole tree whose files were flushed."""
+    flushed: list[Path] = []
+    flush = files._flush
+    monkeypatch.setattr(files, "_flush", lambda path: (flushed.append(path), flush(path)))
+    files.write_text(tmp_path / "students" / "ft" / "one.txt", "1")
+    assert flushed[:2] == [tmp_path, tmp_path / "students"]
+    assert flushed[-1] == tmp_path / "students" / "ft"
+    assert (tmp_path / "students" / "ft" / "one.txt").read_text() == "1"

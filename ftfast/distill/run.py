@@ -80,6 +80,12 @@ def _check(settings: Settings, processes: Processes) -> None:
             raise SettingsError(
                 f"{name} is {getattr(settings, name)}, which {ranks} processes share; it takes at least {2 * ranks}."
             )
+    smallest = settings.batch_size // (2 * ranks)
+    if settings.sync_batch_norm and settings.accumulate > max(1, smallest):
+        raise SettingsError(
+            f"accumulate is {settings.accumulate}, more than the {smallest} images that a process may get; with "
+            "--sync-batch-norm all take equally many parts: give a lower one, or a larger --batch-size."
+        )
     data.check_files(settings.data, settings.image_source())
     if settings.store is not None:
         store_training.check(settings)

@@ -232,7 +232,7 @@ def _check_path(path: Path, header: Header, *, resume: bool) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """The folder for this build alone."""
-    path.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path)
     lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
