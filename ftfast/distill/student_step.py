@@ -63,7 +63,10 @@ class LearningStep:
         self._parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
         self._shared = None
         if processes.are_many:
-            self._shared = DistributedDataParallel(_Loss(learner, terms), gradient_as_bucket_view=True)
+            # Running statistics are looked at in evaluation alone, which takes the first process's: none travel here.
+            self._shared = DistributedDataParallel(
+                _Loss(learner, terms), gradient_as_bucket_view=True, broadcast_buffers=False
+            )
             self._terms = self._shared
         self.optimiser = _optimiser(parameter_groups(self._parameters, schedule), schedule)
         self._scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype == torch.float16)
