@@ -14,7 +14,7 @@ from ftfast.check_loss import relative_error
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops import ft_head
 from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_plan import Plan
+from ftfast.ops.ft_head_operands import Plan
 from ftfast.ops.ft_loss_launch import Options
 
 # Relative L2. In 16 bits the error is that of the maps' roundings, which the head's own conditioning magnifies: there

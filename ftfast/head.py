@@ -10,7 +10,8 @@ from ftfast.loss import FTLoss
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_head import run
-from ftfast.ops.ft_head_plan import SEPARATE, Plan, describe, plan_head
+from ftfast.ops.ft_head_operands import Plan
+from ftfast.ops.ft_head_plan import SEPARATE, describe, plan_head
 from ftfast.ops.ft_loss_launch import Options
 from ftfast.ops.maps import autocasts
 

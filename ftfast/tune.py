@@ -22,7 +22,7 @@ from ftfast.dispatch import supports
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops import ft_head
 from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_plan import Plan
+from ftfast.ops.ft_head_operands import Plan
 from ftfast.ops.ft_loss_launch import Options
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

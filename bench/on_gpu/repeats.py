@@ -20,7 +20,7 @@ from bench.shapes import HEADS, HeadShape, parse_head
 from ftfast.modules import convolution_stack
 from ftfast.ops import ft_head
 from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_plan import Plan
+from ftfast.ops.ft_head_operands import Plan
 from ftfast.ops.ft_loss_launch import Options
 
 Results = Callable[[], list[Tensor]]

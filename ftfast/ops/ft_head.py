@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ftfast.ops import ft_head_native
 from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_plan import Head, Plan
+from ftfast.ops.ft_head_operands import Head, Plan
 from ftfast.ops.ft_loss import separate_weight
 from ftfast.ops.ft_loss_launch import Options
 from ftfast.ops.maps import no_autocast

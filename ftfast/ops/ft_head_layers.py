@@ -9,7 +9,7 @@ from ftfast.kernels import activation
 from ftfast.kernels.ft_head_loss import head_loss, scaled_direction
 from ftfast.ops import conv3x3_triton as conv3x3
 from ftfast.ops.convolution_stack import Stack, prepare_once
-from ftfast.ops.ft_head_plan import Head
+from ftfast.ops.ft_head_operands import Head
 from ftfast.ops.ft_loss_launch import forward as loss_forward
 from ftfast.ops.maps import as_map
 

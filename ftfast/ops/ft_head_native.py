@@ -10,7 +10,7 @@ from torch import Tensor
 from ftfast.ops import conv3x3_native as conv3x3
 from ftfast.ops.conv3x3_direct import PackedWeight
 from ftfast.ops.convolution_stack import Stack, prepare_once
-from ftfast.ops.ft_head_plan import Head
+from ftfast.ops.ft_head_operands import Head
 from ftfast.ops.ft_loss_native import ft_loss_forward, ft_loss_forward_with_gradient
 from ftfast.ops.maps import as_map
 

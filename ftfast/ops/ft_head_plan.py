@@ -1,42 +1,17 @@
 """Which kernels compute a head, and why."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ftfast.dispatch import choose, interpreting, resolve
 from ftfast.ops.convolution_stack import Stack
+from ftfast.ops.ft_head_operands import Plan
 from ftfast.ops.ft_loss import needs_torch_operators
-from ftfast.ops.ft_loss_launch import Options
 from ftfast.ops.maps import map_dtype, rounds_to_tf32
 
 SEPARATE = "separate"
-
-
-class Plan(NamedTuple):
-    """How a head is computed, and why so, in words for users.
-
-    Attributes:
-        kernel: "separate" for torch's modules and the loss alone, else a way of the backend's to compute it whole.
-        backend: "native" or "triton"; what computes the loss where the kernel is "separate".
-        dtype: of the maps between the convolutions.
-    """
-
-    kernel: str
-    backend: str
-    dtype: torch.dtype
-    reason: str
-
-
-class Head(NamedTuple):
-    """What a call computes besides its features."""
-
-    plan: Plan
-    translator: Stack
-    paraphraser: Stack | None
-    options: Options
 
 
 def plan_head(

@@ -14,7 +14,7 @@ from ftfast.kernels.pack_weights import PackedWeight, pack_weights
 from ftfast.ops import ft_head_layers
 from ftfast.ops.conv3x3_triton import like_parameter
 from ftfast.ops.convolution_stack import Stack, prepare_once
-from ftfast.ops.ft_head_plan import Head
+from ftfast.ops.ft_head_operands import Head
 from ftfast.ops.maps import rounds_to_tf32
 
 SINGLE_PASS, GROUPED, LAYERS = "single pass", "grouped", "layers"

@@ -1,0 +1,32 @@
+"""What the ways to compute a head are given besides its features."""
+
+from typing import NamedTuple
+
+import torch
+
+from ftfast.ops.convolution_stack import Stack
+from ftfast.ops.ft_loss_launch import Options
+
+
+class Plan(NamedTuple):
+    """How a head is computed, and why so, in words for users.
+
+    Attributes:
+        kernel: "separate" for torch's modules and the loss alone, else a way of the backend's to compute it whole.
+        backend: "native" or "triton"; what computes the loss where the kernel is "separate".
+        dtype: of the maps between the convolutions.
+    """
+
+    kernel: str
+    backend: str
+    dtype: torch.dtype
+    reason: str
+
+
+class Head(NamedTuple):
+    """What a call computes besides its features."""
+
+    plan: Plan
+    translator: Stack
+    paraphraser: Stack | None
+    options: Options
