@@ -151,8 +151,6 @@ class Training:
         if self._accuracy is None:
             return None
         with self._averaged_weights():
-            # Running statistics are of each process's own batches, and those of the first one are kept.
-            self._processes.take_from_first(self._model().buffers())
             return self._accuracy()
 
     def _timed(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
@@ -256,7 +254,11 @@ def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[T
 def evaluate(
     model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
 ) -> tuple[float, float]:
-    """Accuracy in percent and mean cross-entropy of a classifier; of many processes, each judges its own images."""
+    """Accuracy in percent and mean cross-entropy of a classifier; of many processes, each judges its own images.
+
+    Running statistics, which each process has of its own batches, become those of the first one, which are kept.
+    """
+    processes.take_from_first(model.buffers())
     sums = torch.zeros(3, dtype=torch.float64, device=precision.device)
     for logits, labels in _tested(model, images, precision, processes):
         correct = (logits.argmax(1) == labels).sum()
