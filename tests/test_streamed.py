@@ -363,9 +363,10 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path: Path, monkeypatch: py
     ("members", "message"),
     [
         ((("a.jpg", b"x"),), "has a without a label"),
-        ((("a.jpg", b"x"), ("a.cls", b"cat")), "label that is no whole number"),
-        ((("a.jpg", b"x"), ("a.json", b'{"label": true}')), "label that is no whole number"),
-        ((("a.jpg", b"x"), ("a.json", b'{"class": 1}')), "label that is no whole number"),
+        ((("a.jpg", b"x"), ("a.cls", b"cat")), "label of a that is no whole number"),
+        ((("a.jpg", b"x"), ("a.json", b'{"label": true}')), "label of a that is no whole number"),
+        ((("a.jpg", b"x"), ("a.json", b'{"class": 1}')), "has a without a label"),
+        ((("a.jpg", b"x"), ("a.cls", b"-1")), "label of a that is no whole number"),
         ((("a.cls", b"1"),), "has no photographs"),
     ],
 )
