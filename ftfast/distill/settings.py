@@ -17,7 +17,7 @@ from ftfast.distill.errors import SettingsError
 from ftfast.distill.fields import check
 from ftfast.distill.images import steps_of
 from ftfast.distill.methods import METHODS, WEIGHTS
-from ftfast.distill.recipe import DTYPES, Recipe
+from ftfast.distill.recipe import DTYPES, WITHOUT_RAND_AUGMENT, Recipe
 
 __all__ = ["DTYPES", "HINTS", "Settings"]
 FORMAT = "ftfast-settings"
@@ -101,6 +101,11 @@ class Settings(Recipe):
                         f"{name} is {getattr(self, name)!r}, and data is {self.data!r}; it is for --data images."
                     )
             return
+        if self.rand_augment and self.loader in WITHOUT_RAND_AUGMENT:
+            raise SettingsError(
+                f"rand_augment is {self.rand_augment}, and --loader {self.loader} has no RandAugment; take --loader "
+                "folder or webdataset."
+            )
         if self.crop_padding or self.flip or self.cutout:
             raise SettingsError(
                 "crop_padding, flip or cutout is given, and photographs are cropped and flipped by their loader; leave "
