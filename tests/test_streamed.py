@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ftfast.distill import crops, gpu_decoding, photographs, readers, streamed
+from ftfast.distill.colours import IMAGENET
 from ftfast.distill.datasets import DataError
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.images import WHOLE, Images, Part
@@ -201,7 +202,7 @@ def test_photographs_are_tested_as_torchvision_does(home: Path) -> None:
                 v2.Resize(round(SIDE / 0.875), antialias=True),
                 v2.CenterCrop(SIDE),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(gpu_decoding.MEAN, gpu_decoding.DEVIATION),
+                v2.Normalize(*IMAGENET),
             ]
         ),
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftfast.distill import files
+from ftfast.distill.colours import of_photographs
 from ftfast.distill.confusion import confusion_counts, draw_confusion
 from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import SettingsError
@@ -127,5 +128,6 @@ def _of_photographs(described: dict[str, Any], loader: str, source: "Source | No
         "loader": loader,
         "image_size": described["photographs"]["size"],
         "classes": described["photographs"]["classes"],
+        **of_photographs(described["photographs"])._asdict(),
         "data_dir": None if folder is None else str(folder),
     }

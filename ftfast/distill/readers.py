@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from ftfast.distill import crops
+from ftfast.distill.colours import IMAGENET, Colours
 from ftfast.distill.datasets import DataError
 from ftfast.distill.gpu_decoding import Encoded, Read
 from ftfast.distill.interrupts import SIGNALS
@@ -48,6 +49,7 @@ class Reader(Dataset[Any]):
     labels: np.ndarray
     size: int
     rand_augment: int = 0
+    colours: Colours = IMAGENET  # of those who decode what :meth:`read` gives
 
     def __getitem__(self, key: Key) -> tuple[Tensor | Squares, int, list[str]]:
         """Pixels ``[3, size, size]`` uint8 or several views, label, and the key's own file where that is damaged.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ftfast.distill import crops
+from ftfast.distill.colours import IMAGENET, Colours
 from ftfast.distill.data import cut_rows
 from ftfast.distill.datasets import DataError, default_folder
 from ftfast.distill.decoding_thread import decoded_ahead
@@ -43,6 +44,7 @@ class Reading:
         rand_augment: magnitude of RandAugment (Cubuk et al. 2020), 0 for none.
         on_device: decode, cut and mirror on the device, ahead of the step; ``workers`` are threads then, at least one.
         report: takes a line on files that cannot be read.
+        colours: to normalise by.
     """
 
     size: int
@@ -51,6 +53,7 @@ class Reading:
     rand_augment: int = 0
     on_device: bool = False
     report: Callable[[str], None] = lambda _: None
+    colours: Colours = IMAGENET
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,9 @@ class Streamed:
         return _ahead(in_words(loader), self._to_device)
 
     def _reader(self) -> Reader:
+        reading = self.reading
         return Reader(
-            self.photographs.files, self.photographs.labels, self.reading.size, rand_augment=self.reading.rand_augment
+            self.photographs.files, self.photographs.labels, reading.size, reading.rand_augment, reading.colours
         )
 
     def _loader(self, kind: str) -> tuple[Any, Keys]:
@@ -189,7 +193,7 @@ class Streamed:
         device = self.reading.device
         pixels = found.pixels.flatten(0, 1) if isinstance(found, Squares) else found
         boxes = (found.boxes,) if isinstance(found, Squares) else ()
-        images = normalise(pixels.to(device, non_blocking=True))
+        images = normalise(pixels.to(device, non_blocking=True), self.reading.colours)
         return images, labels.to(device, non_blocking=True), names, *boxes
 
 
@@ -219,6 +223,7 @@ def load(
     train_images: int,
     test_images: int,
     report: Callable[[str], None] = lambda _: None,
+    colours: Colours = IMAGENET,
 ) -> tuple[Images, Images]:
     """The photographs to train on and to test on.
 
@@ -227,6 +232,7 @@ def load(
         workers: reading processes; -1 for this process's share of the processors.
         classes, train_images, test_images: what there is; fewer images are a cut with every class in proportion.
         report: takes a line on files that cannot be read.
+        colours: to normalise by.
 
     Raises:
         DataError: not there, or fewer than wanted.
@@ -244,7 +250,7 @@ def load(
     if on_device and device.type != "cuda":
         raise SettingsError("loader is 'gpu', and the device is no GPU; take --loader folder.")
     count = default_workers() if workers < 0 else workers
-    reading = Reading(image_size, device, count, rand_augment, on_device, report)
+    reading = Reading(image_size, device, count, rand_augment, on_device, report, colours)
     parts: list[Images] = []
     for part, wanted in ((TRAIN, train_images), (TEST, test_images)):
         found = list_photographs(folder or default_folder(), loader, part)
