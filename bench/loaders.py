@@ -23,7 +23,7 @@ from bench.registry import Bench, Settings
 from bench.step_cost import STEP, step_group
 from bench.step_peers import CIFAR, IMAGENET, Pair
 from ftfast.distill import streamed
-from ftfast.distill.gpu_decoding import DEVIATION, MEAN
+from ftfast.distill.colours import IMAGENET as COLOURS
 
 STEM = "loaders"
 WORK = "batch"
@@ -170,7 +170,7 @@ def _torchvisions(home: Path, settings: Settings, wanted: Size) -> Iterator[tupl
         transforms.RandomResizedCrop(wanted.pair.size),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
-        transforms.Normalize(MEAN, DEVIATION),
+        transforms.Normalize(*COLOURS),
     ]
     images = ImageFolder(str(home / "folder" / "train"), transforms.Compose(steps))
     on_gpu = settings.device.type == "cuda"

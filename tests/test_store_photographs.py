@@ -8,6 +8,7 @@ import torch
 
 from ftfast.cli import main
 from ftfast.distill import crops, gpu_decoding, photographs, streamed
+from ftfast.distill.colours import IMAGENET
 from ftfast.distill.errors import StoreError
 from ftfast.distill.store.read import Store
 from ftfast.distill.store.views import PhotographViews, viewed
@@ -58,8 +59,7 @@ def test_boxes_are_those_that_epochs_would_draw(home: Path) -> None:
             assert store.boxes[row, view].tolist() == [int(value) for value in box]
             cut = next(iter(images.cut([(np.array([row]), store.boxes[None, row, view])])))[0]
             square = crops.cut_box(content.decode(), box, SIDE)
-            constants = (gpu_decoding.MEAN, gpu_decoding.DEVIATION)
-            mean, deviation = (torch.tensor(values)[:, None, None] for values in constants)
+            mean, deviation = (torch.tensor(values)[:, None, None] for values in IMAGENET)
             torch.testing.assert_close(cut[0], (square / 255 - mean) / deviation)
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from ftfast.distill import crops, gpu_decoding, photographs, readers, streamed
+from ftfast.distill.colours import IMAGENET
 from ftfast.distill.datasets import DataError
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.images import WHOLE, Images, Part
+from ftfast.distill.presets import settings_of
 from ftfast.distill.streamed import Streamed
 from tests.launching import ROOT
 from tests.photograph_folder import add, make_folder, make_shards
@@ -199,7 +202,7 @@ def test_photographs_are_tested_as_torchvision_does(home: Path) -> None:
                 v2.Resize(round(SIDE / 0.875), antialias=True),
                 v2.CenterCrop(SIDE),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(gpu_decoding.MEAN, gpu_decoding.DEVIATION),
+                v2.Normalize(*IMAGENET),
             ]
         ),
     )
@@ -236,11 +239,43 @@ def other_files(home: Path, path: Path, kind: str, count: int) -> Path:
 def test_damaged_photographs_are_counted_and_replaced(home: Path, tmp_path: Path, kind: str, way: str) -> None:
     said: list[str] = []
     images = streamed_of(other_files(home, tmp_path / "folder", kind, 7), report=said.append)
-    pixels, labels = drawn(images if way == "one by one" else on_device(images))
+    images = images if way == "one by one" else on_device(images)
+    pixels, labels = drawn(images)
     assert len(pixels) == len(labels) == TRAIN
-    assert len(said) == streamed.SHOWN_DAMAGED + 1
-    assert all(line.endswith(".jpeg cannot be decoded; the next one is taken in its place") for line in said[:-1])
-    assert said[-1].startswith("warning: 7 photographs")
+    assert len(said) == streamed.SHOWN_DAMAGED
+    assert all(line.endswith(".jpeg cannot be decoded; the next one is taken in its place") for line in said)
+    assert images.damaged() == 7
+    images.bear_damage(images.damaged())
+    assert said[-1] == "warning: 7 of 60 photographs cannot be decoded; others stand in"
+
+
+def test_each_damaged_photograph_is_counted_once_whatever_the_readers_and_processes(home: Path, tmp_path: Path) -> None:
+    folder = other_files(home, tmp_path / "folder", "cut", 7)  # one after the other, so that some stand in for others
+    for workers, ranks in ((2, 1), (0, 3), (2, 3)):
+        images = streamed_of(folder, workers=workers)
+        counts = []
+        for rank in range(ranks):
+            drawn(images, part=Part(rank, ranks))
+            counts.append(images.damaged())
+        images.close()
+        assert sum(counts) == 7, (workers, ranks)
+
+
+def test_a_process_bears_no_more_than_its_share(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "FEWEST_DAMAGED", 1)
+    monkeypatch.setattr(streamed, "DAMAGED_SHARE", 0.2)
+    images = streamed_of(other_files(home, tmp_path / "folder", "cut", 12))
+    drawn(images)  # 12 of 60
+    refused = []
+    for rank in range(4):
+        try:
+            drawn(images, part=Part(rank, 4))
+        except DataError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(re.match(r"4 of 15 photographs cannot be decoded, more than 20%; the last is", it) for it in refused)
+    with pytest.raises(DataError, match=r"^13 of 60 photographs cannot be decoded, more than 20%: check the files"):
+        images.bear_damage(13)
 
 
 def test_too_many_damaged_photographs_end_the_run(home: Path, tmp_path: Path) -> None:
@@ -318,10 +353,37 @@ def test_folders_that_are_not_as_they_should_be_are_named(home: Path, tmp_path: 
         load(home / "folder", train_images=61)
 
 
-@pytest.mark.parametrize(("loader", "changes"), [("gpu", {})])
-def test_a_loader_that_needs_a_gpu_is_refused_without_one(home: Path, loader: str, changes: dict[str, int]) -> None:
+def test_a_loader_that_needs_a_gpu_is_refused_without_one(home: Path) -> None:
     with pytest.raises(SettingsError, match="loader is 'gpu', and the device is no GPU; take --loader folder"):
-        load(home / "folder", loader, **changes)
+        load(home / "folder", "gpu")
+
+
+@pytest.mark.parametrize("loader", ["gpu", "synthetic"])
+def test_augmentation_that_a_loader_does_not_have_is_refused(loader: str) -> None:
+    with pytest.raises(SettingsError, match=f"rand_augment is 9, and --loader {loader} has no RandAugment"):
+        streamed.load(
+            None, loader, CPU, image_size=8, workers=0, rand_augment=9, classes=7, train_images=50, test_images=9
+        )
+    with pytest.raises(SettingsError, match=f"rand_augment is 9, and --loader {loader} has no RandAugment"):
+        settings_of("images", loader=loader, rand_augment=9)
+
+
+def test_the_only_photograph_of_a_class_is_in_the_larger_part(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    shutil.copytree(home / "folder", path)
+    for file in sorted((path / "train" / "class02").iterdir())[1:]:
+        file.unlink()
+    images = streamed_of(path)
+    for count in (8, 40):
+        chosen, rest = images.cut(count)
+        assert len(chosen) == count
+        assert sorted([*chosen.rows, *rest.rows]) == images.rows.tolist()
+        larger, smaller = (rest, chosen) if count == 8 else (chosen, rest)
+        labels = [part.photographs.labels[part.rows].tolist() for part in (larger, smaller)]
+        assert labels[0].count(2) == 1
+        assert set(labels[1]) == {0, 1, 3, 4}
+    with pytest.raises(SettingsError, match="3 of 49 images cannot hold every class on both sides of the cut"):
+        load(path, train_images=3)
 
 
 class Code:
@@ -363,9 +425,10 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path: Path, monkeypatch: py
     ("members", "message"),
     [
         ((("a.jpg", b"x"),), "has a without a label"),
-        ((("a.jpg", b"x"), ("a.cls", b"cat")), "label that is no whole number"),
-        ((("a.jpg", b"x"), ("a.json", b'{"label": true}')), "label that is no whole number"),
-        ((("a.jpg", b"x"), ("a.json", b'{"class": 1}')), "label that is no whole number"),
+        ((("a.jpg", b"x"), ("a.cls", b"cat")), "label of a that is no whole number"),
+        ((("a.jpg", b"x"), ("a.json", b'{"label": true}')), "label of a that is no whole number"),
+        ((("a.jpg", b"x"), ("a.json", b'{"class": 1}')), "has a without a label"),
+        ((("a.jpg", b"x"), ("a.cls", b"-1")), "label of a that is no whole number"),
         ((("a.cls", b"1"),), "has no photographs"),
     ],
 )

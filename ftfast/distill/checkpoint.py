@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -139,6 +139,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
             raise CheckpointError(f"{path} holds {name!r} as a sparse, nested or empty tensor; it takes dense ones.")
     return content, {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a ``.safetensors`` file says of itself.
+
+    Raises:
+        CheckpointError: not there, or no such file.
+    """
+    try:
+        with safe_open(path, "pt") as content:
+            return dict(content.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from None
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, model_title: str) -> None:

@@ -110,6 +110,13 @@ class Split:
         normalisation = None if self.normalisation is None else self.normalisation.to(device)
         return replace(self, pixels=pixels, labels=self.labels.to(device), normalisation=normalisation)
 
+    def damaged(self) -> int:
+        """None: there are no files."""
+        return 0
+
+    def bear_damage(self, count: int) -> None:
+        """There is none."""
+
     def close(self) -> None:
         """Nothing reads ahead."""
 
@@ -146,19 +153,26 @@ class Split:
 def cut_rows(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """``count`` rows of labels ``[N]`` with every class in proportion, and the rest, each in order.
 
+    The only row of a class is in the larger part.
+
     Raises:
         SettingsError: fewer rows than classes in either part.
     """
     from sklearn.model_selection import train_test_split
 
-    classes = len(np.unique(labels))
+    found, counts = np.unique(labels, return_counts=True)
+    classes = len(found)
     if not classes <= count <= len(labels) - classes:
         raise SettingsError(
             f"{count} of {len(labels)} images cannot hold every class on both sides of the cut; "
             f"take {classes} to {len(labels) - classes}."
         )
-    rows = np.arange(len(labels))
-    chosen, rest = train_test_split(rows, train_size=count, stratify=labels, random_state=_SPLIT_SEED)
+    is_single = np.isin(labels, found[counts == 1])
+    rows, single = np.flatnonzero(~is_single), np.flatnonzero(is_single)
+    is_larger = 2 * count > len(labels)
+    size = count - len(single) * is_larger
+    chosen, rest = train_test_split(rows, train_size=size, stratify=labels[rows], random_state=_SPLIT_SEED)
+    chosen, rest = (np.append(chosen, single), rest) if is_larger else (chosen, np.append(rest, single))
     return np.sort(chosen), np.sort(rest)
 
 

@@ -179,7 +179,7 @@ def _decoded(
         begin = time.perf_counter()
         labels = torch.tensor([label for _, label, _ in read])
         images, labels, damaged = decode_batch(
-            [photograph for photograph, _, _ in read], labels, reader.size, device, on_processor
+            [photograph for photograph, _, _ in read], labels, reader.size, device, on_processor, reader.colours
         )
         names = [name for _, _, of_one in read for name in of_one] + damaged
         labels = labels.to(device)

@@ -28,13 +28,17 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's record: mean of each loss term, accuracy on the images watched in percent, and training seconds."""
+    """One epoch's record: mean of each loss term, accuracy on the images watched in percent, and training seconds.
+
+    ``damaged`` are the files that could not be decoded, and others stood in for.
+    """
 
     epoch: int
     losses: dict[str, float]
     accuracy: float | None
     images: int
     seconds: float
+    damaged: int = 0
 
 
 class Training:
@@ -80,6 +84,7 @@ class Training:
         self._steps_per_epoch = steps_of(len(images), schedule.batch_size)
         self._steps_done = 0  # of the epoch that is under way
         self._seconds = 0.0
+        self._damaged = 0  # files of that epoch before a load_state
         models = [self._model()] if self._average is None else [self._model(), self._average]
         self._statistics = RunningStatistics(models) if precision.dtype == torch.float16 else None
         self._losses = self._loss_record()
@@ -144,14 +149,23 @@ class Training:
         self._losses.look(first + self._steps_per_epoch - 1)
         losses = self._losses.means(count)
         seconds = self._seconds + time.perf_counter() - start
+        damaged = self._damaged_so_far()
+        self._images.bear_damage(damaged)
         self._steps_done, self._seconds, self._losses = 0, 0.0, self._loss_record()
-        return Epoch(epoch + 1, losses, self._watch(), count, seconds)
+        self._damaged = 0
+        return Epoch(epoch + 1, losses, self._watch(), count, seconds, damaged)
 
     def _watch(self) -> float | None:
         if self._accuracy is None:
             return None
         with self._averaged_weights():
             return self._accuracy()
+
+    def _damaged_so_far(self) -> int:
+        """Files of the epoch under way that could not be decoded, in any of the processes; all of them ask."""
+        if not self._steps_done:
+            return 0
+        return self._damaged + int(self._processes.sum(torch.tensor(self._images.damaged())))
 
     def _timed(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """The batches, each asked for within a step of the log's clock."""
@@ -194,6 +208,7 @@ class Training:
         """
         self._losses.look(self.total_steps_done() - 1)
         under_way = {"steps": self._steps_done, "seconds": self._seconds, "sums": self._losses.totals()}
+        under_way["damaged"] = self._damaged_so_far()
         return {
             "learner": self.learner.state_dict(),
             **self._step.state(),
@@ -209,6 +224,7 @@ class Training:
         self.history = [Epoch(**record) for record in state["history"]]
         under_way = state["epoch_under_way"]
         self._steps_done, self._seconds = under_way["steps"], under_way["seconds"]
+        self._damaged = under_way.get("damaged", 0)
         self._losses = self._loss_record(under_way["sums"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
@@ -247,6 +263,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[Tensor, Tensor]:
     """``[N, classes]`` float32 in the images' order, and their labels; the model's mode is left as it was."""
     logits, labels = zip(*_tested(model, images, precision), strict=True)
+    images.bear_damage(images.damaged())
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -259,12 +276,14 @@ def evaluate(
     Running statistics, which each process has of its own batches, become those of the first one, which are kept.
     """
     processes.take_from_first(model.buffers())
-    sums = torch.zeros(3, dtype=torch.float64, device=precision.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=precision.device)
     for logits, labels in _tested(model, images, precision, processes):
         correct = (logits.argmax(1) == labels).sum()
         entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([correct.double(), entropy.double(), torch.full_like(entropy, len(labels)).double()])
-    correct, entropy, count = processes.sum(sums).tolist()
+        sums[:3] += torch.stack([correct.double(), entropy.double(), torch.full_like(entropy, len(labels)).double()])
+    sums[3] = images.damaged()
+    correct, entropy, count, damaged = processes.sum(sums).tolist()
+    images.bear_damage(int(damaged))
     return 100 * correct / count, entropy / count
 
 

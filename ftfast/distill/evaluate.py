@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ftfast.distill import files
+from ftfast.distill.colours import of_photographs
 from ftfast.distill.confusion import confusion_counts, draw_confusion
 from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import SettingsError
@@ -94,7 +97,7 @@ def evaluate_checkpoint(
 
     precision = precision_of(settings)
     trained = read_trained(folder, precision.device)
-    _, test = load_images(settings, source)
+    _, test = load_images(settings, source, report=partial(print, file=sys.stderr))
     logits, labels = logits_of(trained.model, test, precision)
     classes = logits.shape[1]
     top = logits.topk(min(MOST_GUESSES, classes), dim=1).indices == labels[:, None]
@@ -105,6 +108,7 @@ def evaluate_checkpoint(
         "data": settings.data,
         "dtype": settings.dtype,
         "test_images": len(labels),
+        "damaged_images": test.damaged(),
         "accuracy": 100 * int(top[:, 0].sum()) / len(labels),
         "top5_accuracy": 100 * int(top.any(1).sum()) / len(labels) if classes > MOST_GUESSES else None,
         "cross_entropy": float(torch.nn.functional.cross_entropy(logits, labels)),
@@ -124,5 +128,6 @@ def _of_photographs(described: dict[str, Any], loader: str, source: "Source | No
         "loader": loader,
         "image_size": described["photographs"]["size"],
         "classes": described["photographs"]["classes"],
+        **of_photographs(described["photographs"])._asdict(),
         "data_dir": None if folder is None else str(folder),
     }

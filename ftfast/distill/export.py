@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ftfast.distill import files
+from ftfast.distill.colours import of_photographs
 from ftfast.distill.errors import DistillError
 from ftfast.distill.trained import Trained, read_trained
 
 SUFFIXES = {".safetensors": "the state_dict", ".pt2": "the program that torch.export makes, for any batch size"}
+PROGRAM_DESCRIPTION = "ftfast.json"
 EXAMPLES = 4
 # Between the model and what is read back from the file, on the same images.
 LARGEST_ERROR = 1e-5
@@ -51,7 +53,8 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
 
     Args:
         output: ``.safetensors`` for the state_dict, with the model's description as metadata; ``.pt2`` for the program
-            of torch.export, which takes images ``[N, C, H, W]`` of any N, normalised as the data set's are.
+            of torch.export, which takes images ``[N, C, H, W]`` of any N, normalised as the data set's are; the
+            description is its extra file :data:`PROGRAM_DESCRIPTION`.
         overwrite: replace ``output`` where it is there.
 
     Raises:
@@ -89,16 +92,21 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
 
 
 def _write_tensors(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
-    metadata = {
-        "format": "pt",
-        "ftfast": json.dumps(
-            {key: trained.description[key] for key in ("model", "data", "photographs") if key in trained.description}
-        ),
-    }
+    metadata = {"format": "pt", "ftfast": _described(trained)}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     files.write_bytes(path, save(tensors, metadata=metadata))
     with torch.no_grad():
         return torch.func.functional_call(model, load_file(path), (images[:2],))
+
+
+def _described(trained: Trained) -> str:
+    """The model and its images in JSON, those of photographs with what they are normalised by."""
+    described = {
+        key: trained.description[key] for key in ("model", "data", "photographs") if key in trained.description
+    }
+    if "photographs" in described:
+        described["photographs"] = {**described["photographs"], **of_photographs(described["photographs"])._asdict()}
+    return json.dumps(described)
 
 
 def _write_program(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
@@ -108,5 +116,5 @@ def _write_program(trained: Trained, model: nn.Module, images: Tensor, path: Pat
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(f"torch.export does not take this {trained.title}: {reason}") from None
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={PROGRAM_DESCRIPTION: _described(trained)})
     return torch.export.load(path).module()(images[:2])

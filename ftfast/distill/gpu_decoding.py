@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ftfast.distill import crops
+from ftfast.distill.colours import IMAGENET, Colours
 from ftfast.distill.data import Normalisation
 from ftfast.distill.datasets import DataError
 from ftfast.ops.crop_resize import can_crop, crop_resize
 
-# torchvision's and timm's models were trained on images normalised by these, of ImageNet's training images.
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _log = logging.getLogger("ftfast")
 _JPEG = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers whose segment has the size in pixels
@@ -95,6 +94,7 @@ def decode_batch(
     size: int,
     device: torch.device,
     on_processor: Callable[[Callable[[Encoded], Tensor | None], list[Encoded]], Iterable[Tensor | None]] = map,
+    colours: Colours = IMAGENET,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Decoded, cut, mirrored and normalised on the device: ``[N, 3, size, size]`` float32, channels_last.
 
@@ -103,6 +103,7 @@ def decode_batch(
     Args:
         labels: on the CPU.
         on_processor: ``map``, or what does its work in several threads.
+        colours: to normalise by.
 
     Returns:
         The images, their labels on the CPU, and the damaged ones' names.
@@ -117,11 +118,14 @@ def decode_batch(
         raise DataError(f"none of {len(photographs)} photographs can be decoded, the first {first}.")
     stand_in = next(iter(decoded))
     places = [place if place in decoded else stand_in for place in range(len(photographs))]
-    squares = cut_batch([decoded[place] for place in places], [photographs[place].box for place in places], size)
+    boxes = [photographs[place].box for place in places]
+    squares = cut_batch([decoded[place] for place in places], boxes, size, colours)
     return squares, labels[torch.tensor(places)], [photographs[place].encoded.name for place in damaged]
 
 
-def cut_batch(decoded: Sequence[Tensor], boxes: Sequence[crops.Box | None], size: int) -> Tensor:
+def cut_batch(
+    decoded: Sequence[Tensor], boxes: Sequence[crops.Box | None], size: int, colours: Colours = IMAGENET
+) -> Tensor:
     """``[3, H, W]`` uint8 each to ``[N, 3, size, size]`` float32, normalised, channels_last, on their device.
 
     Where our kernel runs that is one launch; else torchvision's, several for each photograph.
@@ -132,22 +136,22 @@ def cut_batch(decoded: Sequence[Tensor], boxes: Sequence[crops.Box | None], size
             crops.middle_of(pixels.shape[1], pixels.shape[2], size) if box is None else crops.window_of(box, size)
             for pixels, box in zip(decoded, boxes, strict=True)
         ]
-        return crop_resize(decoded, windows, size, mean=MEAN, deviation=DEVIATION)
+        return crop_resize(decoded, windows, size, mean=colours.mean, deviation=colours.deviation)
     squares = [
         crops.cut_middle(pixels, size) if box is None else crops.cut_box(pixels, box, size)
         for pixels, box in zip(decoded, boxes, strict=True)
     ]
-    return normalise(torch.stack(squares))
+    return normalise(torch.stack(squares), colours)
 
 
-def normalise(pixels: Tensor) -> Tensor:
+def normalise(pixels: Tensor, colours: Colours = IMAGENET) -> Tensor:
     """``[N, 3, H, W]`` uint8 to float32, channels_last."""
-    return _normalisation(pixels.device).apply(pixels).contiguous(memory_format=torch.channels_last)
+    return _normalisation(pixels.device, colours).apply(pixels).contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache
-def _normalisation(device: torch.device) -> Normalisation:
-    return Normalisation.of(255, MEAN, DEVIATION).to(device)
+def _normalisation(device: torch.device, colours: Colours) -> Normalisation:
+    return Normalisation.of(255, *colours).to(device)
 
 
 def _decode(

@@ -42,6 +42,16 @@ class Images(Protocol):
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as they are tested, once and in order, with their labels; of several processes, each takes its own."""
 
+    def damaged(self) -> int:
+        """How many files of the pass that is under way, or ended last, this process could not decode."""
+
+    def bear_damage(self, count: int) -> None:
+        """Says how many files of a pass all processes together could not decode.
+
+        Raises:
+            DataError: more than a pass may have.
+        """
+
     def close(self) -> None:
         """Ends what reads ahead; images are drawn anew where they are asked for again."""
 

@@ -75,6 +75,23 @@ def pretrained_tensors(name: str, *, in_channels: int, classes: int) -> dict[str
     return build(name, in_channels=in_channels, classes=classes, pretrained=True).state_dict()
 
 
+def pretrained_colours(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of the colours with which a library's weights were trained; None where it has none."""
+    library, _, model = name.partition("/")
+    if not is_library_model(name):
+        return None
+    if library == "timm":
+        known = _import("timm").get_pretrained_cfg(model)
+        found = None if known is None else (known.mean, known.std)
+    else:
+        transforms = _models().get_model_weights(model).DEFAULT.transforms()
+        found = (transforms.mean, transforms.std)
+    if found is None or any(len(values) != 3 for values in found):
+        return None
+    mean, deviation = (tuple(float(value) for value in values) for values in found)
+    return mean, deviation
+
+
 def default_layer(name: str, model: nn.Module) -> str:
     """The layer whose output is the last feature map, where it is known.
 

@@ -57,10 +57,13 @@ class FolderFiles:
 def list_photographs(folder: Path, loader: str, part: str) -> Photographs:
     """The photographs of ``"train"`` or ``"val"``: ``part/CLASS/*.jpeg``, or shards ``part-*.tar`` (``"webdataset"``).
 
+    The loader ``"gpu"`` takes both, files in folders where there are such.
+
     Raises:
         DataError: none there, or shards that cannot be read.
     """
-    if loader == "webdataset":
+    has_shards = not (folder / part).is_dir() and next(folder.glob(f"{part}-*.tar"), None) is not None
+    if loader == "webdataset" or (loader == "gpu" and has_shards):
         found, labels = shards.list_shards(folder, part)
         return Photographs(found, labels, int(labels.max()) + 1)
     return _list_folder(folder / part)

@@ -1,8 +1,10 @@
 """Processes that read, decode and cut photographs ahead of the step, and what becomes of those that are lost."""
 
+import errno
 import multiprocessing
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,12 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from ftfast.distill import crops
+from ftfast.distill.colours import IMAGENET, Colours
 from ftfast.distill.datasets import DataError
 from ftfast.distill.gpu_decoding import Encoded, Read
 from ftfast.distill.interrupts import SIGNALS
 from ftfast.distill.photographs import Files
 
 _TRIES = 20
+_SECONDS_TO_ANOTHER_TRY = 0.2
 BATCHES_AHEAD = 4  # of each process
 
 Key = tuple[int, int, int] | int | crops.Cut | crops.Views
@@ -45,9 +49,14 @@ class Reader(Dataset[Any]):
     labels: np.ndarray
     size: int
     rand_augment: int = 0
+    colours: Colours = IMAGENET  # of those who decode what :meth:`read` gives
 
     def __getitem__(self, key: Key) -> tuple[Tensor | Squares, int, list[str]]:
-        """Pixels ``[3, size, size]`` uint8 or several views, label, and the damaged files on the way."""
+        """Pixels ``[3, size, size]`` uint8 or several views, label, and the key's own file where that is damaged.
+
+        Raises:
+            DataError: bytes that cannot be had, or too many damaged files one after the other.
+        """
         return self._first_whole(key, self._pixels)
 
     def read(self, key: Key) -> tuple[Read, int, list[str]]:
@@ -58,13 +67,35 @@ class Reader(Dataset[Any]):
         index = _number(key)
         damaged: list[str] = []
         for _ in range(min(_TRIES, len(self.labels))):
+            content = self._bytes(index)
             try:
-                content = Encoded.of(self.files.read(index), self.files.name(index))
-                return use(content, key), int(self.labels[index]), damaged
-            except (RuntimeError, ValueError, OSError):
+                found = use(Encoded.of(content, self.files.name(index)), key)
+            except (RuntimeError, ValueError):
                 damaged.append(self.files.name(index))
                 index = (index + 1) % len(self.labels)
+            else:
+                # The others on the way have keys of their own, which count them.
+                return found, int(self.labels[index]), damaged[:1]
         raise DataError(f"{len(damaged)} photographs one after the other cannot be decoded, the first {damaged[0]}.")
+
+    def _bytes(self, index: int) -> bytes:
+        """Tried twice: a disk or server that fails says nothing of the picture, which nothing else can stand in for."""
+        try:
+            return self.files.read(index)
+        except OSError:
+            time.sleep(_SECONDS_TO_ANOTHER_TRY)
+        try:
+            return self.files.read(index)
+        except OSError as error:
+            advice = (
+                "allow more open files (ulimit -n) or give fewer --workers"
+                if error.errno in (errno.EMFILE, errno.ENFILE)
+                else "see to the disk or server that holds --data-dir"
+            )
+            raise DataError(
+                f"{self.files.name(index)} cannot be read ({error.strerror or error}); {advice}, and go on with "
+                "--resume."
+            ) from None
 
     def _box(self, content: Encoded, key: Key) -> crops.Box | None:
         if isinstance(key, int):

@@ -17,6 +17,7 @@ OPTIMISERS = ("adam", "sgd")
 RECONSTRUCTION_LOSSES = ("l1", "mse")
 SCHEDULES = ("cosine", "steps")
 LOADERS = ("folder", "gpu", "webdataset", "synthetic")
+WITHOUT_RAND_AUGMENT = ("gpu", "synthetic")
 PARAPHRASER_SCHEDULES = ("cosine", "constant")
 
 
@@ -37,6 +38,16 @@ class Recipe:
         choices=LOADERS,
     )
     image_size: int = setting(224, "pixels of a photograph's side as the networks take it", least=8, most=4096)
+    mean: tuple[float, ...] = setting(
+        (),
+        "of the three colours of photographs, from 0 to 1 (default: what the teacher's weights were trained with, else "
+        "ImageNet's)",
+        least=0,
+        most=1,
+    )
+    deviation: tuple[float, ...] = setting(
+        (), "of the three colours of photographs (default: as mean)", positive=True, most=1
+    )
     rand_augment: int = setting(0, "magnitude of RandAugment on photographs, 0 for none", least=0, most=30)
     classes: int = setting(0, "classes of the photographs, 0 for those of the folder", least=0)
     train_images: int = setting(0, "photographs to train on, 0 for those of the folder", least=0)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from math import sqrt
@@ -79,6 +80,7 @@ def collect(
             "teacher_images": dataset.train_images,
             "student_images": settings.student_images,
             "test_images": dataset.test_images,
+            "damaged_images": max((epoch["damaged"] for epoch in _epochs(history, methods)), default=0),
         },
         "teacher": {
             "accuracy": teacher.description["accuracy"],
@@ -93,6 +95,14 @@ def collect(
         },
         "seconds": seconds,
     }
+
+
+def _epochs(teacher: list[Epoch], methods: dict[str, tuple[Weights, list[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
+    """The records of all trainings."""
+    yield from map(asdict, teacher)
+    for _, students in methods.values():
+        for student in students:
+            yield from student["history"]
 
 
 def _method_result(

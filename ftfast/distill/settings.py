@@ -10,19 +10,21 @@ from typing import Any, Self
 
 import torch
 
-from ftfast.distill import datasets, models
+from ftfast.distill import colours, datasets, models
 from ftfast.distill.augment import Augmentation
 from ftfast.distill.data import DATASETS, Dataset, Source, described_dataset
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.fields import check
 from ftfast.distill.images import steps_of
 from ftfast.distill.methods import METHODS, WEIGHTS
-from ftfast.distill.recipe import DTYPES, Recipe
+from ftfast.distill.recipe import DTYPES, WITHOUT_RAND_AUGMENT, Recipe
 
 __all__ = ["DTYPES", "HINTS", "Settings"]
 FORMAT = "ftfast-settings"
 VERSION = 1
-PHOTOGRAPH_FIELDS = ("loader", "image_size", "rand_augment", "classes", "train_images", "test_images", "workers")
+PHOTOGRAPH_FIELDS = (
+    *("loader", "image_size", "mean", "deviation", "rand_augment", "classes", "train_images", "test_images", "workers"),
+)
 GRID_STEPS = (0.5, 1.0, 2.0)
 # Compiling takes a student seconds, and saves milliseconds a step.
 STEPS_WORTH_COMPILING = 2000
@@ -101,6 +103,15 @@ class Settings(Recipe):
                         f"{name} is {getattr(self, name)!r}, and data is {self.data!r}; it is for --data images."
                     )
             return
+        if self.rand_augment and self.loader in WITHOUT_RAND_AUGMENT:
+            raise SettingsError(
+                f"rand_augment is {self.rand_augment}, and --loader {self.loader} has no RandAugment; take --loader "
+                "folder or webdataset."
+            )
+        if (len(self.mean), len(self.deviation)) not in ((0, 0), (3, 3)):
+            raise SettingsError(
+                f"mean has {len(self.mean)} values and deviation {len(self.deviation)}; give three of each, or none."
+            )
         if self.crop_padding or self.flip or self.cutout:
             raise SettingsError(
                 "crop_padding, flip or cutout is given, and photographs are cropped and flipped by their loader; leave "
@@ -234,7 +245,9 @@ class Settings(Recipe):
         device = self._resolved_device()
         in_files = DATASETS[self.data].in_files
         self._check_map_sizes()
-        grids: dict[str, Any] = {name: self._grid(name) for name in WEIGHTS}
+        derived: dict[str, Any] = {name: self._grid(name) for name in WEIGHTS}
+        if DATASETS[self.data].is_streamed:
+            derived |= colours.of_settings(self)._asdict()
         return dataclasses.replace(
             self,
             device=device,
@@ -242,7 +255,7 @@ class Settings(Recipe):
             compile=self._resolved_compile(device),
             deterministic=self._resolved_deterministic(device),
             threads=self.threads or torch.get_num_threads(),
-            **grids,
+            **derived,
             teacher_checkpoint=_absolute(self.teacher_checkpoint),
             paraphraser_checkpoint=_absolute(self.paraphraser_checkpoint),
             data_dir=str(Path(self.data_dir or datasets.default_folder()).absolute()) if in_files else None,
@@ -325,6 +338,8 @@ class Settings(Recipe):
         unknown = sorted(set(values) - set(HINTS))
         if unknown:
             raise SettingsError(f"the settings have an unknown field, {unknown[0]!r}; it takes {', '.join(HINTS)}.")
+        if DATASETS.keys() >= {values.get("data")} and DATASETS[values["data"]].is_streamed:
+            values = {**colours.IMAGENET._asdict(), **values}  # which had no name when there were no others
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }

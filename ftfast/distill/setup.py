@@ -11,6 +11,7 @@ import torch
 
 from ftfast.distill import data, resumable
 from ftfast.distill.checkpoint import Checkpoint, save
+from ftfast.distill.colours import IMAGENET, Colours, to_photographs
 from ftfast.distill.engine import Precision, Training
 from ftfast.distill.folder import RunFolder
 from ftfast.distill.gpu_meter import gpu_of
@@ -67,6 +68,7 @@ def load_images(
         train_images=settings.train_images,
         test_images=settings.test_images,
         report=report,
+        colours=Colours(settings.mean, settings.deviation) if settings.mean else IMAGENET,
     )
 
 
@@ -110,7 +112,9 @@ class Setup:
 
     def describe(self, kind: str, model: dict[str, Any], **rest: Any) -> dict[str, Any]:
         settings, dataset = self.settings, self.settings.dataset()
-        photographs = {"classes": dataset.classes, "size": dataset.image_shape[1]}
+        photographs: dict[str, Any] = {"classes": dataset.classes, "size": dataset.image_shape[1]}
+        if dataset.is_streamed:
+            photographs |= to_photographs(Colours(settings.mean, settings.deviation))
         of_images = {"data": settings.data, **({"photographs": photographs} if dataset.is_streamed else {})}
         return {"kind": kind, "model": model, **of_images, "dtype": settings.dtype, **rest}
 

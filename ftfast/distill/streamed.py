@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ftfast.distill import crops
+from ftfast.distill.colours import IMAGENET, Colours
+from ftfast.distill.data import cut_rows
 from ftfast.distill.datasets import DataError, default_folder
 from ftfast.distill.decoding_thread import decoded_ahead
 from ftfast.distill.errors import SettingsError
@@ -23,9 +25,11 @@ from ftfast.distill.gpu_decoding import normalise
 from ftfast.distill.images import WHOLE, Images, Part, steps_of
 from ftfast.distill.photographs import TEST, TRAIN, Photographs, list_photographs
 from ftfast.distill.readers import Key, Keys, Reader, Squares, in_words, loader_of
+from ftfast.distill.recipe import WITHOUT_RAND_AUGMENT
 from ftfast.distill.synthetic import Synthetic
 
-FEWEST_DAMAGED, DAMAGED_SHARE = 10, 0.01  # as many are borne with in a pass; the larger of the two
+# As many are borne with, the larger of the two: of a process's share of a pass, and of all processes' together.
+FEWEST_DAMAGED, DAMAGED_SHARE = 10, 0.01
 SHOWN_DAMAGED = 5
 MOST_WORKERS = 16
 
@@ -40,6 +44,7 @@ class Reading:
         rand_augment: magnitude of RandAugment (Cubuk et al. 2020), 0 for none.
         on_device: decode, cut and mirror on the device, ahead of the step; ``workers`` are threads then, at least one.
         report: takes a line on files that cannot be read.
+        colours: to normalise by.
     """
 
     size: int
@@ -48,6 +53,7 @@ class Reading:
     rand_augment: int = 0
     on_device: bool = False
     report: Callable[[str], None] = lambda _: None
+    colours: Colours = IMAGENET
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Streamed:
     reading: Reading
     rows: np.ndarray
     _loaders: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _damaged: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def test_batch_size(self) -> int:
@@ -85,32 +92,49 @@ class Streamed:
                 own = batch.tensor_split(part.ranks)[part.rank].numpy()
                 yield [(seed, epoch, row) for row in self.rows[own].tolist()]
 
-        yield from self._read("draw", keys)
+        yield from self._read("draw", keys, len(self) // part.ranks)
 
     def cut_boxes(self, batches: Iterable[list[crops.Cut]]) -> Iterator[tuple[Tensor, ...]]:
         """The boxes of each batch, images ``[N, 3, size, size]`` as :meth:`draw` has them, and labels."""
-        yield from self._read("draw", lambda: iter(batches))
+        yield from self._read("draw", lambda: iter(batches), len(self))
 
     def draw_views(self, batches: Iterable[list[crops.Views]]) -> Iterator[tuple[Tensor, ...]]:
         """Images ``[N * V, 3, size, size]``, an image's views one after the other, labels and boxes ``[N, V, 5]``."""
-        yield from self._read("views", lambda: iter(batches))
+        yield from self._read("views", lambda: iter(batches), len(self))
+        if self._damaged:
+            self.bear_damage(len(self._damaged))
 
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """The middle of every photograph, with its label; of several processes, each takes its own."""
         own = np.array_split(self.rows, part.ranks)[part.rank]
         batches = [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
-        for images, labels, *_ in self._read("in order", lambda: iter(batches)):
+        for images, labels, *_ in self._read("in order", lambda: iter(batches), len(own)):
             yield images, labels
 
-    def cut(self, count: int) -> tuple[Self, Self]:
-        """``count`` photographs with every class in proportion, the same ones at every call, and the rest."""
-        from sklearn.model_selection import train_test_split
+    def damaged(self) -> int:
+        """See :meth:`ftfast.distill.images.Images.damaged`."""
+        return len(self._damaged)
 
+    def bear_damage(self, count: int) -> None:
+        """See :meth:`ftfast.distill.images.Images.bear_damage`."""
+        if count > _most_damaged(len(self)):
+            raise DataError(
+                f"{count} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}: check the files "
+                "in --data-dir."
+            )
+        if count:
+            self.reading.report(f"warning: {count} of {len(self)} photographs cannot be decoded; others stand in")
+
+    def cut(self, count: int) -> tuple[Self, Self]:
+        """``count`` photographs with every class in proportion, the same ones at every call, and the rest.
+
+        Raises:
+            SettingsError: fewer photographs than classes in either part.
+        """
         if count == len(self):
             return self, self.at(self.rows[:0])
-        labels = self.photographs.labels[self.rows]
-        chosen, rest = train_test_split(self.rows, train_size=count, stratify=labels, random_state=0)
-        return self.at(np.sort(chosen)), self.at(np.sort(rest))
+        chosen, rest = cut_rows(self.photographs.labels[self.rows], count)
+        return self.at(self.rows[chosen]), self.at(self.rows[rest])
 
     def close(self) -> None:
         """Ends the reading processes, which take no signal; the next pass starts others."""
@@ -119,25 +143,25 @@ class Streamed:
 
     def at(self, rows: np.ndarray) -> Self:
         """Those of some rows of the photographs."""
-        return replace(self, rows=rows, _loaders={})
+        return replace(self, rows=rows, _loaders={}, _damaged=set())
 
-    def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Tensor, ...]]:
+    def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]], count: int) -> Iterator[tuple[Tensor, ...]]:
+        """Images, labels and boxes of the keys, of which there are about ``count``."""
+        damaged = self._damaged
+        damaged.clear()
         if not len(self):
             return
-        damaged: set[str] = set()
         for pixels, labels, names, *boxes in self._batches(kind, keys):
             for name in names:
                 if name not in damaged and len(damaged) < SHOWN_DAMAGED:
                     self.reading.report(f"warning: {name} cannot be decoded; the next one is taken in its place")
                 damaged.add(name)
-            if len(damaged) > max(FEWEST_DAMAGED, DAMAGED_SHARE * len(self)):
+            if len(damaged) > _most_damaged(count):
                 raise DataError(
-                    f"{len(damaged)} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}; the "
+                    f"{len(damaged)} of {count} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}; the "
                     f"last is {names[-1]}: check the files in --data-dir."
                 )
             yield pixels, labels, *boxes
-        if len(damaged) > SHOWN_DAMAGED:
-            self.reading.report(f"warning: {len(damaged)} photographs of this pass cannot be decoded")
 
     def _batches(self, kind: str, keys: Callable[[], Iterator[list[Any]]]) -> Iterator[tuple[Any, ...]]:
         """Images and labels on the device, the damaged files' names and, of views, their boxes."""
@@ -148,8 +172,9 @@ class Streamed:
         return _ahead(in_words(loader), self._to_device)
 
     def _reader(self) -> Reader:
+        reading = self.reading
         return Reader(
-            self.photographs.files, self.photographs.labels, self.reading.size, rand_augment=self.reading.rand_augment
+            self.photographs.files, self.photographs.labels, reading.size, reading.rand_augment, reading.colours
         )
 
     def _loader(self, kind: str) -> tuple[Any, Keys]:
@@ -168,8 +193,12 @@ class Streamed:
         device = self.reading.device
         pixels = found.pixels.flatten(0, 1) if isinstance(found, Squares) else found
         boxes = (found.boxes,) if isinstance(found, Squares) else ()
-        images = normalise(pixels.to(device, non_blocking=True))
+        images = normalise(pixels.to(device, non_blocking=True), self.reading.colours)
         return images, labels.to(device, non_blocking=True), names, *boxes
+
+
+def _most_damaged(count: int) -> float:
+    return max(FEWEST_DAMAGED, DAMAGED_SHARE * count)
 
 
 def _ahead(batches: Iterator[Any], prepare: Callable[[Any], Any]) -> Iterator[Any]:
@@ -194,6 +223,7 @@ def load(
     train_images: int,
     test_images: int,
     report: Callable[[str], None] = lambda _: None,
+    colours: Colours = IMAGENET,
 ) -> tuple[Images, Images]:
     """The photographs to train on and to test on.
 
@@ -202,21 +232,25 @@ def load(
         workers: reading processes; -1 for this process's share of the processors.
         classes, train_images, test_images: what there is; fewer images are a cut with every class in proportion.
         report: takes a line on files that cannot be read.
+        colours: to normalise by.
 
     Raises:
         DataError: not there, or fewer than wanted.
         SettingsError: a loader that this machine cannot run.
     """
+    if loader in WITHOUT_RAND_AUGMENT and rand_augment:
+        raise SettingsError(
+            f"rand_augment is {rand_augment}, and --loader {loader} has no RandAugment; take --loader folder or "
+            "webdataset."
+        )
     if loader == "synthetic":
         train, test = (Synthetic.of(image_size, classes, count, device) for count in (train_images, test_images))
         return train, test
     on_device = loader == "gpu"
     if on_device and device.type != "cuda":
         raise SettingsError("loader is 'gpu', and the device is no GPU; take --loader folder.")
-    if on_device and rand_augment:
-        raise SettingsError("rand_augment is given, and --loader gpu has no RandAugment; take --loader folder.")
     count = default_workers() if workers < 0 else workers
-    reading = Reading(image_size, device, count, rand_augment, on_device, report)
+    reading = Reading(image_size, device, count, rand_augment, on_device, report, colours)
     parts: list[Images] = []
     for part, wanted in ((TRAIN, train_images), (TEST, test_images)):
         found = list_photographs(folder or default_folder(), loader, part)

@@ -56,6 +56,13 @@ class Synthetic:
         rows = torch.arange(count, device=self.pool.device) + step
         return self.pool[rows % POOL], rows % self.classes
 
+    def damaged(self) -> int:
+        """None: there are no files."""
+        return 0
+
+    def bear_damage(self, count: int) -> None:
+        """There is none."""
+
     def close(self) -> None:
         """Nothing reads ahead."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ftfast.distill import files
+from ftfast.distill.data import DATASETS
 from ftfast.distill.errors import StoreError
 from ftfast.distill.settings import Settings
 
@@ -104,8 +105,11 @@ class Header:
         return found
 
     def read_settings(self) -> dict[str, Any]:
-        """Those of :data:`TAKEN`, as ``Settings`` takes them."""
-        return {name: self.settings[name] for name in TAKEN}
+        """Those of :data:`TAKEN`, as ``Settings`` takes them, and of photographs what they are normalised by."""
+        taken = {name: self.settings[name] for name in TAKEN}
+        if DATASETS[taken["data"]].is_streamed:
+            taken |= {name: tuple(self.transform["normalisation"][name]) for name in ("mean", "deviation")}
+        return taken
 
 
 def read(path: Path) -> Header:

@@ -75,6 +75,14 @@ class StoredImages:
         """The images as they are tested, without what is stored."""
         return self.viewed.at(self.rows).in_order(batch_size, part)
 
+    def damaged(self) -> int:
+        """See :meth:`ftfast.distill.images.Images.damaged`."""
+        return self.viewed.images.damaged()
+
+    def bear_damage(self, count: int) -> None:
+        """See :meth:`ftfast.distill.images.Images.bear_damage`."""
+        self.viewed.images.bear_damage(count)
+
     def close(self) -> None:
         """Ends what reads images ahead and closes the store's files."""
         self.viewed.images.close()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill import crops, gpu_decoding
+from ftfast.distill import crops
 from ftfast.distill.augment import Draws
 from ftfast.distill.data import Split
 from ftfast.distill.errors import StoreError
@@ -164,13 +164,14 @@ class PhotographViews:
         return self.images.photographs.labels[self.images.rows]
 
     def transform(self) -> dict[str, Any]:
+        colours = self.images.reading.colours._asdict()
         return {
             "cut": "torchvision's RandomResizedCrop and flip",
             "size": [3, self.images.reading.size, self.images.reading.size],
             "scale": list(crops.SCALE),
             "ratio": list(crops.RATIO),
             "resize": "bilinear, antialias",
-            "normalisation": {"scale": 255, "mean": list(gpu_decoding.MEAN), "deviation": list(gpu_decoding.DEVIATION)},
+            "normalisation": {"scale": 255, **{name: list(values) for name, values in colours.items()}},
         }
 
     def hashes(self) -> dict[str, str]:
