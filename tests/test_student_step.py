@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.distill import data, models, resumable
-from ftfast.distill.engine import Stopped, Training
+from ftfast.distill.engine import Judged, Stopped, Training
 from ftfast.distill.interrupts import Interrupted, StopRequest, signals_interrupt
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.schedule import Schedule
@@ -232,7 +232,7 @@ def test_a_student_with_dropout_goes_on_bit_equal() -> None:
 def test_the_average_is_what_is_kept_and_watched() -> None:
     seen: list[dict[str, Tensor]] = []
     averaged = training(ema=0.5)
-    averaged._accuracy = lambda: seen.append(weights(averaged)) or 1.0  # type: ignore[func-returns-value]
+    averaged._judge = lambda: seen.append(weights(averaged)) or Judged(1.0, 0.0, None)  # type: ignore[func-returns-value]
     averaged.run()
     plain = training()
     expected: dict[str, Tensor] = {}
