@@ -150,6 +150,22 @@ def test_the_first_loss_that_is_not_finite_is_named(bad_step: int) -> None:
         train()
 
 
+def test_what_sums_have_grown_by_is_told_once_and_from_a_resumed_epoch_on() -> None:
+    record = LossRecord({"labels": torch.tensor(100.0)})
+    record.add({"labels": torch.tensor(2.0)}, 8, 0)
+    assert record.take() == {"labels": torch.tensor(16.0)}
+    assert record.take() == {"labels": torch.tensor(0.0)}
+    record.add({"labels": torch.tensor(1.0), "factors": torch.tensor(0.5)}, 8, 1)
+    assert record.take() == {"labels": torch.tensor(8.0), "factors": torch.tensor(4.0)}
+    assert record.totals()["labels"] == 124
+
+
+def test_figures_of_a_step_are_its_rate_and_in_float16_the_scale() -> None:
+    assert training(learning_rate=0.25).figures() == {"learning_rate": 0.25}
+    half = training(Precision(CPU, torch.float16), learning_rate=0.25)
+    assert half.figures() == {"learning_rate": 0.25, "loss_scale": 2.0**16}
+
+
 def split_of(count: int = 43) -> data.Split:
     train, _ = data.load("digits", CPU)
     return train.cut(count)[0]
