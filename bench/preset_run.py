@@ -153,15 +153,13 @@ def _run(loader: str, settings: Settings, size: Size, home: Path) -> tuple[list[
 def _found(lines: list[dict[str, Any]], results: dict[str, Any], size: Size) -> dict[str, Any]:
     """Rates and split of the last epoch; pauses of all."""
     last = [line for line in lines if line["epoch"] == EPOCHS]
-    # The first line of an epoch has the evaluation before it and the loader's start in its time.
-    steady = last[1:] or last
-    if not steady:
+    if not last:
         raise RuntimeError("telemetry has no line of the last epoch: give it more --steps")
     found: dict[str, Any] = {
-        "step_milliseconds": [1e3 * size.batch / line["images_per_second"] for line in steady],
+        "step_milliseconds": [1e3 * size.batch / line["images_per_second"] for line in last],
         "images_per_second": results["methods"]["ft"]["students"][0]["images_per_second"],
         "milliseconds": _means(_of(last, "milliseconds") or _of(lines, "milliseconds"), PARTS),
-        "gpu": _means(_of(steady, "gpu")),
+        "gpu": _means(_of(last, "gpu")),
     }
     if len(found["step_milliseconds"]) == 1:
         found["step_milliseconds"] *= 2

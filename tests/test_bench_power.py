@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from bench.clocks import CpuClock
 from bench.measuring import QUICK_PLAN, Plan, measure_group
 from bench.power import Energy, Watch, measure_energy
 from ftfast.distill.gpu_meter import Gpu, gpu_of
+from tests.fake_nvml import FakeNvml
 
 CUDA = torch.device("cuda", 0)
 # The second device of the machine, and the only one that CUDA_VISIBLE_DEVICES leaves.
@@ -22,70 +22,6 @@ PROPERTIES = SimpleNamespace(
     name="a GPU", uuid="b", pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0, major=9, minor=0,
     multi_processor_count=132, total_memory=2**36, L2_cache_size=2**25,
 )  # fmt: skip
-
-
-class NVMLError(Exception):
-    """As pynvml raises it."""
-
-
-class FakeNvml(ModuleType):
-    """Two devices; the energy counter is renewed every 10 ms and runs at 200 W."""
-
-    NVMLError = NVMLError
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    def __init__(self) -> None:
-        super().__init__("pynvml")
-        self.reasons = 0
-        self.sm_clock = 1980
-        self.busy = 100
-        self.fails: set[str] = set()
-        self.begin = time.monotonic()
-
-    def _answer(self, function: str, answer: Any) -> Any:
-        if function in self.fails:
-            raise NVMLError(function)
-        return answer
-
-    def nvmlInit(self) -> None:
-        self._answer("nvmlInit", None)
-
-    def nvmlSystemGetDriverVersion(self) -> str:
-        return self._answer("nvmlSystemGetDriverVersion", "580.1")
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        return self._answer("nvmlDeviceGetHandleByUUID", {"GPU-a": "first", "GPU-b": "second"}[uuid])
-
-    def nvmlDeviceGetHandleByPciBusId(self, place: str) -> str:
-        return self._answer("nvmlDeviceGetHandleByPciBusId", {"00000000:3b:00.0": "second"}[place])
-
-    def nvmlDeviceGetClockInfo(self, handle: str, clock: int) -> int:
-        assert handle == "second"
-        return self._answer("nvmlDeviceGetClockInfo", {1: self.sm_clock, 2: 2619}[clock])
-
-    def nvmlDeviceGetMaxClockInfo(self, handle: str, clock: int) -> int:
-        return self._answer("nvmlDeviceGetMaxClockInfo", {1: 1980, 2: 2619}[clock])
-
-    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
-        return self._answer("nvmlDeviceGetTemperature", 41)
-
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        return self._answer("nvmlDeviceGetPowerUsage", 200_000)
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> int:
-        return self._answer("nvmlDeviceGetEnforcedPowerLimit", 700_000)
-
-    def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
-        return self._answer("nvmlDeviceGetUtilizationRates", SimpleNamespace(gpu=self.busy))
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
-        return self._answer("nvmlDeviceGetCurrentClocksEventReasons", self.reasons)
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
-        return self._answer("nvmlDeviceGetCurrentClocksThrottleReasons", self.reasons)
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
-        return self._answer("nvmlDeviceGetTotalEnergyConsumption", 2000 * int((time.monotonic() - self.begin) / 0.01))
 
 
 @pytest.fixture

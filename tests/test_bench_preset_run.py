@@ -21,7 +21,6 @@ def line(epoch: int, rate: float, **rest: Any) -> dict[str, Any]:
 
 LINES = [
     line(1, 10.0, milliseconds={"data": 100.0}, checkpoints=1, checkpoint_pause=0.3),  # torch.compile
-    line(2, 1000.0),  # the evaluation before the epoch
     line(2, 4000.0, milliseconds={"data": 1.0, "teacher": 5.0}, gpu={"watts": 600.0, "memory_bytes": 2.0**30}),
     line(2, 5000.0, milliseconds={"data": 3.0, "teacher": 7.0}, gpu={"watts": 700.0, "memory_bytes": 2.0**30}),
     line(2, 5000.0, checkpoints=2, checkpoint_pause=0.15),

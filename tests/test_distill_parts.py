@@ -349,6 +349,15 @@ def test_algorithms_are_put_back() -> None:
     assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.get_num_threads()) == before
 
 
+def test_curves_have_the_likeliest_five_where_every_epoch_has() -> None:
+    def of(*top5: float | None) -> list[dict[str, Any]]:
+        history = [Epoch(number + 1, {}, 50.0, 60, 0.1, value) for number, value in enumerate(top5)]
+        return curve_rows({"methods": {"ft": {"students": [student_result(seed, history) for seed in range(2)]}}})
+
+    assert [row["top5_accuracy_mean"] for row in of(70.0, 80.0)] == [70.0, 80.0]
+    assert all("top5_accuracy_mean" not in row for row in of(None, 80.0))
+
+
 def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(digits: tuple[data.Split, data.Split]) -> None:
     split, _ = digits[0].cut(20)
     model = torch.nn.Linear(1, 1)
@@ -397,7 +406,7 @@ def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(digits: tup
 def test_evaluate_leaves_the_models_mode_and_counts_right_answers(digits: tuple[data.Split, data.Split]) -> None:
     split, _ = digits[0].cut(50)
     model = models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0).train()
-    accuracy, loss = evaluate(model, split, FLOAT32)
+    accuracy, loss, _ = evaluate(model, split, FLOAT32)
     assert model.training
     with torch.no_grad():
         logits = model.eval()(split.images)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.distill import data, models, resumable
-from ftfast.distill.engine import Stopped, Training
+from ftfast.distill.engine import Judged, Stopped, Training
 from ftfast.distill.interrupts import Interrupted, StopRequest, signals_interrupt
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.schedule import Schedule
@@ -151,6 +151,22 @@ def test_the_first_loss_that_is_not_finite_is_named(bad_step: int) -> None:
         train()
 
 
+def test_what_sums_have_grown_by_is_told_once_and_from_a_resumed_epoch_on() -> None:
+    record = LossRecord({"labels": torch.tensor(100.0)})
+    record.add({"labels": torch.tensor(2.0)}, 8, 0)
+    assert record.take() == {"labels": torch.tensor(16.0)}
+    assert record.take() == {"labels": torch.tensor(0.0)}
+    record.add({"labels": torch.tensor(1.0), "factors": torch.tensor(0.5)}, 8, 1)
+    assert record.take() == {"labels": torch.tensor(8.0), "factors": torch.tensor(4.0)}
+    assert record.totals()["labels"] == 124
+
+
+def test_figures_of_a_step_are_its_rate_and_in_float16_the_scale() -> None:
+    assert training(learning_rate=0.25).figures() == {"learning_rate": 0.25}
+    half = training(Precision(CPU, torch.float16), learning_rate=0.25)
+    assert half.figures() == {"learning_rate": 0.25, "loss_scale": 2.0**16}
+
+
 def split_of(count: int = 43) -> data.Split:
     train, _ = data.load("digits", CPU)
     return train.cut(count)[0]
@@ -233,7 +249,7 @@ def test_a_student_with_dropout_goes_on_bit_equal() -> None:
 def test_the_average_is_what_is_kept_and_watched() -> None:
     seen: list[dict[str, Tensor]] = []
     averaged = training(ema=0.5)
-    averaged._accuracy = lambda: seen.append(weights(averaged)) or 1.0  # type: ignore[func-returns-value]
+    averaged._judge = lambda: seen.append(weights(averaged)) or Judged(1.0, 0.0, None)  # type: ignore[func-returns-value]
     averaged.run()
     plain = training()
     expected: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +19,27 @@ from ftfast.distill.schedule import Schedule
 from ftfast.distill.student_step import DivergedError, LearningStep, LossRecord, Precision
 from ftfast.distill.telemetry import RunLog, part
 
-__all__ = ["DivergedError", "Epoch", "Precision", "Schedule", "Stopped", "Training", "evaluate", "logits_of"]
+__all__ = ["DivergedError", "Epoch", "Judged", "Precision", "Schedule", "Stopped", "Training", "evaluate", "logits_of"]
+
+# An accuracy of the five likeliest classes is told of where there are this many.
+LEAST_CLASSES_FOR_TOP5 = 100
 
 
 class Stopped(Exception):
     """A training that was asked to stop, between two steps."""
 
 
+class Judged(NamedTuple):
+    """A classifier's accuracy in percent, mean cross-entropy, and of many classes that of the likeliest five."""
+
+    accuracy: float
+    cross_entropy: float
+    top5_accuracy: float | None
+
+
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's record: mean of each loss term, accuracy on the images watched in percent, and training seconds.
+    """One epoch's record: mean of each loss term, accuracies on the images watched in percent, and training seconds.
 
     ``damaged`` are the files that could not be decoded, and others stood in for.
     """
@@ -38,6 +49,7 @@ class Epoch:
     accuracy: float | None
     images: int
     seconds: float
+    top5_accuracy: float | None = None
     damaged: int = 0
 
 
@@ -52,7 +64,7 @@ class Training:
         images: to learn from.
         schedule, precision: see there.
         seed: decides the order of the images, and with epoch and step all else that is drawn.
-        accuracy: called after every epoch for its record.
+        judge: called after every epoch for the accuracies in its record.
         processes: those that train together, each on its part of every batch; all of them make the same calls.
         mixing: changes a batch's images and labels before the terms see them.
     """
@@ -66,7 +78,7 @@ class Training:
         precision: Precision,
         *,
         seed: int,
-        accuracy: Callable[[], float] | None = None,
+        judge: Callable[[], Judged] | None = None,
         processes: Processes = ALONE,
         mixing: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
@@ -76,7 +88,7 @@ class Training:
         self._images = images
         self._schedule = schedule
         self._seed = seed
-        self._accuracy = accuracy
+        self._judge = judge
         self._processes = processes
         self._mixing = mixing
         self._step = LearningStep(learner, terms, schedule, precision, processes)
@@ -120,6 +132,8 @@ class Training:
     ) -> Epoch:
         self.learner.train()
         start = time.perf_counter()
+        if self.log is not None:
+            self.log.begin_epoch()
         count, batch_size = len(self._images), self._schedule.batch_size
         first = epoch * self._steps_per_epoch
         batches = self._images.draw(
@@ -148,18 +162,22 @@ class Training:
                 raise Stopped
         self._losses.look(first + self._steps_per_epoch - 1)
         losses = self._losses.means(count)
+        if self.log is not None:
+            self.log.end_epoch(self)
         seconds = self._seconds + time.perf_counter() - start
         damaged = self._damaged_so_far()
         self._images.bear_damage(damaged)
         self._steps_done, self._seconds, self._losses = 0, 0.0, self._loss_record()
         self._damaged = 0
-        return Epoch(epoch + 1, losses, self._watch(), count, seconds, damaged)
+        judged = self._watch()
+        accuracy, top5 = (None, None) if judged is None else (judged.accuracy, judged.top5_accuracy)
+        return Epoch(epoch + 1, losses, accuracy, count, seconds, top5, damaged)
 
-    def _watch(self) -> float | None:
-        if self._accuracy is None:
+    def _watch(self) -> Judged | None:
+        if self._judge is None:
             return None
         with self._averaged_weights():
-            return self._accuracy()
+            return self._judge()
 
     def _damaged_so_far(self) -> int:
         """Files of the epoch under way that could not be decoded, in any of the processes; all of them ask."""
@@ -229,6 +247,24 @@ class Training:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
 
+    @property
+    def epochs(self) -> int:
+        """How many there are to be."""
+        return self._schedule.epochs
+
+    def images_done(self) -> int:
+        """Images drawn in all epochs."""
+        count, steps = len(self._images), self._steps_per_epoch
+        return len(self.history) * count + sum(size_of(count, steps, step) for step in range(self._steps_done))
+
+    def take_losses(self) -> dict[str, Tensor]:
+        """What the sums of the loss terms, this process's share of them, have grown by since the last call."""
+        return self._losses.take()
+
+    def figures(self) -> dict[str, float]:
+        """The last step's ``learning_rate`` and, in float16, ``loss_scale``."""
+        return self._step.figures()
+
     def steps_done(self) -> int:
         """Steps of the epoch that is under way; 0 between two epochs."""
         return self._steps_done
@@ -268,23 +304,25 @@ def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[T
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
-) -> tuple[float, float]:
-    """Accuracy in percent and mean cross-entropy of a classifier; of many processes, each judges its own images.
+def evaluate(model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE) -> Judged:
+    """What a classifier is worth; of many processes, each judges its own images.
 
     Running statistics, which each process has of its own batches, become those of the first one, which are kept.
     """
     processes.take_from_first(model.buffers())
-    sums = torch.zeros(4, dtype=torch.float64, device=precision.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=precision.device)
     for logits, labels in _tested(model, images, precision, processes):
         correct = (logits.argmax(1) == labels).sum()
         entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums[:3] += torch.stack([correct.double(), entropy.double(), torch.full_like(entropy, len(labels)).double()])
-    sums[3] = images.damaged()
-    correct, entropy, count, damaged = processes.sum(sums).tolist()
+        top5, counted = torch.zeros_like(correct), 0
+        if logits.shape[1] >= LEAST_CLASSES_FOR_TOP5:
+            top5, counted = (logits.topk(5, dim=1).indices == labels[:, None]).sum(), len(labels)
+        counts = (torch.full_like(entropy, number) for number in (len(labels), counted))
+        sums[:5] += torch.stack([value.double() for value in (correct, entropy, top5, *counts)])
+    sums[5] = images.damaged()
+    correct, entropy, top5, count, counted, damaged = processes.sum(sums).tolist()
     images.bear_damage(int(damaged))
-    return 100 * correct / count, entropy / count
+    return Judged(100 * correct / count, entropy / count, 100 * top5 / counted if counted else None)
 
 
 def _tested(

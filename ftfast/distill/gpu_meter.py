@@ -89,6 +89,20 @@ class Gpu:
         return {name: value for name, value in found.items() if value is not None}
 
 
+def why_there_is_none(device: torch.device) -> str | None:
+    """Why :func:`gpu_of` has no figures of a device, in a sentence; None on a CPU, which has none."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml  # noqa: F401
+    except ImportError:
+        return (
+            "telemetry has no load, memory, power and energy of the GPU, since nvidia-ml-py is missing; "
+            "pip install 'ftfast[distill]' brings it"
+        )
+    return "telemetry has no load, memory, power and energy of the GPU, which NVML does not find"
+
+
 def gpu_of(device: torch.device) -> Gpu | None:
     """NVML's view of a torch device, or None.
 

@@ -48,7 +48,7 @@ def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
     finished = setup.read_finished(path, description)
     if finished is None and source is not None:
         model.load_state_dict(setup.processes.on_first(lambda: read_teacher(settings)))
-        accuracy = evaluate(model, setup.test, setup.precision, setup.processes)[0]
+        accuracy = evaluate(model, setup.test, setup.precision, setup.processes).accuracy
         kept = {**description, "accuracy": accuracy}
         setup.keep(path, Checkpoint(model.state_dict(), {"history": []}, kept))
     elif finished is None:
@@ -124,7 +124,7 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
         schedule_of(settings, settings.teacher_epochs),
         setup.precision,
         seed=settings.seed,
-        accuracy=lambda: evaluate(model, setup.test, setup.precision, setup.processes)[0],
+        judge=lambda: evaluate(model, setup.test, setup.precision, setup.processes),
         processes=setup.processes,
         mixing=mixing if mixing else None,
     )

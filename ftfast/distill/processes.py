@@ -61,6 +61,15 @@ class Processes:
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
+    def gather(self, value: Value) -> list[Value]:
+        """What each process gives, by rank, in all of them; it travels over the CPU."""
+        if not self.are_many:
+            return [value]
+        found: list[Any] = [None] * self.part.ranks
+        with lost_in_words():
+            dist.all_gather_object(found, value)
+        return found
+
     def on_first(self, work: Callable[[], Value]) -> Value:
         """What ``work`` gives in the first process, sent to all; what it refuses is refused in all."""
         if not self.are_many:

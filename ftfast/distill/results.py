@@ -29,6 +29,7 @@ def student_result(seed: int, history: list[Epoch]) -> dict[str, Any]:
     return {
         "seed": seed,
         "accuracy": history[-1].accuracy,
+        "top5_accuracy": history[-1].top5_accuracy,
         "images_per_second": images_per_second(history),
         "history": [asdict(record) for record in history],
     }

@@ -81,7 +81,7 @@ def try_weights(
             except DivergedError:
                 return Trial(named(method, weights), None, None)
             scores.append(evaluate(training.learner["model"], validated, precision, processes))  # type: ignore[index]
-    accuracies, losses = zip(*scores, strict=True)
+    accuracies, losses = ([score.accuracy for score in scores], [score.cross_entropy for score in scores])
     return Trial(named(method, weights), fmean(accuracies), fmean(losses))
 
 

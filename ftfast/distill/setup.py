@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ftfast.distill.checkpoint import Checkpoint, save
 from ftfast.distill.colours import IMAGENET, Colours, to_photographs
 from ftfast.distill.engine import Precision, Training
 from ftfast.distill.folder import RunFolder
-from ftfast.distill.gpu_meter import gpu_of
+from ftfast.distill.gpu_meter import gpu_of, why_there_is_none
 from ftfast.distill.images import Images
 from ftfast.distill.processes import Processes
 from ftfast.distill.progress import Progress
@@ -74,7 +74,12 @@ def load_images(
 
 @dataclass(frozen=True)
 class Setup:
-    """What every phase works with, in each of the run's processes; settings are resolved, images on the device."""
+    """What every phase works with, in each of the run's processes; settings are resolved, images on the device.
+
+    Attributes:
+        counts: whoever counts something puts it here by name, in any process and at any time; lines of telemetry have
+            the sums over the processes.
+    """
 
     settings: Settings
     precision: Precision
@@ -87,6 +92,7 @@ class Setup:
     processes: Processes
     checkpoints_kept: int = 3
     telemetry_seconds: float = SECONDS_BETWEEN_LINES
+    counts: dict[str, float] = field(default_factory=dict)
 
     @property
     def part_size(self) -> int:
@@ -120,34 +126,39 @@ class Setup:
 
     def finish(self, training: Training, path: Path, description: dict[str, Any]) -> None:
         """Trains to the end, with progress, logs and checkpoints, and leaves the checkpoint at ``path``."""
-        title = str(path.relative_to(self.folder.path))
-        device = self.precision.device
-        with (
-            EpochLog(self.folder.tensorboard / title) as log,
-            RunLog(
-                self.folder.path if self.processes.is_first else None,
-                title,
-                device,
-                gpu_of(device),
-                self.telemetry_seconds,
-            ) as training.log,
-        ):
+        title, progress = str(path.relative_to(self.folder.path)), self.progress
+        device, is_first = self.precision.device, self.processes.is_first
+        gpu = gpu_of(device)
+        if gpu is None and (reason := why_there_is_none(device)):
+            progress.say_once(f"warning: {reason}")
+        epochs = EpochLog(self.folder.tensorboard, title, progress.say_once)
+        training.log = RunLog(
+            self.folder.path if is_first else None,
+            title,
+            device,
+            gpu,
+            self.telemetry_seconds,
+            processes=self.processes,
+            say=progress.say_once,
+            advance=progress.advance,
+            counts=self.counts,
+        )
 
-            def after_epoch(training: Training) -> None:
-                record = training.history[-1]
-                self.progress.advance(record.images)
-                if self.processes.is_first:
-                    log.add(record)
+        def after_epoch(training: Training) -> None:
+            record = training.history[-1]
+            progress.end_epoch(title, training.epochs, record)
+            if is_first:
+                epochs.add(record)
 
-            resumable.finish(
-                training,
-                path,
-                description,
-                checkpoint_seconds=self.checkpoint_seconds,
-                after_epoch=after_epoch,
-                resumed=lambda history: self.progress.skip(sum(record.images for record in history)),
-                processes=self.processes,
-                say=self.progress.say,
-                paused=training.log.pause,
-                kept=self.checkpoints_kept,
-            )
+        resumable.finish(
+            training,
+            path,
+            description,
+            checkpoint_seconds=self.checkpoint_seconds,
+            after_epoch=after_epoch,
+            resumed=lambda _: progress.skip(training.images_done()),
+            processes=self.processes,
+            say=progress.say,
+            paused=training.log.pause,
+            kept=self.checkpoints_kept,
+        )

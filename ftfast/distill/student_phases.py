@@ -29,7 +29,7 @@ def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Tri
         if len(candidates) > 1:
             images = selection.trial_images(settings)
             progress.begin(f"weights of {method}", len(candidates) * images)
-            progress.advance(len(trials) * images)
+            progress.skip(len(trials) * images)
             start = time.perf_counter()
             split = cast(Foldable, setup.students)  # photographs leave no choice
             for weights in candidates[len(trials) :]:
@@ -133,7 +133,7 @@ def train_students(
             finished = setup.read_finished(path, description)
             assert finished is not None
         else:
-            progress.advance(settings.student_epochs * len(setup.students))
+            progress.skip(settings.student_epochs * len(setup.students))
         results.append(student_result(seed, resumable.history_of(finished)))
     progress.end()
     progress.say(f"{method}: {method_line(results)}, {time.perf_counter() - start:.1f} s")

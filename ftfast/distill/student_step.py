@@ -109,6 +109,11 @@ class LearningStep:
             self._scaler.update()
         return values
 
+    def figures(self) -> dict[str, float]:
+        """``learning_rate`` of the last step and, in float16, the scaler's ``loss_scale``, which waits for a GPU."""
+        scale = {"loss_scale": float(self._scaler.get_scale())} if self._scaler.is_enabled() else {}
+        return {"learning_rate": float(self.optimiser.param_groups[0]["lr"]), **scale}
+
     def state(self) -> dict[str, Any]:
         """What :meth:`load_state` takes: of the optimiser and, in float16, of the scaler."""
         scaler = self._scaler.state_dict()
@@ -183,7 +188,14 @@ class LossRecord:
         self.sums = dict(sums or {})
         if not processes.is_first:  # every process adds its own; what was drawn so far is the first one's
             self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+        self._taken = dict(self.sums)
         self._unseen: list[Tensor] = []
+
+    def take(self) -> dict[str, Tensor]:
+        """What this process's sums have grown by since the last call; nothing is waited for."""
+        grown = {name: total - self._taken[name] if name in self._taken else total for name, total in self.sums.items()}
+        self._taken = dict(self.sums)
+        return grown
 
     def add(self, terms: Terms, images: int, step: int) -> None:
         """Takes a step's terms, of a batch of that many images; ``step`` is counted from 0 over all epochs.

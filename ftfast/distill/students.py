@@ -66,7 +66,7 @@ def student_training(
     student = with_batch_norms(build_student(settings, seed), settings)
     learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=seed)
     schedule = schedule_of(settings, epochs or settings.student_epochs)
-    accuracy = None if watched is None else lambda: evaluate(student, watched, precision, processes)[0]
+    judge = None if watched is None else lambda: evaluate(student, watched, precision, processes)
     mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
     return Training(
         learner,
@@ -75,7 +75,7 @@ def student_training(
         schedule,
         precision,
         seed=seed,
-        accuracy=accuracy,
+        judge=judge,
         processes=processes,
         mixing=mixing if mixing else None,
     )

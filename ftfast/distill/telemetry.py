@@ -4,17 +4,21 @@ One step in many is timed part by part; on a GPU that step's parts wait for one 
 alone, while rates are of all steps as they ran.
 """
 
-import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from ftfast.distill.appended import LineFile
 from ftfast.distill.gpu_meter import BUSY, Gpu
+from ftfast.distill.processes import ALONE, Processes
+from ftfast.distill.rank_figures import Told, gpus_of, losses_of, slowest_of, summed
+from ftfast.distill.tensorboard import STEPS, Scalars
 
 if TYPE_CHECKING:
     from ftfast.distill.engine import Training
@@ -63,11 +67,14 @@ class StepClock:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 
-    def take(self) -> dict[str, float]:
-        """Milliseconds by part, means since the last call; empty where no step was sampled."""
+    def means(self) -> dict[str, float]:
+        """Milliseconds by part, means since the last :meth:`clear`; empty where no step was sampled."""
         seconds, count = self._seconds, self._sampled
-        self._seconds, self._sampled = {}, 0
         return {name: 1e3 * seconds[name] / count for name in PARTS if name in seconds} if count else {}
+
+    def clear(self) -> None:
+        """Forgets what was timed."""
+        self._seconds, self._sampled = {}, 0
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -78,16 +85,25 @@ class StepClock:
 class RunLog:
     """Writes a training's lines into the run folder's ``telemetry.jsonl``, which a resumed run goes on with.
 
-    A line has ``training``, ``epoch`` and ``step`` (from 1), ``seconds`` since the line before, of these
-    ``images_per_second``, ``checkpoints`` written meanwhile and ``checkpoint_pause`` (their share of the time), and
-    where they are known ``milliseconds`` by part and ``gpu`` (``busy_percent``, ``memory_bytes``, ``watts``,
-    ``joules_per_image``).
+    A line has ``training``, ``epoch`` and ``step`` (from 1), ``seconds`` of training since the line before, which are
+    none of an evaluation, of these ``images_per_second``, ``checkpoints`` written meanwhile and ``checkpoint_pause``
+    (their share of the time), ``loss`` and by term ``losses`` (means over these images), ``learning_rate`` and in
+    float16 ``loss_scale``. Where they are known it has ``milliseconds`` by part (the first process's), ``gpu``
+    (``busy_percent``, ``memory_bytes``, ``watts``, ``joules_per_image``), and of many processes
+    ``lowest_busy_percent`` there and ``slowest_process``.
+
+    Every process of the run has one. They tell each other their figures at steps that the first one's clock decides and
+    all know beforehand, and the first one writes.
 
     Args:
         folder: of the run; None writes nothing.
         title: the training's, such as ``students/ft/seed0``.
-        gpu: None where there is none.
-        seconds: between two lines.
+        gpu: this process's; None where there is none.
+        seconds: between two lines, the same in all processes.
+        processes: those that train together.
+        say: takes a line where the disk fails; the training goes on.
+        advance: called with the images of every step.
+        counts: numbers that the caller keeps up to date; lines have their sums over the processes.
     """
 
     def __init__(
@@ -97,41 +113,114 @@ class RunLog:
         device: torch.device,
         gpu: Gpu | None,
         seconds: float = SECONDS_BETWEEN_LINES,
+        *,
+        processes: Processes = ALONE,
+        say: Callable[[str], None] = lambda _: None,
+        advance: Callable[[int], None] = lambda _: None,
+        counts: Mapping[str, float] | None = None,
     ) -> None:
         self.clock = StepClock(device)
-        self._folder, self._title, self._gpu, self._seconds = folder, title, gpu, seconds
-        self._file: Any = None
-        self._writer: Any = None
-        self._paused, self._checkpoints = 0.0, 0
-        self._images = 0
-        self._since = time.perf_counter()
-        self._joules = None if gpu is None else gpu.joules()
-
-    def __enter__(self) -> Self:
-        if self._folder is not None:
-            path = self._folder / FILE
-            _cut_half_a_line(path)
-            self._file = path.open("a")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for open_one in (self._file, self._writer):
-            if open_one is not None:
-                open_one.close()
+        self._title, self._gpu, self._seconds, self._processes = title, gpu, seconds, processes
+        self._advance, self._counts = advance, {} if counts is None else counts
+        self._is_off = folder is None and not processes.are_many
+        is_writing = folder is not None and processes.is_first
+        self._lines = LineFile(folder / FILE, say) if folder is not None and is_writing else None
+        self._scalars = None
+        if folder is not None and is_writing:
+            self._scalars = Scalars(folder / "tensorboard", f"{title}/{STEPS}", say)
+        self._first_step: int | None = None
+        self._until_told, self._next_steps = 1, 1
+        self._joules, self._joules_at = 0.0, None if gpu is None else gpu.joules()
+        self._all_joules: float | None = 0.0  # of all processes at the last line
+        self._elapsed, self._since = 0.0, time.perf_counter()  # of training before, and from when on
+        self._start_line(self._since)
 
     def pause(self, seconds: float) -> None:
         """The training stood still that long for a checkpoint."""
         self._paused += seconds
         self._checkpoints += 1
 
+    def begin_epoch(self) -> None:
+        """Before an epoch's first batch is asked for; what was before is none of the training's time and energy."""
+        self._since = time.perf_counter()
+        self._joules_at = None if self._gpu is None else self._gpu.joules()
+
+    def end_epoch(self, training: "Training") -> None:
+        """After its last step."""
+        now = time.perf_counter()
+        self._elapsed, self._since = self._elapsed + now - self._since, now
+        self._spend()
+        self._keep(training.take_losses())
+
     def step(self, training: "Training", images: int) -> None:
         """After each step, with the images of all processes in it."""
-        self._images += images
-        seconds = time.perf_counter() - self._since
-        if self._file is None or seconds < self._seconds:
+        self._advance(images)
+        if self._is_off:
             return
+        self._images += images
+        self._steps += 1
+        if self._first_step is None:
+            self._first_step = training.total_steps_done()
+        now = time.perf_counter()
+        seconds = max(self._elapsed + now - self._since, 1e-9)
+        if self._processes.are_many:
+            self._until_told -= 1
+            if self._until_told:
+                return
+        elif seconds < self._seconds:
+            return
+        self._keep(training.take_losses())
+        all_told = self._processes.gather(self._tell(seconds))
+        self._until_told = self._next_steps = all_told[0].next_steps
+        if not all_told[0].is_due:
+            return
+        if self._lines is not None:
+            self._write(training, all_told, seconds)
+        self._start_line(now)  # what the look at the device waited for is the next line's
+
+    def _start_line(self, now: float) -> None:
+        self._images = self._steps = self._checkpoints = 0
+        self._paused = self._elapsed = 0.0
+        self._since = now
+        self._losses: dict[str, Tensor] = {}
+        self.clock.clear()
+
+    def _keep(self, losses: dict[str, Tensor]) -> None:
+        for name, total in losses.items():
+            self._losses[name] = self._losses[name] + total if name in self._losses else total
+
+    def _spend(self) -> None:
+        now = None if self._gpu is None else self._gpu.joules()
+        if now is not None and self._joules_at is not None:
+            self._joules += now - self._joules_at
+        self._joules_at = now
+
+    def _tell(self, seconds: float) -> Told:
+        is_due = seconds >= self._seconds
+        left = (0.0 if is_due else -seconds) + self._seconds
+        # At most twice as many steps as before, since the first ones, which compile, say little of those to come.
+        steps = math.ceil(min(left * self._steps / seconds, 2 * self._next_steps))
+        losses: dict[str, float] = {}
+        if self._losses:  # one look at the device for all of them
+            losses = dict(zip(self._losses, torch.stack(list(self._losses.values())).tolist(), strict=True))
+        gpu = {}
+        if self._gpu is not None:
+            self._spend()
+            seen = self._gpu.look()
+            found = {
+                "joules": None if self._joules_at is None else self._joules,
+                "watts": seen["watts"],
+                BUSY: seen[BUSY],
+                "memory_bytes": self._gpu.memory_used(),
+            }
+            gpu = {name: float(value) for name, value in found.items() if value is not None}
+        return Told(is_due, max(1, steps), losses, self.clock.means(), gpu, dict(self._counts))
+
+    def _write(self, training: "Training", all_told: list[Told], seconds: float) -> None:
+        assert self._lines is not None
+        assert self._scalars is not None
+        loss, losses = losses_of(all_told, self._images)
+        gpu, self._all_joules = gpus_of(all_told, self._all_joules, self._images)
         line: dict[str, Any] = {
             "time": time.time(),
             "training": self._title,
@@ -141,50 +230,27 @@ class RunLog:
             "images_per_second": self._images / seconds,
             "checkpoint_pause": self._paused / seconds,
             "checkpoints": self._checkpoints,
+            **training.figures(),
         }
-        if milliseconds := self.clock.take():
-            line["milliseconds"] = milliseconds
-        if gpu := self._look():
-            line["gpu"] = gpu
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._draw(line, training.total_steps_done())
-        self._images, self._paused, self._checkpoints = 0, 0.0, 0
-        self._since = time.perf_counter()
-
-    def _look(self) -> dict[str, float]:
-        if self._gpu is None:
-            return {}
-        seen, joules = self._gpu.look(), self._gpu.joules()
-        found = {
-            "busy_percent": seen[BUSY],
-            "watts": seen["watts"],
-            "memory_bytes": self._gpu.memory_used(),
-            "joules_per_image": None
-            if joules is None or self._joules is None
-            else (joules - self._joules) / self._images,
+        known = {
+            "loss": loss,
+            "losses": losses,
+            "milliseconds": all_told[0].milliseconds,
+            "gpu": gpu,
+            "slowest_process": slowest_of(all_told),
+            "counts": summed([told.counts for told in all_told]),
         }
-        self._joules = joules
-        return {name: float(value) for name, value in found.items() if value is not None}
-
-    def _draw(self, line: dict[str, Any], step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        assert self._folder is not None
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self._folder / "tensorboard" / self._title), purge_step=step)
-        scalars = {name: line[name] for name in ("images_per_second", "checkpoint_pause")}
-        scalars.update({f"ms/{name}": value for name, value in line.get("milliseconds", {}).items()})
-        scalars.update({f"gpu/{name}": value for name, value in line.get("gpu", {}).items()})
-        for name, value in scalars.items():
-            self._writer.add_scalar(f"steps/{name}", value, step)
+        line |= {name: value for name, value in known.items() if value not in (None, {})}
+        self._lines.add(line)
+        scalars = {f"{STEPS}/{name}": value for name, value in _numbers(line)}
+        self._scalars.add(scalars, training.total_steps_done(), self._first_step)
 
 
-def _cut_half_a_line(path: Path) -> None:
-    """What a kill left of a last line would spoil the next one."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
+def _numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard draws of a line."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            shown = {"milliseconds": "ms", "losses": "loss"}.get(name, name)
+            yield from ((f"{shown}/{part}", number) for part, number in value.items())
+        elif isinstance(value, float) and name not in ("time", "seconds"):
+            yield ("loss/sum" if name == "loss" else name), value
