@@ -1,8 +1,8 @@
 """The training loop of teachers and students, which can be stopped after any step and go on as if it had not been."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Training:
         images: to learn from.
         schedule, precision: see there.
         seed: decides the order of the images, and with epoch and step all else that is drawn.
-        accuracy: called after every epoch for its record.
+        accuracy: called after every epoch for its record, with what it has to ask on the way as :func:`evaluate` does.
         processes: those that train together, each on its part of every batch; all of them make the same calls.
         mixing: changes a batch's images and labels before the terms see them.
     """
@@ -61,13 +61,14 @@ class Training:
         precision: Precision,
         *,
         seed: int,
-        accuracy: Callable[[], float] | None = None,
+        accuracy: Callable[[Callable[[], bool]], float] | None = None,
         processes: Processes = ALONE,
         mixing: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.learner = learner
         self.history: list[Epoch] = []
         self.log: RunLog | None = None
+        self.is_between_steps = True  # what learns is of one step, whatever happens now
         self._images = images
         self._schedule = schedule
         self._seed = seed
@@ -86,6 +87,7 @@ class Training:
         after_epoch: Callable[["Training"], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
         after_step: Callable[["Training"], None] | None = None,
+        stop_judging: Callable[[], bool] = lambda: False,
     ) -> list[Epoch]:
         """Trains the epochs that are left; returns the records of all.
 
@@ -93,13 +95,14 @@ class Training:
             after_epoch: called with this training after each.
             stop: asked after every step whether to end there.
             after_step: called with this training after each step, before ``stop`` is asked.
+            stop_judging: asked before every batch on which the accuracy is found whether to end there.
 
         Raises:
             DivergedError: the loss is not finite.
-            Stopped: ``stop`` said so; :meth:`state` goes on from there.
+            Stopped: ``stop`` or ``stop_judging`` said so; :meth:`state` goes on from there.
         """
         while len(self.history) < self._schedule.epochs:
-            self.history.append(self._run_epoch(len(self.history), stop, after_step))
+            self.history.append(self._run_epoch(len(self.history), stop, after_step, stop_judging))
             if after_epoch is not None:
                 after_epoch(self)
         if self._average is not None:
@@ -108,7 +111,11 @@ class Training:
         return self.history
 
     def _run_epoch(
-        self, epoch: int, stop: Callable[[], bool], after_step: Callable[["Training"], None] | None
+        self,
+        epoch: int,
+        stop: Callable[[], bool],
+        after_step: Callable[["Training"], None] | None,
+        stop_judging: Callable[[], bool],
     ) -> Epoch:
         self.learner.train()
         start = time.perf_counter()
@@ -118,6 +125,7 @@ class Training:
             batch_size, seed=self._seed, epoch=epoch, first_step=self._steps_done, part=self._processes.part
         )
         for batch in self._timed(batches):
+            self.is_between_steps = False
             step = first + self._steps_done
             whole = size_of(count, self._steps_per_epoch, self._steps_done)
             seed = step_seed(self._seed, step, self._processes.part.rank)
@@ -129,6 +137,7 @@ class Training:
             if self._average is not None:
                 self._average.update_parameters(self._model())
             self._steps_done += 1
+            self.is_between_steps = True
             if self.log is not None:
                 self.log.clock.end_step()
                 self.log.step(self, whole)
@@ -139,12 +148,13 @@ class Training:
                 self._seconds += time.perf_counter() - start
                 raise Stopped
         self._losses.look(first + self._steps_per_epoch - 1)
-        losses = self._losses.means(count)
-        seconds = self._seconds + time.perf_counter() - start
-        self._steps_done, self._seconds, self._losses = 0, 0.0, LossRecord(processes=self._processes)
+        self._seconds += time.perf_counter() - start
         with self._averaged_weights():
-            accuracy = self._accuracy() if self._accuracy is not None else None
-        return Epoch(epoch + 1, losses, accuracy, count, seconds)
+            accuracy = self._accuracy(stop_judging) if self._accuracy is not None else None
+        record = Epoch(epoch + 1, self._losses.means(count), accuracy, count, self._seconds)
+        # Not before: a training that is stopped while it is judged goes on with the epoch's judgement.
+        self._steps_done, self._seconds, self._losses = 0, 0.0, LossRecord(processes=self._processes)
+        return record
 
     def _timed(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """The batches, each asked for within a step of the log's clock."""
@@ -240,25 +250,49 @@ def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[T
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
+    model: nn.Module,
+    images: Images,
+    precision: Precision,
+    processes: Processes = ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float]:
-    """Accuracy in percent and mean cross-entropy of a classifier; of many processes, each judges its own images."""
+    """Accuracy in percent and mean cross-entropy of a classifier; of many processes, each judges its own images.
+
+    Args:
+        stop: asked before every batch whether to end there, equally often in every process.
+
+    Raises:
+        Stopped: ``stop`` said so.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=precision.device)
-    for logits, labels in _tested(model, images, precision, processes):
-        correct = (logits.argmax(1) == labels).sum()
-        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([correct.double(), entropy.double(), torch.full_like(entropy, len(labels)).double()])
+    questions = steps_of(size_of(len(images), processes.part.ranks, 0), images.test_batch_size)  # the largest part's
+    with closing(_tested(model, images, precision, processes)) as batches:
+        for logits, labels in batches:
+            questions -= 1
+            _raise_if(stop)
+            correct = (logits.argmax(1) == labels).sum()
+            entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([correct.double(), entropy.double(), torch.full_like(entropy, len(labels)).double()])
+    for _ in range(questions):
+        _raise_if(stop)
     correct, entropy, count = processes.sum(sums).tolist()
     return 100 * correct / count, entropy / count
 
 
+def _raise_if(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise Stopped
+
+
 def _tested(
     model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     was_training = model.training
     model.eval()
-    for batch, labels in images.in_order(images.test_batch_size, processes.part):
-        with precision.autocast():
-            logits = model(batch)
-        yield logits.float(), labels
-    model.train(was_training)
+    try:
+        for batch, labels in images.in_order(images.test_batch_size, processes.part):
+            with precision.autocast():
+                logits = model(batch)
+            yield logits.float(), labels
+    finally:
+        model.train(was_training)

@@ -123,7 +123,7 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
         schedule_of(settings, settings.teacher_epochs),
         setup.precision,
         seed=settings.seed,
-        accuracy=lambda: evaluate(model, setup.test, setup.precision, setup.processes)[0],
+        accuracy=lambda stop: evaluate(model, setup.test, setup.precision, setup.processes, stop)[0],
         processes=setup.processes,
         mixing=mixing if mixing else None,
     )
