@@ -33,7 +33,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.\n")
+        _say(f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.")
+        self.exit(BAD_INPUT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,32 +79,27 @@ def _run_command(name: str, words: list[str]) -> int:
         sys.stdout.flush()  # a full disk is met here, where it can still be said
         return status
     except ValueError as error:
-        from ftfast.distill.errors import DistillError, LostProcessError
+        from ftfast.distill.errors import DistillError
 
         if not isinstance(error, DistillError):
             raise
-        # Of the processes that torchrun starts, all meet a refusal and one says it.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError):
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        _say(f"{parser.prog}: error: {error}", error)
         return BAD_INPUT
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("ftfast", "torch"):
             raise
-        print(
-            f"{parser.prog}: error: it needs the package {error.name}; pip install 'ftfast[distill]'.", file=sys.stderr
-        )
+        _say(f"{parser.prog}: error: it needs the package {error.name}; pip install 'ftfast[distill]'.")
         return BAD_INPUT
     except KeyboardInterrupt as interruption:
         advice = f": {interruption}." if str(interruption) else "."
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{parser.prog}: interrupted{advice}", file=sys.stderr)
+        _say(f"{parser.prog}: interrupted{advice}", interruption)
         return getattr(interruption, "status", INTERRUPTED)
     except BrokenPipeError:  # the reader has had enough (ftfast ... | head)
         _discard_stdout()
         return 0
     except OSError as error:
         where = f"{os.fspath(error.filename)!s}: " if isinstance(error.filename, str | os.PathLike) else ""
-        print(f"{parser.prog}: error: {where}{(error.strerror or str(error)).rstrip('.')}.", file=sys.stderr)
+        _say(f"{parser.prog}: error: {where}{(error.strerror or str(error)).rstrip('.')}.", error)
         if error.filename is None:
             _discard_stdout()
         return BAD_INPUT
@@ -112,10 +108,25 @@ def _run_command(name: str, words: list[str]) -> int:
             raise
         asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         size = f": it {asked[0].lower()}" if asked else ""
-        print(
-            f"{parser.prog}: error: the memory does not suffice{size}; take smaller models or batches.", file=sys.stderr
-        )
+        _say(f"{parser.prog}: error: the memory does not suffice{size}; take smaller models or batches.")
         return BAD_INPUT
+
+
+def _say(sentence: str, error: BaseException | None = None) -> None:
+    """To standard error; of torchrun's processes one says what several meet, and each what it alone meets."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        is_first = os.environ.get("RANK", "0") == "0"
+        if getattr(error, "is_shared", False):
+            says = is_first
+        else:
+            from ftfast.distill.launch import is_first_to_say
+
+            known = is_first_to_say(sentence)
+            # Who cannot ask says an error twice rather than never; an interruption is everybody's.
+            says = (is_first or not isinstance(error, KeyboardInterrupt)) if known is None else known
+        if not says:
+            return
+    print(sentence, file=sys.stderr)
 
 
 def _discard_stdout() -> None:

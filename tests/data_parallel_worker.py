@@ -72,7 +72,7 @@ def train(accumulate: int, count: int, batch_size: int, processes: Processes = A
         FLOAT32,
         seed=5,
         processes=processes,
-        judge=lambda: evaluate(Classifier(student), split, FLOAT32, processes),
+        judge=lambda stop: evaluate(Classifier(student), split, FLOAT32, processes, stop),
     )
     history = training.run()
     found = {name: tensor.detach().clone() for name, tensor in learner.state_dict().items()}

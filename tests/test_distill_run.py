@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill import checkpoint, data, resumable
+from ftfast.distill import checkpoint, data, folder, resumable
 from ftfast.distill.curves import STYLES
 from ftfast.distill.errors import CheckpointError, DistillError, RunFolderError, SettingsError
 from ftfast.distill.folder import check_run_folder
@@ -303,6 +303,7 @@ def test_changed_trials_are_refused(
 
 
 def test_one_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
     said: list[RunFolderError] = []
 
     class Rival(Exception):

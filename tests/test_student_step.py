@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.distill import data, models, resumable
+from ftfast.distill import data, interrupts, models, resumable
 from ftfast.distill.engine import Judged, Stopped, Training
 from ftfast.distill.interrupts import Interrupted, StopRequest, signals_interrupt
 from ftfast.distill.methods import Outputs, Terms
@@ -249,7 +249,7 @@ def test_a_student_with_dropout_goes_on_bit_equal() -> None:
 def test_the_average_is_what_is_kept_and_watched() -> None:
     seen: list[dict[str, Tensor]] = []
     averaged = training(ema=0.5)
-    averaged._judge = lambda: seen.append(weights(averaged)) or Judged(1.0, 0.0, None)  # type: ignore[func-returns-value]
+    averaged._judge = lambda _: seen.append(weights(averaged)) or Judged(1.0, 0.0, None)  # type: ignore[func-returns-value]
     averaged.run()
     plain = training()
     expected: dict[str, Tensor] = {}
@@ -295,7 +295,8 @@ def test_a_signal_saves_the_training_and_it_goes_on_bit_equal(tmp_path: Path, nu
         assert torch.equal(weights(resumed)[name], tensor), name
 
 
-def test_a_second_signal_interrupts_at_once() -> None:
+def test_a_second_signal_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.0)
     with StopRequest() as asked:
         signal.raise_signal(signal.SIGTERM)
         assert asked()

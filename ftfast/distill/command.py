@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from ftfast.distill import options
-from ftfast.distill.errors import SettingsError
+from ftfast.distill import launch, options
+from ftfast.distill.errors import DistillError, SettingsError
 from ftfast.distill.interrupts import Interrupted, signals_interrupt
 
 
@@ -30,6 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; the table or the JSON goes to standard output, all else to standard error."""
+    launch.end_again()
+    try:
+        return _run(args)
+    except (DistillError, Interrupted) as end:
+        launch.remember(end)
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
     settings = options.from_arguments(args)
     if args.print_settings:
         print(json.dumps(settings.resolved().to_json(), indent=2))

@@ -34,6 +34,8 @@ PLACES = {
 class DataError(DistillError):
     """A data set that is not there, cannot be downloaded, or is not as its makers published it."""
 
+    is_final = False  # a file system comes back, and so does a process that read for want of memory
+
 
 def default_folder() -> Path:
     """Where data sets lie: ``$FTFAST_DATA``, else ``~/.cache/ftfast``."""

@@ -1,8 +1,8 @@
 """The training loop of teachers and students, which can be stopped after any step and go on as if it had not been."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,7 +64,8 @@ class Training:
         images: to learn from.
         schedule, precision: see there.
         seed: decides the order of the images, and with epoch and step all else that is drawn.
-        judge: called after every epoch for the accuracies in its record.
+        judge: called after every epoch for the accuracies in its record, with what it has to ask on the way as
+            :func:`evaluate` does.
         processes: those that train together, each on its part of every batch; all of them make the same calls.
         mixing: changes a batch's images and labels before the terms see them.
     """
@@ -78,13 +79,14 @@ class Training:
         precision: Precision,
         *,
         seed: int,
-        judge: Callable[[], Judged] | None = None,
+        judge: Callable[[Callable[[], bool]], Judged] | None = None,
         processes: Processes = ALONE,
         mixing: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.learner = learner
         self.history: list[Epoch] = []
         self.log: RunLog | None = None
+        self.is_between_steps = True  # what learns is of one step, whatever happens now
         self._images = images
         self._schedule = schedule
         self._seed = seed
@@ -106,6 +108,7 @@ class Training:
         after_epoch: Callable[["Training"], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
         after_step: Callable[["Training"], None] | None = None,
+        stop_judging: Callable[[], bool] = lambda: False,
     ) -> list[Epoch]:
         """Trains the epochs that are left; returns the records of all.
 
@@ -113,13 +116,14 @@ class Training:
             after_epoch: called with this training after each.
             stop: asked after every step whether to end there.
             after_step: called with this training after each step, before ``stop`` is asked.
+            stop_judging: asked before every batch on which the accuracy is found whether to end there.
 
         Raises:
             DivergedError: the loss is not finite.
-            Stopped: ``stop`` said so; :meth:`state` goes on from there.
+            Stopped: ``stop`` or ``stop_judging`` said so; :meth:`state` goes on from there.
         """
         while len(self.history) < self._schedule.epochs:
-            self.history.append(self._run_epoch(len(self.history), stop, after_step))
+            self.history.append(self._run_epoch(len(self.history), stop, after_step, stop_judging))
             if after_epoch is not None:
                 after_epoch(self)
         if self._average is not None:
@@ -128,7 +132,11 @@ class Training:
         return self.history
 
     def _run_epoch(
-        self, epoch: int, stop: Callable[[], bool], after_step: Callable[["Training"], None] | None
+        self,
+        epoch: int,
+        stop: Callable[[], bool],
+        after_step: Callable[["Training"], None] | None,
+        stop_judging: Callable[[], bool],
     ) -> Epoch:
         self.learner.train()
         start = time.perf_counter()
@@ -140,6 +148,7 @@ class Training:
             batch_size, seed=self._seed, epoch=epoch, first_step=self._steps_done, part=self._processes.part
         )
         for batch in self._timed(batches):
+            self.is_between_steps = False
             step = first + self._steps_done
             whole = size_of(count, self._steps_per_epoch, self._steps_done)
             seed = step_seed(self._seed, step, self._processes.part.rank)
@@ -151,6 +160,7 @@ class Training:
             if self._average is not None:
                 self._average.update_parameters(self._model())
             self._steps_done += 1
+            self.is_between_steps = True
             if self.log is not None:
                 self.log.clock.end_step()
                 self.log.step(self, whole)
@@ -161,23 +171,23 @@ class Training:
                 self._seconds += time.perf_counter() - start
                 raise Stopped
         self._losses.look(first + self._steps_per_epoch - 1)
-        losses = self._losses.means(count)
         if self.log is not None:
             self.log.end_epoch(self)
-        seconds = self._seconds + time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
         damaged = self._damaged_so_far()
         self._images.bear_damage(damaged)
-        self._steps_done, self._seconds, self._losses = 0, 0.0, self._loss_record()
-        self._damaged = 0
-        judged = self._watch()
+        judged = self._watch(stop_judging)
         accuracy, top5 = (None, None) if judged is None else (judged.accuracy, judged.top5_accuracy)
-        return Epoch(epoch + 1, losses, accuracy, count, seconds, top5, damaged)
+        record = Epoch(epoch + 1, self._losses.means(count), accuracy, count, self._seconds, top5, damaged)
+        # Not before: a training that is stopped while it is judged goes on with the epoch's judgement.
+        self._steps_done, self._seconds, self._damaged, self._losses = 0, 0.0, 0, self._loss_record()
+        return record
 
-    def _watch(self) -> Judged | None:
+    def _watch(self, stop: Callable[[], bool]) -> Judged | None:
         if self._judge is None:
             return None
         with self._averaged_weights():
-            return self._judge()
+            return self._judge(stop)
 
     def _damaged_so_far(self) -> int:
         """Files of the epoch under way that could not be decoded, in any of the processes; all of them ask."""
@@ -304,34 +314,59 @@ def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[T
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE) -> Judged:
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    precision: Precision,
+    processes: Processes = ALONE,
+    stop: Callable[[], bool] = lambda: False,
+) -> Judged:
     """What a classifier is worth; of many processes, each judges its own images.
 
     Running statistics, which each process has of its own batches, become those of the first one, which are kept.
+
+    Args:
+        stop: asked before every batch whether to end there, equally often in every process.
+
+    Raises:
+        Stopped: ``stop`` said so.
     """
     processes.take_from_first(model.buffers())
     sums = torch.zeros(6, dtype=torch.float64, device=precision.device)
-    for logits, labels in _tested(model, images, precision, processes):
-        correct = (logits.argmax(1) == labels).sum()
-        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        top5, counted = torch.zeros_like(correct), 0
-        if logits.shape[1] >= LEAST_CLASSES_FOR_TOP5:
-            top5, counted = (logits.topk(5, dim=1).indices == labels[:, None]).sum(), len(labels)
-        counts = (torch.full_like(entropy, number) for number in (len(labels), counted))
-        sums[:5] += torch.stack([value.double() for value in (correct, entropy, top5, *counts)])
+    questions = steps_of(size_of(len(images), processes.part.ranks, 0), images.test_batch_size)  # the largest part's
+    with closing(_tested(model, images, precision, processes)) as batches:
+        for logits, labels in batches:
+            questions -= 1
+            _raise_if(stop)
+            correct = (logits.argmax(1) == labels).sum()
+            entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            top5, counted = torch.zeros_like(correct), 0
+            if logits.shape[1] >= LEAST_CLASSES_FOR_TOP5:
+                top5, counted = (logits.topk(5, dim=1).indices == labels[:, None]).sum(), len(labels)
+            counts = (torch.full_like(entropy, number) for number in (len(labels), counted))
+            sums[:5] += torch.stack([value.double() for value in (correct, entropy, top5, *counts)])
+    for _ in range(questions):
+        _raise_if(stop)
     sums[5] = images.damaged()
     correct, entropy, top5, count, counted, damaged = processes.sum(sums).tolist()
     images.bear_damage(int(damaged))
     return Judged(100 * correct / count, entropy / count, 100 * top5 / counted if counted else None)
 
 
+def _raise_if(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise Stopped
+
+
 def _tested(
     model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     was_training = model.training
     model.eval()
-    for batch, labels in images.in_order(images.test_batch_size, processes.part):
-        with precision.autocast():
-            logits = model(batch)
-        yield logits.float(), labels
-    model.train(was_training)
+    try:
+        for batch, labels in images.in_order(images.test_batch_size, processes.part):
+            with precision.autocast():
+                logits = model(batch)
+            yield logits.float(), labels
+    finally:
+        model.train(was_training)

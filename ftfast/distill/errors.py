@@ -5,7 +5,15 @@ IN_A_NEW_RUN = "in a new --output, with --teacher-checkpoint <this --output>/tea
 
 
 class DistillError(ValueError):
-    """A request that cannot be met, said in one sentence."""
+    """A request that cannot be met, said in one sentence.
+
+    Attributes:
+        is_final: the same command would meet it again, so torchrun's restarts end at once.
+        is_shared: all processes of the run have it from the first one, which says it.
+    """
+
+    is_final = True
+    is_shared = False
 
 
 class SettingsError(DistillError):
@@ -26,6 +34,8 @@ class ParaphraserError(DistillError):
 
 class LostProcessError(DistillError):
     """A run of several processes, one of which no longer answers."""
+
+    is_final = False
 
 
 class StoreError(DistillError):

@@ -23,7 +23,7 @@ def setting(
 ) -> Any:
     """A dataclass field that knows what it takes: one of ``choices``, or a number from ``least`` to ``most``.
 
-    ``free`` ones change nothing that is computed, so a resumed run may have them otherwise.
+    ``free`` ones change nothing that is computed but its rounding, so a resumed run may have them otherwise.
     """
     metadata = {
         "help": explanation,

@@ -4,8 +4,9 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,21 @@ from ftfast.distill import files
 from ftfast.distill.errors import RunFolderError, SettingsError
 from ftfast.distill.settings import Settings
 
-_LOCK = ".lock"
+_LOCK, _LAUNCH = ".lock", ".launch"
+# A process that was killed may take moments to go, and one that was told to stop saves first.
+LOCK_SECONDS = 10.0
+_held: set[int] = set()
+
+
+def _give_up_locks() -> None:
+    """In a process that was forked off, as those that read images are: a lock lasts as long as any copy of it."""
+    for lock in _held:
+        with suppress(OSError):
+            os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_give_up_locks)
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,13 @@ class RunFolder:
 
 
 @contextmanager
-def open_run_folder(path: Path, settings: Settings, *, resume: bool) -> Iterator[RunFolder]:
+def open_run_folder(
+    path: Path, settings: Settings, *, resume: bool, agents: Iterable[bytes] = ()
+) -> Iterator[RunFolder]:
     """A folder for this run alone: a new one, or with ``resume`` that of a run with the same settings.
+
+    Args:
+        agents: stand for what started the run's processes, and are kept for :func:`is_of_one`.
 
     Raises:
         RunFolderError: the folder holds something else, cannot be written, or another process writes to it.
@@ -66,8 +86,10 @@ def open_run_folder(path: Path, settings: Settings, *, resume: bool) -> Iterator
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held.add(lock)
+            _take(lock, LOCK_SECONDS if resume else 0.0)
             check_run_folder(path, settings, resume=resume)  # another process may have filled it meanwhile
+            files.write_json(path / _LAUNCH, [agent.hex() for agent in agents])
             if not folder.settings.exists():
                 files.write_json(folder.settings, settings.to_json())
         except BlockingIOError:
@@ -82,7 +104,28 @@ def open_run_folder(path: Path, settings: Settings, *, resume: bool) -> Iterator
         yield folder
     finally:
         if lock >= 0:
+            _held.discard(lock)
             os.close(lock)  # which gives the lock back, as a kill does
+
+
+def _take(lock: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
+
+
+def is_of_one(path: Path, agents: Iterable[bytes]) -> bool:
+    """Whether the run in a folder was begun, or gone on with, by processes that one of these started too."""
+    try:
+        kept = json.loads((path / _LAUNCH).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(kept, list) and any(agent.hex() in kept for agent in agents)
 
 
 def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
@@ -93,7 +136,7 @@ def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RunFolderError(f"output {path} cannot be written: no permission for {nearest}; choose another --output.")
     entries = list(path.iterdir()) if path.exists() else []
-    found = [entry for entry in entries if entry.name != _LOCK and not files.is_left_over(entry)]
+    found = [entry for entry in entries if entry.name not in (_LOCK, _LAUNCH) and not files.is_left_over(entry)]
     holds_run = RunFolder(path).settings.is_file()
     if found and not resume:
         held = "a run already; continue it with --resume" if holds_run else "other files"

@@ -124,7 +124,7 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
         schedule_of(settings, settings.teacher_epochs),
         setup.precision,
         seed=settings.seed,
-        judge=lambda: evaluate(model, setup.test, setup.precision, setup.processes),
+        judge=lambda stop: evaluate(model, setup.test, setup.precision, setup.processes, stop),
         processes=setup.processes,
         mixing=mixing if mixing else None,
     )

@@ -83,6 +83,7 @@ class Processes:
         with lost_in_words():
             dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
+            outcome[1].is_shared = True
             raise outcome[1]
         return outcome[0]
 
@@ -187,21 +188,26 @@ class Agreement:
         self._asked: Tensor | None = None
         self._work: Any = None
 
-    def __call__(self, *wishes: bool) -> tuple[bool, ...]:
-        """Which of the wishes any process had at the step before; alone, at this one."""
+    def __call__(self, *wishes: int) -> tuple[int, ...]:
+        """The largest that any process had at the step before of each wish, 0 being none; alone, at this one."""
         if not self._processes.are_many:
             return wishes
-        heard = self.hear() if self._asked is not None else (False,) * len(wishes)
+        heard = self.hear() or (0,) * len(wishes)
         self._asked = torch.tensor(wishes, dtype=torch.int32)
         with lost_in_words():
             self._work = dist.all_reduce(self._asked, op=dist.ReduceOp.MAX, async_op=True)
         return heard
 
-    def hear(self) -> tuple[bool, ...]:
+    def hear(self) -> tuple[int, ...]:
         """The wishes still on their way, which no later call then hears; none where there are none."""
         if self._asked is None:
             return ()
         with lost_in_words():
             self._work.wait()
-        heard, self._asked = tuple(bool(wish) for wish in self._asked), None
+        heard, self._asked = tuple(self._asked.tolist()), None
         return heard
+
+    def settle(self, *wishes: int) -> tuple[int, ...]:
+        """As when called, with the wishes of now among those heard; every process waits for the others."""
+        before, now = self(*wishes), self.hear() or wishes
+        return tuple(map(max, before, now))

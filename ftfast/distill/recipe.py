@@ -26,8 +26,10 @@ class Recipe:
     """Fields alone; what they mean together is :class:`ftfast.distill.settings.Settings`'s."""
 
     data: str = setting("digits", "data set", choices=tuple(DATASETS))
-    data_dir: str | None = setting(None, "folder with the data sets' files (default: $FTFAST_DATA or ~/.cache/ftfast)")
-    download: bool = setting(False, "fetch data that are not there over the network")
+    data_dir: str | None = setting(
+        None, "folder with the data sets' files (default: $FTFAST_DATA or ~/.cache/ftfast)", free=True
+    )
+    download: bool = setting(False, "fetch data that are not there over the network", free=True)
     crop_padding: int = setting(0, "pixels around a training image, out of which it is cut at random", least=0, most=64)
     flip: bool = setting(False, "mirror one training image in two")
     cutout: int = setting(0, "side of the square that is blanked in a training image", least=0, most=1024)
@@ -152,5 +154,9 @@ class Recipe:
         choices=("auto", "on", "off"),
     )
     threads: int = setting(
-        1, "threads on the CPU, 0 for torch's choice; digits are too small for more than one", least=0, most=4096
+        1,
+        "threads on the CPU, 0 for torch's choice; digits are too small for more than one",
+        least=0,
+        most=4096,
+        free=True,
     )

@@ -1,18 +1,20 @@
 """Trainings that survive a kill: a checkpoint at the end, now and then one on the way, and one where asked to stop."""
 
 import shutil
-import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
+from ftfast.distill.datasets import DataError
 from ftfast.distill.engine import Epoch, Stopped, Training
 from ftfast.distill.errors import IN_A_NEW_RUN, CheckpointError
 from ftfast.distill.interrupts import Interrupted, StopRequest
 from ftfast.distill.processes import ALONE, Agreement, Processes
+from ftfast.distill.readers import lost_readers_in_words
 from ftfast.distill.snapshots import Snapshots, is_finite
 from ftfast.distill.student_step import DivergedError
 
@@ -92,13 +94,14 @@ def finish(
 
     Raises:
         CheckpointError: no checkpoint on the way is as it was written, or it is of another training.
+        DataError: of the images; a training of one process has been saved as it stood before the step that lacks them.
         DivergedError: the loss or what was learned is not finite; the last checkpoint that is finite stands.
         Interrupted: a signal came; the training as it then stood has been saved.
         OSError: the result cannot be written; the checkpoints on the way stand.
     """
     unfinished = {**description, "kind": f"unfinished {description['kind']}"}
     agreement = Agreement(processes)
-    must_stop = has_asked = False
+    signal_heard, save_heard, has_asked = 0, False, False
     last_saved = time.monotonic()
 
     def save(training: Training) -> None:
@@ -111,14 +114,32 @@ def finish(
             paused(time.perf_counter() - start)
         last_saved = time.monotonic()
 
+    def save_last(training: Training) -> None:
+        """Nobody leaves before it is written: torchrun soon ends the processes that are left."""
+        content = _checkpoint_of(training, unfinished)
+
+        def write() -> None:
+            snapshots.save(_name_of(training), content, is_last=True)
+            snapshots.is_idle(wait=True)
+
+        processes.on_first(write)
+
+    def must_stop(*, is_due: bool = False) -> bool:
+        nonlocal signal_heard, save_heard
+        number, save_now = agreement(asked.number or 0, is_due)
+        signal_heard, save_heard = signal_heard or number, save_heard or bool(save_now)
+        return bool(signal_heard)
+
     def save_now_and_then(training: Training) -> None:
-        nonlocal must_stop, has_asked
+        nonlocal has_asked, save_heard
         is_due = processes.is_first and not has_asked and snapshots.is_idle()
         is_due = is_due and time.monotonic() - last_saved >= checkpoint_seconds
-        must_stop, save_now = agreement(asked(), is_due)
-        has_asked = is_due and not save_now  # many processes agree one step later
-        if save_now and not must_stop:
-            save(training)
+        stops = must_stop(is_due=is_due)
+        has_asked = has_asked or is_due
+        if save_heard:  # many processes agree one step later, or in the evaluation before this one
+            save_heard = has_asked = False
+            if not stops:
+                save(training)
 
     with Snapshots(unfinished_folder(folder), kept=kept, say=say) as snapshots, StopRequest() as asked:
         found = processes.on_first(lambda: _newest(snapshots, unfinished))
@@ -126,17 +147,22 @@ def finish(
             training.load_state(_state_of(found))
             resumed(training.history)
         try:
-            history = training.run(after_epoch, lambda: must_stop, save_now_and_then)
-            must_stop = any(agreement.hear()[:1])
+            with lost_readers_in_words():
+                history = training.run(after_epoch, lambda: bool(signal_heard), save_now_and_then, must_stop)
         except Stopped:
             agreement.hear()
-            save(training)
-            must_stop = True
-        if must_stop:
-            snapshots.is_idle(wait=True)
-            raise Interrupted(asked.number or signal.SIGTERM)
+            save_last(training)
+            raise Interrupted(signal_heard) from None
+        except DataError:
+            # The others are in a step that this one never comes to, and no sums of theirs can be had.
+            if training.is_between_steps and not processes.are_many:
+                with suppress(DivergedError):
+                    save_last(training)
+            raise
         final = _checkpoint_of(training, {**description, "accuracy": history[-1].accuracy})
         processes.on_first(lambda: _keep(final, folder, snapshots))
+        if number := agreement.settle(asked.number or 0, False)[0]:
+            raise Interrupted(number)
     return history
 
 
@@ -156,7 +182,7 @@ def _keep(final: Checkpoint, folder: Path, snapshots: Snapshots) -> None:
             "what was learned is not finite after the last step; the last checkpoint before it is kept. Lower "
             f"--learning-rate or the weights of the loss, or set --clip-gradient, {IN_A_NEW_RUN} once that is there."
         )
-    checkpoint.save(folder, final)
+    snapshots.make_room(lambda: checkpoint.save(folder, final))
     snapshots.remove()
 
 

@@ -1,7 +1,6 @@
 """A whole run: teacher, paraphraser, weights, students. Each phase keeps its result, which a resumed run reads."""
 
 import json
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 
 from ftfast import dispatch
-from ftfast.distill import data, files
+from ftfast.distill import data, files, launch
 from ftfast.distill.errors import RunFolderError, SettingsError
 from ftfast.distill.examine import examine_step
-from ftfast.distill.folder import RunFolder, check_run_folder, open_run_folder
+from ftfast.distill.folder import RunFolder, check_run_folder, is_of_one, open_run_folder
 from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
 from ftfast.distill.methods import METHODS
 from ftfast.distill.paraphrase import paraphraser_images, read_paraphraser
@@ -44,7 +43,8 @@ def run(
     """Runs what the settings say into a folder; returns the content of its results.json.
 
     Args:
-        output: the run folder, new or, with ``resume``, that of a run with the same settings.
+        output: the run folder, new or, with ``resume``, that of a run with the same settings; processes that torchrun
+            starts anew resume their run.
         checkpoint_seconds: the time between two checkpoints of one training.
         checkpoints_kept: of each training, the newest.
         telemetry_seconds: the time between two lines of ``telemetry.jsonl``.
@@ -53,22 +53,31 @@ def run(
         DistillError: in one sentence, before anything is written where that can be known before.
     """
     settings = settings.resolved()
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts all anew
     with ExitStack() as stack:
         stack.enter_context(lost_in_words())
         stack.enter_context(lost_readers_in_words())
         processes = stack.enter_context(joined(settings.device))
 
+        agents = _agents(processes)
+
         def open_folder() -> bool:
-            check_run_folder(output, settings, resume=resume)
+            # The number of restarts stays what it is where a machine came or went, so it tells of restarts at best.
+            is_restart = is_of_one(output, agents) if agents else launch.restarts() > 0
+            goes_on = resume or is_restart
+            check_run_folder(output, settings, resume=goes_on)
             _check(settings, processes)
             is_new = not RunFolder(output).settings.exists()
-            stack.enter_context(open_run_folder(output, settings, resume=resume))
-            return is_new
+            stack.enter_context(open_run_folder(output, settings, resume=goes_on, agents=agents))
+            return resume and is_new
 
-        is_new = processes.on_first(open_folder)
+        starts_anew = processes.on_first(open_folder)
         seconds = (checkpoint_seconds, telemetry_seconds)
-        return _run_in(RunFolder(output), settings, seconds, checkpoints_kept, processes, starts_anew=resume and is_new)
+        return _run_in(RunFolder(output), settings, seconds, checkpoints_kept, processes, starts_anew=starts_anew)
+
+
+def _agents(processes: Processes) -> set[bytes]:
+    """What started the processes of the run, on all machines."""
+    return {agent for agent in processes.gather(launch.agent()) if agent is not None}
 
 
 def _check(settings: Settings, processes: Processes) -> None:

@@ -74,13 +74,17 @@ class Snapshots:
             )
         return None
 
-    def save(self, name: str, content: Checkpoint) -> None:
+    def save(self, name: str, content: Checkpoint, *, is_last: bool = False) -> None:
         """Copies the tensors to the CPU and has them written; they may change once this has returned.
 
         Where the name is there already, or a number is not finite, nothing is written. One that is still being
         written is waited for.
+
+        Args:
+            is_last: a disk that fails is told of though it has been before.
         """
         self.is_idle(wait=True)
+        self._has_warned = self._has_warned and not is_last
         tensors, state = _copied((content.tensors, content.state))
         copy = Checkpoint(tensors, state, content.description)
         self._writing = self._thread.submit(self._write, self._folder / name, copy)
@@ -102,6 +106,17 @@ class Snapshots:
             self._say(f"warning: the checkpoint {error.filename} cannot be written: {error.strerror}; {stands}")
         return True
 
+    def make_room(self, write: Callable[[], None]) -> None:
+        """Calls ``write``, and where the disk is full again, without the checkpoints but the newest."""
+        try:
+            write()
+        except OSError as error:
+            older = self._folders()[:-1]
+            if error.errno not in _FULL or not older:
+                raise
+            self._remove(older)  # the newest one stays until there is a newer
+            write()
+
     def remove(self) -> None:
         """Removes the folder, once nothing is being written."""
         self.is_idle(wait=True)
@@ -114,14 +129,7 @@ class Snapshots:
     def _write(self, folder: Path, content: Checkpoint) -> None:
         if folder.exists() or not is_finite(content):
             return
-        try:
-            checkpoint.save(folder, content)
-        except OSError as error:
-            older = self._folders()[:-1]
-            if error.errno not in _FULL or not older:
-                raise
-            self._remove(older)  # the newest one stays until there is a newer
-            checkpoint.save(folder, content)
+        self.make_room(lambda: checkpoint.save(folder, content))
         self._remove(self._folders()[: -self._kept])
 
     def _remove(self, folders: list[Path]) -> None:

@@ -66,7 +66,7 @@ def student_training(
     student = with_batch_norms(build_student(settings, seed), settings)
     learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=seed)
     schedule = schedule_of(settings, epochs or settings.student_epochs)
-    judge = None if watched is None else lambda: evaluate(student, watched, precision, processes)
+    judge = None if watched is None else lambda stop: evaluate(student, watched, precision, processes, stop)
     mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
     return Training(
         learner,
