@@ -25,7 +25,8 @@ from bench.records import Record, Row
 from bench.registry import Bench, Settings
 from bench.step_peers import IMAGENET, Operands, Pair
 from ftfast.distill.images import steps_of
-from ftfast.distill.telemetry import FILE, PARTS
+from ftfast.distill.step_clock import PARTS
+from ftfast.distill.telemetry import FILE
 
 STEM = "preset_run"
 WORK = "run"

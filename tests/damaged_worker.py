@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.distill import photographs, streamed
-from ftfast.distill.engine import Training, evaluate
+from ftfast.distill.engine import Training
 from ftfast.distill.errors import DistillError
+from ftfast.distill.judge import evaluate
 from ftfast.distill.methods import Terms
 from ftfast.distill.processes import Processes, joined
 from ftfast.distill.schedule import Schedule
@@ -46,7 +47,7 @@ def train(folder: Path, workers: int, processes: Processes) -> dict[str, Any]:
         FLOAT32,
         seed=5,
         processes=processes,
-        accuracy=lambda: evaluate(model, tested, FLOAT32, processes)[0],
+        judge=lambda stop: evaluate(model, tested, FLOAT32, processes, stop),
     )
     try:
         history = training.run()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ftfast import FactorTransfer, Paraphraser, Translator
 from ftfast.distill import models
 from ftfast.distill.data import Split
-from ftfast.distill.engine import Training, evaluate
+from ftfast.distill.engine import Training
+from ftfast.distill.judge import evaluate
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.processes import ALONE, Processes, joined
 from ftfast.distill.schedule import Schedule

@@ -10,7 +10,8 @@ import torch
 
 from ftfast.distill.gpu_meter import Gpu
 from ftfast.distill.processes import Processes, joined
-from ftfast.distill.telemetry import RunLog, part
+from ftfast.distill.step_clock import part
+from ftfast.distill.telemetry import RunLog
 from tests.fake_nvml import FakeNvml
 
 STEPS, IMAGES = 120, 8

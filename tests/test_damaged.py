@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ftfast.distill import streamed
-from ftfast.distill.engine import Stopped, Training
+from ftfast.distill.engine import Training
+from ftfast.distill.interrupts import Stopped
 from ftfast.distill.processes import ALONE
 from ftfast.distill.schedule import Schedule
 from tests import damaged_worker

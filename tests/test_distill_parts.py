@@ -19,16 +19,20 @@ from ftfast import FactorTransfer, Paraphraser, Translator, reference
 from ftfast.distill import data, models
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.curves import curve_rows
-from ftfast.distill.engine import DivergedError, Epoch, Precision, Schedule, Training, evaluate
+from ftfast.distill.engine import Epoch, Training
 from ftfast.distill.errors import ParaphraserError, SettingsError
+from ftfast.distill.judge import evaluate
+from ftfast.distill.loss_record import DivergedError
 from ftfast.distill.methods import METHODS, Outputs, Regressor, Weights
 from ftfast.distill.paraphrase import build_paraphraser, diagnose, train_paraphraser
 from ftfast.distill.progress import Progress
 from ftfast.distill.report import write_report
 from ftfast.distill.results import collect, paired_gain, student_result
+from ftfast.distill.schedule import Schedule
 from ftfast.distill.selection import Trial, best, candidates, selection_epochs, try_weights
 from ftfast.distill.settings import Settings
 from ftfast.distill.setup import algorithms
+from ftfast.distill.student_step import Precision
 from ftfast.distill.students import Guides
 from ftfast.distill.teacher import Teacher
 

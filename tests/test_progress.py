@@ -11,11 +11,13 @@ from torch import nn
 
 from ftfast.distill import progress as saying
 from ftfast.distill.data import Split
-from ftfast.distill.engine import Epoch, Precision, evaluate
+from ftfast.distill.engine import Epoch
 from ftfast.distill.interrupts import Interrupted
+from ftfast.distill.judge import evaluate
 from ftfast.distill.presets import settings_of
 from ftfast.distill.progress import Pace, Progress, duration, epoch_line
 from ftfast.distill.run import run
+from ftfast.distill.student_step import Precision
 
 STUDENT_IMAGES, STUDENT_EPOCHS, SEEDS = 100, 3, 2
 SETTINGS = settings_of(

@@ -17,10 +17,11 @@ import torch
 from ftfast.distill import checkpoint, resumable
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.datasets import DataError
-from ftfast.distill.engine import Judged, Stopped, Training, evaluate
+from ftfast.distill.engine import Training
 from ftfast.distill.errors import LostProcessError
 from ftfast.distill.images import Part
-from ftfast.distill.interrupts import Interrupted, StopRequest, signals_interrupt
+from ftfast.distill.interrupts import Interrupted, Stopped, StopRequest, signals_interrupt
+from ftfast.distill.judge import Judged, evaluate
 from ftfast.distill.processes import ALONE, Agreement, Processes
 from tests.launching import ROOT
 from tests.test_student_step import FLOAT32, split_of, training, weights
@@ -69,7 +70,7 @@ class Many:
 
     def __init__(self, split: Any) -> None:
         self._split = split
-        self.in_order = split.in_order
+        self.in_order, self.damaged, self.bear_damage = split.in_order, split.damaged, split.bear_damage
 
     def __len__(self) -> int:
         return len(self._split)
@@ -149,6 +150,9 @@ def test_every_process_is_asked_equally_often_in_an_evaluation() -> None:
     class Joined(Processes):
         def sum(self, values: torch.Tensor) -> torch.Tensor:
             return values
+
+        def take_from_first(self, tensors: Any) -> None:
+            pass
 
     split = split_of(20)
     model = training().learner["model"]  # type: ignore[index]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ftfast.cli import main
 from ftfast.distill.data import Split
-from ftfast.distill.engine import Stopped, Training
+from ftfast.distill.engine import Training
 from ftfast.distill.errors import SettingsError, StoreError
 from ftfast.distill.images import WHOLE, Part
+from ftfast.distill.interrupts import Stopped
 from ftfast.distill.methods import Weights
 from ftfast.distill.presets import settings_of
 from ftfast.distill.run import run

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.distill import data, interrupts, models, resumable
-from ftfast.distill.engine import Judged, Stopped, Training
-from ftfast.distill.interrupts import Interrupted, StopRequest, signals_interrupt
+from ftfast.distill.engine import Training
+from ftfast.distill.interrupts import Interrupted, Stopped, StopRequest, signals_interrupt
+from ftfast.distill.judge import Judged
+from ftfast.distill.loss_record import DivergedError, LossRecord
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.schedule import Schedule
-from ftfast.distill.student_step import BesideStudent, DivergedError, LearningStep, LossRecord, Precision
+from ftfast.distill.student_step import BesideStudent, LearningStep, Precision
 from ftfast.distill.training_forward import training_forward
 
 CPU = torch.device("cpu")

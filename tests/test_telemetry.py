@@ -20,7 +20,8 @@ from ftfast.distill.gpu_meter import why_there_is_none
 from ftfast.distill.presets import settings_of
 from ftfast.distill.run import run
 from ftfast.distill.settings import Settings
-from ftfast.distill.telemetry import FILE, PARTS, RunLog, StepClock, part
+from ftfast.distill.step_clock import PARTS, StepClock, part
+from ftfast.distill.telemetry import FILE, RunLog
 from ftfast.distill.tensorboard import EpochLog
 from tests.fake_nvml import FakeNvml
 from tests.launching import finished, torchrun

@@ -92,7 +92,7 @@ def evaluate_checkpoint(
         raise SettingsError(f"data is {chosen['data']!r}, and the checkpoint was trained on {described['data']!r}.")
     settings = settings_of(**chosen, **_of_photographs(described, loader, source)).resolved()
 
-    from ftfast.distill.engine import logits_of
+    from ftfast.distill.judge import logits_of
     from ftfast.distill.setup import load_images, precision_of
 
     precision = precision_of(settings)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.engine import Precision, Training, evaluate
+from ftfast.distill.engine import Training
 from ftfast.distill.frozen import FrozenTeacher
 from ftfast.distill.images import Images
+from ftfast.distill.judge import evaluate
 from ftfast.distill.methods import METHODS, Terms
 from ftfast.distill.mixing import Mixing
 from ftfast.distill.paraphrase import (
@@ -30,6 +31,7 @@ from ftfast.distill.resized import resized
 from ftfast.distill.schedule import Schedule, schedule_of
 from ftfast.distill.settings import Settings
 from ftfast.distill.setup import Setup
+from ftfast.distill.student_step import Precision
 from ftfast.distill.students import with_batch_norms
 from ftfast.distill.teacher import Teacher, build, read_teacher, teacher_description
 from ftfast.distill.training_forward import training_forward

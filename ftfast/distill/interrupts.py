@@ -25,6 +25,10 @@ _heard_at = -math.inf
 _raised: list[int] = []
 
 
+class Stopped(Exception):
+    """A training that was asked to stop, between two steps."""
+
+
 class Interrupted(KeyboardInterrupt):
     """An interruption by a signal.
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.distill import checkpoint
-from ftfast.distill.engine import Precision
 from ftfast.distill.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError
 from ftfast.distill.images import Images
 from ftfast.distill.models import place, seeded
 from ftfast.distill.schedule import cosine
 from ftfast.distill.settings import Settings
+from ftfast.distill.student_step import Precision
 from ftfast.modules import Paraphraser
 
 LEAST_EXPLAINED_VARIANCE = 0.5

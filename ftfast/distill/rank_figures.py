@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from ftfast.distill.loss_record import means_of
+
 # Of these each process has its own time; backward is where all wait for the slowest.
 BEFORE_GRADIENTS_MEET = ("data", "teacher", "student", "head")
 
@@ -38,7 +40,7 @@ def summed(parts: list[dict[str, float]]) -> dict[str, float]:
 
 def losses_of(all_told: list[Told], images: int) -> tuple[float | None, dict[str, float]]:
     """The loss and its terms, means over the images; what is not finite, which JSON does not have, is left out."""
-    means = {name: total / images for name, total in summed([told.losses for told in all_told]).items()}
+    means = means_of(summed([told.losses for told in all_told]), images)
     finite = {name: value for name, value in means.items() if math.isfinite(value)}
     return (sum(finite.values()) if means and len(finite) == len(means) else None), finite
 

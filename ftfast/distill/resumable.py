@@ -10,13 +10,13 @@ from typing import Any
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.datasets import DataError
-from ftfast.distill.engine import Epoch, Stopped, Training
+from ftfast.distill.engine import Epoch, Training
 from ftfast.distill.errors import IN_A_NEW_RUN, CheckpointError
-from ftfast.distill.interrupts import Interrupted, StopRequest
+from ftfast.distill.interrupts import Interrupted, Stopped, StopRequest
+from ftfast.distill.loss_record import DivergedError
 from ftfast.distill.processes import ALONE, Agreement, Processes
 from ftfast.distill.readers import lost_readers_in_words
 from ftfast.distill.snapshots import Snapshots, is_finite
-from ftfast.distill.student_step import DivergedError
 
 _MODEL_PREFIX = "model."
 

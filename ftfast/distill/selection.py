@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from ftfast.distill.engine import DivergedError, Precision, evaluate
 from ftfast.distill.images import Foldable
+from ftfast.distill.judge import evaluate
+from ftfast.distill.loss_record import DivergedError
 from ftfast.distill.methods import METHODS, Weights
 from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.settings import Settings
+from ftfast.distill.student_step import Precision
 from ftfast.distill.students import Guides, student_training
 
 # Selection draws students of its own, so that no final student was already seen by the choice.

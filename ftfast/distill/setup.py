@@ -12,13 +12,14 @@ import torch
 from ftfast.distill import data, resumable
 from ftfast.distill.checkpoint import Checkpoint, save
 from ftfast.distill.colours import IMAGENET, Colours, to_photographs
-from ftfast.distill.engine import Precision, Training
+from ftfast.distill.engine import Training
 from ftfast.distill.folder import RunFolder
 from ftfast.distill.gpu_meter import gpu_of, why_there_is_none
 from ftfast.distill.images import Images
 from ftfast.distill.processes import Processes
 from ftfast.distill.progress import Progress
 from ftfast.distill.settings import DTYPES, Settings
+from ftfast.distill.student_step import Precision
 from ftfast.distill.telemetry import SECONDS_BETWEEN_LINES, RunLog
 from ftfast.distill.tensorboard import EpochLog
 

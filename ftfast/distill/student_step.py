@@ -1,6 +1,5 @@
 """One step of training: forward, backward and SGD over everything that learns, with nothing waited for on the way."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,21 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ftfast.distill.errors import IN_A_NEW_RUN, DistillError
 from ftfast.distill.methods import Outputs, Terms
 from ftfast.distill.processes import ALONE, Processes, lost_in_words
 from ftfast.distill.schedule import Schedule
-from ftfast.distill.telemetry import part as timed_part
-
-# Losses are looked at this often: on a GPU each look waits for all steps before it.
-STEPS_BETWEEN_LOOKS = 50
-# Steps in a row: the scaler halves its factor at each, and has come to 1 long before.
-MOST_LEFT_OUT = 50
-LEFT_OUT = "images left out"
-
-
-class DivergedError(DistillError):
-    """A training whose loss is no longer finite."""
+from ftfast.distill.step_clock import part as timed_part
 
 
 @dataclass(frozen=True)
@@ -161,94 +149,6 @@ def parameter_groups(parameters: list[nn.Parameter], schedule: Schedule) -> list
         {"params": spared, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-class LossRecord:
-    """Means of loss terms over an epoch, summed on the device and looked at every so many steps.
-
-    Args:
-        sums: over the images drawn so far by all processes.
-        leaves_out: the scaler of float16 leaves steps out whose loss is not finite, and so do the means; without it,
-            such a loss ends the training.
-        looked: called after each look.
-    """
-
-    def __init__(
-        self,
-        sums: dict[str, Tensor] | None = None,
-        processes: Processes = ALONE,
-        *,
-        leaves_out: bool = False,
-        looked: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._processes = processes
-        self._leaves_out = leaves_out
-        self._looked = looked
-        self._left_out_in_a_row = 0
-        self.sums = dict(sums or {})
-        if not processes.is_first:  # every process adds its own; what was drawn so far is the first one's
-            self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
-        self._taken = dict(self.sums)
-        self._unseen: list[Tensor] = []
-
-    def take(self) -> dict[str, Tensor]:
-        """What this process's sums have grown by since the last call; nothing is waited for."""
-        grown = {name: total - self._taken[name] if name in self._taken else total for name, total in self.sums.items()}
-        self._taken = dict(self.sums)
-        return grown
-
-    def add(self, terms: Terms, images: int, step: int) -> None:
-        """Takes a step's terms, of a batch of that many images; ``step`` is counted from 0 over all epochs.
-
-        Raises:
-            DivergedError: one of the last steps had a loss that is not finite, or, where these are left out, so many
-                in a row.
-        """
-        loss = torch.stack(list(terms.values())).sum()
-        share = images / self._processes.part.ranks
-        if self._leaves_out:
-            is_finite = loss.isfinite()
-            terms = {name: value.where(is_finite, 0.0) for name, value in terms.items()} | {LEFT_OUT: ~is_finite}
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value * share
-        self._unseen.append(loss)
-        if len(self._unseen) == STEPS_BETWEEN_LOOKS:
-            self.look(step)
-
-    def look(self, step: int) -> None:
-        """Waits for the device and checks every loss since the last look, ``step`` being the latest."""
-        if not self._unseen:
-            return
-        losses = (self._processes.sum(torch.stack(self._unseen)) / self._processes.part.ranks).tolist()
-        self._unseen = []
-        for place, loss in enumerate(losses):
-            self._left_out_in_a_row = 0 if math.isfinite(loss) else self._left_out_in_a_row + 1
-            if self._left_out_in_a_row > (MOST_LEFT_OUT if self._leaves_out else 0):
-                raise _diverged(loss, step - len(losses) + 1 + place)
-        self._looked()
-
-    def totals(self) -> dict[str, Tensor]:
-        """The sums over all processes; every one of them asks at the same step."""
-        return {name: self._processes.sum(total) for name, total in self.sums.items()}
-
-    def means(self, images: int) -> dict[str, float]:
-        """The terms by name, each a mean over the images, but those of steps that were left out.
-
-        Raises:
-            DivergedError: every step was.
-        """
-        totals = {name: float(total) for name, total in self.totals().items()}
-        counted = images - totals.pop(LEFT_OUT, 0.0)
-        if counted < 0.5:  # of an image
-            raise _diverged(math.nan, 0)
-        return {name: total / counted for name, total in totals.items()}
-
-
-def _diverged(loss: float, step: int) -> DivergedError:
-    return DivergedError(
-        f"the loss is {loss} at step {step + 1}; the last checkpoint before it is kept. Lower --learning-rate or the "
-        f"weights of the loss, or set --clip-gradient, {IN_A_NEW_RUN} once that is there."
-    )
 
 
 class BesideStudent:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.engine import Precision, Training, evaluate
+from ftfast.distill.engine import Training
 from ftfast.distill.images import Images
+from ftfast.distill.judge import evaluate
 from ftfast.distill.methods import METHODS, Regressor, Stored, Taught, Terms, Weights
 from ftfast.distill.mixing import Mixing
 from ftfast.distill.models import place, seeded
@@ -15,9 +16,9 @@ from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.resized import resized
 from ftfast.distill.schedule import schedule_of
 from ftfast.distill.settings import Settings
-from ftfast.distill.student_step import BesideStudent
+from ftfast.distill.step_clock import part
+from ftfast.distill.student_step import BesideStudent, Precision
 from ftfast.distill.teacher import build, student_description
-from ftfast.distill.telemetry import part
 from ftfast.distill.training_forward import training_forward
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator

@@ -1,15 +1,13 @@
 """How fast a training goes and where its time goes: lines of JSON beside the run, and the same for TensorBoard.
 
-One step in many is timed part by part; on a GPU that step's parts wait for one another, so the split is of the parts
-alone, while rates are of all steps as they ran.
+One step in many is timed part by part (step_clock.py); rates are of all steps as they ran.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,68 +16,31 @@ from ftfast.distill.appended import LineFile
 from ftfast.distill.gpu_meter import BUSY, Gpu
 from ftfast.distill.processes import ALONE, Processes
 from ftfast.distill.rank_figures import Told, gpus_of, losses_of, slowest_of, summed
+from ftfast.distill.step_clock import StepClock
 from ftfast.distill.tensorboard import STEPS, Scalars
 
-if TYPE_CHECKING:
-    from ftfast.distill.engine import Training
-
-PARTS = ("data", "teacher", "student", "head", "backward", "optimiser")
-STEPS_BETWEEN_SAMPLES = 50
 SECONDS_BETWEEN_LINES = 10.0
 FILE = "telemetry.jsonl"
-_OFF = nullcontext()
-_timed: "StepClock | None" = None  # that of the step under way, where it is sampled
 
 
-def part(name: str) -> AbstractContextManager[Any]:
-    """Around one of :data:`PARTS` of a step; nothing happens in steps that are not sampled."""
-    return _OFF if _timed is None else _timed.part(name)
+class Watched(Protocol):
+    """What a log asks of a training, which is an :class:`ftfast.distill.engine.Training`."""
 
+    @property
+    def history(self) -> Sized:
+        """The epochs that have ended."""
 
-class StepClock:
-    """Mean milliseconds of a step's parts over the steps sampled."""
+    def steps_done(self) -> int:
+        """Steps of the epoch that is under way."""
 
-    def __init__(self, device: torch.device, every: int = STEPS_BETWEEN_SAMPLES) -> None:
-        self._device = device
-        self._every = every
-        self._steps = 0
-        self._sampled = 0
-        self._seconds: dict[str, float] = {}
+    def total_steps_done(self) -> int:
+        """Steps of all epochs."""
 
-    def begin_step(self) -> None:
-        """Before a step's data are asked for; the first step, which allocates and compiles, is none of the sampled."""
-        global _timed
-        _timed = self if self._steps % self._every == 1 % self._every else None
-        self._sampled += _timed is not None
-        self._steps += 1
+    def take_losses(self) -> dict[str, Tensor]:
+        """What the sums of the loss terms have grown by since the last call."""
 
-    def end_step(self) -> None:
-        """After the optimiser's step."""
-        global _timed
-        _timed = None
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Times what is inside."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
-
-    def means(self) -> dict[str, float]:
-        """Milliseconds by part, means since the last :meth:`clear`; empty where no step was sampled."""
-        seconds, count = self._seconds, self._sampled
-        return {name: 1e3 * seconds[name] / count for name in PARTS if name in seconds} if count else {}
-
-    def clear(self) -> None:
-        """Forgets what was timed."""
-        self._seconds, self._sampled = {}, 0
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+    def figures(self) -> dict[str, float]:
+        """Further figures of the last step."""
 
 
 class RunLog:
@@ -145,14 +106,14 @@ class RunLog:
         self._since = time.perf_counter()
         self._joules_at = None if self._gpu is None else self._gpu.joules()
 
-    def end_epoch(self, training: "Training") -> None:
+    def end_epoch(self, training: Watched) -> None:
         """After its last step."""
         now = time.perf_counter()
         self._elapsed, self._since = self._elapsed + now - self._since, now
         self._spend()
         self._keep(training.take_losses())
 
-    def step(self, training: "Training", images: int) -> None:
+    def step(self, training: Watched, images: int) -> None:
         """After each step, with the images of all processes in it."""
         self._advance(images)
         if self._is_off:
@@ -216,7 +177,7 @@ class RunLog:
             gpu = {name: float(value) for name, value in found.items() if value is not None}
         return Told(is_due, max(1, steps), losses, self.clock.means(), gpu, dict(self._counts))
 
-    def _write(self, training: "Training", all_told: list[Told], seconds: float) -> None:
+    def _write(self, training: Watched, all_told: list[Told], seconds: float) -> None:
         assert self._lines is not None
         assert self._scalars is not None
         loss, losses = losses_of(all_told, self._images)
