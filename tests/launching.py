@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(processes: int, *command: str, restarts: int = 0) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts)]
+def torchrun(
+    processes: int, *command: str, restarts: int = 0, options: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, "--max-restarts", str(restarts)]
     return subprocess.Popen(
         [*launcher, "--nproc-per-node", str(processes), *command],
         stdout=subprocess.PIPE,
@@ -40,10 +43,23 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+def workers_of(launcher: int) -> list[int]:
+    """The processes that it has started."""
+    return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
 def worker_of(launcher: int, rank: int) -> int:
     """The process of that rank, by its environment."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    children = workers_of(launcher)
     for child in children:
         if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
+            return child
     raise AssertionError(f"no process of rank {rank} among {children}")
+
+
+def wait_for_end(process: int) -> None:
+    """Of one that is no child."""
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -18,6 +18,7 @@ from ftfast.distill.interrupts import Interrupted
 
 _PATIENCE = timedelta(seconds=5)
 _ENDED = "ended"
+_LAUNCHER = os.getppid()
 
 
 def agent() -> bytes | None:
@@ -44,7 +45,7 @@ def end_again() -> None:
     Raises:
         DistillError, Interrupted: that, in the same words.
     """
-    store = _store()
+    store = _reached()
     try:
         if store is None or not store.check([_ENDED]):
             return
@@ -65,7 +66,7 @@ def remember(end: DistillError | Interrupted) -> None:
         is_final, number, sentence = end.number != signal.SIGTERM, int(end.number), end.advice
     else:
         is_final, number, sentence = end.is_final, 0, str(end)
-    store = _store()
+    store = _reached()
     if is_final and store is not None:
         try:
             store.compare_set(_ENDED, "", json.dumps([number, sentence]))
@@ -75,7 +76,7 @@ def remember(end: DistillError | Interrupted) -> None:
 
 def is_first_to_say(sentence: str) -> bool | None:
     """Whether no other process of this start has asked this; None where that cannot be known."""
-    store = _store()
+    store = _reached()
     if store is None:
         return None
     name = hashlib.sha1(sentence.encode(), usedforsecurity=False).hexdigest()
@@ -83,6 +84,11 @@ def is_first_to_say(sentence: str) -> bool | None:
         return store.add(f"said/{restarts()}/{name}", 1) == 1
     except RuntimeError:
         return None
+
+
+def _reached() -> dist.Store | None:
+    """The store while torchrun is there; of one that is gone, torch would print a page before it raises."""
+    return _store() if os.getppid() == _LAUNCHER else None
 
 
 @lru_cache
