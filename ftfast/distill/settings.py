@@ -17,14 +17,12 @@ from ftfast.distill.errors import SettingsError
 from ftfast.distill.fields import check
 from ftfast.distill.images import steps_of
 from ftfast.distill.methods import METHODS, WEIGHTS
-from ftfast.distill.recipe import DTYPES, WITHOUT_RAND_AUGMENT, Recipe
+from ftfast.distill.recipe import DTYPES, Recipe
+from ftfast.distill.recipe_checks import check_recipe
 
 __all__ = ["DTYPES", "HINTS", "Settings"]
 FORMAT = "ftfast-settings"
 VERSION = 1
-PHOTOGRAPH_FIELDS = (
-    *("loader", "image_size", "mean", "deviation", "rand_augment", "classes", "train_images", "test_images", "workers"),
-)
 GRID_STEPS = (0.5, 1.0, 2.0)
 # Compiling takes a student seconds, and saves milliseconds a step.
 STEPS_WORTH_COMPILING = 2000
@@ -43,22 +41,7 @@ class Settings(Recipe):
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             check(item, HINTS[item.name], getattr(self, item.name))
-        for name in ("methods", "milestones", *WEIGHTS):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise SettingsError(f"{name} names {', '.join(map(str, values))}; give each value once.")
-        if not self.methods:
-            raise SettingsError(f"methods is empty; it takes some of {', '.join(METHODS)}, separated by commas.")
-        for name in (self.teacher, self.student):
-            models.check_name(name)
-        if self.learning_rate_schedule == "steps" and not self.milestones:
-            raise SettingsError("learning_rate_schedule is 'steps', and milestones is empty; give --milestones 82,123.")
-        self._check_photographs()
-        self._check_store()
-        if DATASETS[self.data].is_streamed and any(len(getattr(self, name)) > 1 for name in WEIGHTS):
-            raise SettingsError(
-                "several values of a weight are given, and with --data images none is chosen; give one of each."
-            )
+        check_recipe(self)
         if not self.dataset().train_images:
             return  # photographs that are not counted yet
         self._check_image_counts()
@@ -94,60 +77,6 @@ class Settings(Recipe):
 
     def _student_images(self) -> int:
         return self.student_images or self.dataset().train_images
-
-    def _check_photographs(self) -> None:
-        if not DATASETS[self.data].is_streamed:
-            for name in PHOTOGRAPH_FIELDS:
-                if getattr(self, name) != getattr(Recipe, name):
-                    raise SettingsError(
-                        f"{name} is {getattr(self, name)!r}, and data is {self.data!r}; it is for --data images."
-                    )
-            return
-        if self.rand_augment and self.loader in WITHOUT_RAND_AUGMENT:
-            raise SettingsError(
-                f"rand_augment is {self.rand_augment}, and --loader {self.loader} has no RandAugment; take --loader "
-                "folder or webdataset."
-            )
-        if (len(self.mean), len(self.deviation)) not in ((0, 0), (3, 3)):
-            raise SettingsError(
-                f"mean has {len(self.mean)} values and deviation {len(self.deviation)}; give three of each, or none."
-            )
-        if self.crop_padding or self.flip or self.cutout:
-            raise SettingsError(
-                "crop_padding, flip or cutout is given, and photographs are cropped and flipped by their loader; leave "
-                "them out."
-            )
-        if (
-            not self.paraphraser_epochs
-            and self.paraphraser_checkpoint is None
-            and self.store is None
-            and any(METHODS[method].uses_factors for method in self.methods)
-        ):
-            raise SettingsError(
-                "paraphraser_epochs is 0, which keeps the features of all images in memory; give at least 1 with "
-                "--data images."
-            )
-
-    def _check_store(self) -> None:
-        """A store knows the factors of its own views alone."""
-        if self.store is None:
-            return
-        if self.paraphraser_checkpoint is not None:
-            raise SettingsError(
-                "paraphraser_checkpoint and store are given, and a store has its own paraphraser; give one of them."
-            )
-        for name in ("mixup", "cutmix", "cutout", "rand_augment"):
-            if getattr(self, name):
-                raise SettingsError(
-                    f"{name} is {getattr(self, name)}, and store is given, which has factors of crops and flips alone; "
-                    f"leave --{name.replace('_', '-')} out, or train without --store."
-                )
-        for method in self.methods:
-            if METHODS[method].uses_teacher_maps:
-                raise SettingsError(
-                    f"methods has {method}, which compares the teacher's feature maps, and a store has factors and "
-                    "logits; take none, ft, kd or ft+kd, or train without --store."
-                )
 
     def dataset(self) -> Dataset:
         """The data set; of photographs, what is known of them."""
