@@ -12,16 +12,20 @@ from safetensors import safe_open
 from ftfast.cli import main
 from ftfast.distill import libraries, models, photographs, streamed
 from ftfast.distill.colours import IMAGENET, Colours
+from ftfast.distill.engine import Precision, evaluate
 from ftfast.distill.errors import SettingsError
+from ftfast.distill.images import Images
 from ftfast.distill.presets import settings_of
 from ftfast.distill.settings import Settings
 from ftfast.distill.store import header
 from ftfast.distill.streamed import Streamed
+from ftfast.distill.trained import read_trained
 from tests.launching import results_of
 from tests.photograph_folder import make_folder, make_shards
 from tests.test_streamed import on_device
 
 CPU = torch.device("cpu")
+FLOAT32 = Precision(CPU, torch.float32)
 HALVES = Colours((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 TEACHER, OTHER = "timm/test_resnet", "timm/test_efficientnet"  # timm's numbers for them: halves, and ImageNet's
 CLASSES, SIDE = 4, 32
@@ -81,10 +85,14 @@ def test_settings_from_before_there_were_others_are_of_imagenet() -> None:
     assert Settings.from_json(content).resolved() == dataclasses.replace(settings, **IMAGENET._asdict())
 
 
+def loaded(path: Path, colours: Colours, loader: str = "folder") -> tuple[Images, Images]:
+    counts = photographs.describe(path, loader)._asdict()
+    return streamed.load(path, loader, CPU, image_size=SIDE, workers=0, rand_augment=0, **counts, colours=colours)
+
+
 def drawn(path: Path, colours: Colours, loader: str = "folder", *, at_once: bool = False) -> list[torch.Tensor]:
     """The batches of an epoch."""
-    counts = photographs.describe(path, loader)._asdict()
-    images, _ = streamed.load(path, loader, CPU, image_size=SIDE, workers=0, rand_augment=0, **counts, colours=colours)
+    images, _ = loaded(path, colours, loader)
     assert isinstance(images, Streamed)
     images = on_device(images) if at_once else images
     return [batch[0] for batch in images.draw(10, seed=0, epoch=0)]
@@ -137,7 +145,11 @@ def test_every_command_reads_a_run_with_its_own(
 
     capsys.readouterr()
     assert main(["evaluate", str(checkpoint), "--json", *data]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(accuracy)
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["accuracy"] == pytest.approx(accuracy)
+    for colours, is_own in ((HALVES, True), (IMAGENET, False)):
+        entropy = evaluate(read_trained(checkpoint, CPU).model, loaded(folder, colours)[1], FLOAT32)[1]
+        assert (evaluated["cross_entropy"] == pytest.approx(entropy, rel=1e-4)) == is_own
     described = json.loads((checkpoint / "settings.json").read_text())["photographs"]
     assert (described["mean"], described["deviation"]) == ([0.5] * 3, [0.5] * 3)
 

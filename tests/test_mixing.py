@@ -5,10 +5,18 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ftfast import FeatureTap, Paraphraser
+from ftfast.distill import models
+from ftfast.distill.data import Split
+from ftfast.distill.engine import Precision, Training, step_seed
+from ftfast.distill.methods import Outputs, Weights
 from ftfast.distill.mixing import Mixing
+from ftfast.distill.presets import settings_of
 from ftfast.distill.schedule import Schedule
+from ftfast.distill.settings import Settings
+from ftfast.distill.students import Guides, student_training
 
 CLASSES = 5
 
@@ -70,6 +78,86 @@ def test_both_kinds_are_drawn() -> None:
     mixed = [mixing(images, labels, seed)[0] for seed in range(20)]
     kinds = {bool(((each != 0) & (each != 1)).any()) for each in mixed}
     assert kinds == {True, False}  # blends, and cuts of whole pixels
+
+
+BETA, RATE, SEED = 30.0, 0.1, 4
+
+
+class Teacher(nn.Module):
+    """A convolution, which keeps what it was shown."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        with models.seeded(1):
+            self.convolution = nn.Conv2d(1, settings.teacher_features().channels, 3, padding=1, stride=4)
+        self.seen: list[Tensor] = []
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Outputs:
+        self.seen.append(images.clone())
+        return Outputs(torch.zeros(len(images), 10), self.convolution(images))
+
+
+def mixed_training(kind: str) -> tuple[Training, Teacher, Paraphraser, tuple[Tensor, Tensor], list[Tensor]]:
+    """One step of a student on mixed images, its guides, the batch as it is drawn, and what the student is shown."""
+    settings = settings_of(
+        "digits", **{kind: 1.0}, methods=("ft",), student_epochs=1, student_images=40, batch_size=40, engine="plain",
+        learning_rate=RATE, nesterov=False, weight_decay=0.0, label_smoothing=0.1, device="cpu", dtype="float32",
+    ).resolved()  # fmt: skip
+    teacher = Teacher(settings)
+    with models.seeded(2):
+        paraphraser = Paraphraser(settings.teacher_features().channels, settings.rate).eval()
+    generator = torch.Generator().manual_seed(3)
+    split = Split(torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 10).to(torch.device("cpu"))
+    training = student_training(
+        settings, Precision(torch.device("cpu"), torch.float32), Guides(teacher, paraphraser), split,
+        method="ft", weights=Weights(beta=BETA), seed=SEED,
+    )  # fmt: skip
+    shown: list[Tensor] = []
+    model = training.learner.get_submodule("model")
+    model.register_forward_pre_hook(lambda _, given: shown.append(given[0].clone()))
+    images, labels = next(split.draw(40, seed=SEED, epoch=0))
+    return training, teacher, paraphraser, (images, labels), shown
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_step_of_factor_transfer_is_that_of_the_mixed_image(kind: str) -> None:
+    training, teacher, _, (images, labels), shown = mixed_training(kind)
+    by_hand, guide, paraphraser, _, _ = mixed_training(kind)
+    training.run()
+    assert len(teacher.seen) == len(shown) == 1
+    assert torch.equal(teacher.seen[0], shown[0])
+
+    # Which share each pixel has of its own image, the rest being that of the one before it in the batch.
+    other = images.roll(1, 0)
+    own = ((shown[0] - other) / (images - other)).double()
+    if kind == "mixup":
+        share = float(own.median())
+        torch.testing.assert_close(own, torch.full_like(own, share), rtol=0, atol=1e-3)
+    else:
+        assert set(own.round(decimals=4).unique().tolist()) == {0.0, 1.0}
+        share = float(own.mean())
+    assert 0.01 < share < 0.99
+    one_hot = F.one_hot(labels, 10).double()
+    soft = 0.9 * (share * one_hot + (1 - share) * one_hot.roll(1, 0)) + 0.1 / 10
+
+    student, translator = (by_hand.learner.get_submodule(name) for name in ("model", "translator"))
+    student.train()
+    torch.manual_seed(step_seed(SEED, 0, 0))
+    logits, features = FeatureTap(student, "stage3")(shown[0])
+    ours, theirs = (
+        F.normalize(factor.flatten(1), dim=1)
+        for factor in (translator(features), paraphraser.encode(guide(shown[0]).features).detach())
+    )
+    loss = -(soft * logits.double().log_softmax(1)).sum(1).mean() + BETA * (ours - theirs).abs().mean()
+    loss.backward()
+    before = {name: value.detach().clone() for name, value in by_hand.learner.named_parameters()}
+    for name, after in training.learner.named_parameters():
+        gradient = by_hand.learner.get_parameter(name).grad
+        assert gradient is not None, name
+        step = before[name] - after.detach()
+        error = float((step - RATE * gradient).norm())
+        assert error <= 1e-4 * float(RATE * gradient.norm()) + 1e-6, name
 
 
 @pytest.mark.parametrize("kind", ["cosine", "steps"])

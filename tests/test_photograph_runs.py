@@ -1,5 +1,6 @@
 """Photographs end to end: real files, real decoding, one process and two, a process killed in mid-epoch."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ftfast.cli import main
 from tests.launching import ROOT, finished, results_of, torchrun, wait_for, worker_of
 from tests.photograph_folder import make_folder, make_shards
 
@@ -86,6 +88,27 @@ def test_one_process_learns_from_photographs_and_is_evaluated(tmp_path: Path, ph
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"{student_of(output)['accuracy']:.2f} %" in evaluated.stdout
     assert f"of {TEST} test images" in evaluated.stdout
+
+
+def test_one_process_goes_through_shards_with_damaged_photographs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "folder", classes=4, train=60, val=16)
+    for file in sorted((tmp_path / "folder" / "train").rglob("*.jpeg"))[:3]:
+        file.write_bytes(file.read_bytes()[:200])
+    make_shards(tmp_path / "folder", tmp_path / "shards", images_per_shard=25)
+    shards = ["--data-dir", str(tmp_path / "shards"), "--loader", "webdataset"]
+    smaller = [*("--teacher-epochs", "1", "--student-epochs", "2", "--paraphraser-held-out", "8", "--image-size", "24")]
+    words = [*RECIPE, *smaller, *("--teacher-channels", "4", "--paraphraser-epochs", "6"), *shards]
+    assert main([*words, "--output", str(tmp_path / "run")]) == 0
+    results, said = results_of(tmp_path / "run"), capsys.readouterr().err
+    assert (results["data"]["teacher_images"], results["data"]["damaged_images"]) == (60, 3)
+    assert [epoch["damaged"] for epoch in student_of(tmp_path / "run")["history"]] == [3, 3]
+    assert "warning: 3 of 60 photographs cannot be decoded; others stand in" in said
+    assert main(["evaluate", str(tmp_path / "run" / "students" / "ft" / "seed0"), "--json", *shards]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert (evaluated["test_images"], evaluated["damaged_images"]) == (16, 0)
+    assert evaluated["accuracy"] == student_of(tmp_path / "run")["accuracy"]
 
 
 def run_alone(*words: str) -> "subprocess.CompletedProcess[str]":

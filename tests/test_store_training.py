@@ -124,6 +124,12 @@ class Computed:
             dtype = DTYPES[self._images.store.header.dtype]
             yield *batch[:2], as_factors(quantise(factors, dtype)), logits.to(torch.float16)
 
+    def damaged(self) -> int:
+        return self._images.damaged()
+
+    def bear_damage(self, count: int) -> None:
+        self._images.bear_damage(count)
+
 
 class Live(Computed):
     """The images of a store alone, for a teacher in the step."""

@@ -251,14 +251,17 @@ def test_damaged_photographs_are_counted_and_replaced(home: Path, tmp_path: Path
 
 def test_each_damaged_photograph_is_counted_once_whatever_the_readers_and_processes(home: Path, tmp_path: Path) -> None:
     folder = other_files(home, tmp_path / "folder", "cut", 7)  # one after the other, so that some stand in for others
-    for workers, ranks in ((2, 1), (0, 3), (2, 3)):
+    for file in sorted(folder.glob("train/*/*"))[1:7:2]:
+        file.write_text("no picture")
+    for workers, ranks, at_once in ((2, 1, False), (0, 3, False), (2, 3, False), (1, 3, True)):
         images = streamed_of(folder, workers=workers)
+        images = on_device(images) if at_once else images
         counts = []
         for rank in range(ranks):
             drawn(images, part=Part(rank, ranks))
             counts.append(images.damaged())
         images.close()
-        assert sum(counts) == 7, (workers, ranks)
+        assert sum(counts) == 7, (workers, ranks, at_once)
 
 
 def test_a_process_bears_no_more_than_its_share(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

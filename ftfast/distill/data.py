@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ftfast.distill import datasets
 from ftfast.distill.augment import Augmentation
-from ftfast.distill.errors import SettingsError
+from ftfast.distill.cuts import cut_rows, fold_rows
 from ftfast.distill.images import WHOLE, Part, size_of, steps_of
-
-_SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -148,40 +146,6 @@ class Split:
         """Pixels ``[N, C, H, W]`` of the split's kind to float32, channels_last; a floating-point dtype stays."""
         images = pixels if self.normalisation is None else self.normalisation.apply(pixels)
         return images.contiguous(memory_format=torch.channels_last)
-
-
-def cut_rows(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` rows of labels ``[N]`` with every class in proportion, and the rest, each in order.
-
-    The only row of a class is in the larger part.
-
-    Raises:
-        SettingsError: fewer rows than classes in either part.
-    """
-    from sklearn.model_selection import train_test_split
-
-    found, counts = np.unique(labels, return_counts=True)
-    classes = len(found)
-    if not classes <= count <= len(labels) - classes:
-        raise SettingsError(
-            f"{count} of {len(labels)} images cannot hold every class on both sides of the cut; "
-            f"take {classes} to {len(labels) - classes}."
-        )
-    is_single = np.isin(labels, found[counts == 1])
-    rows, single = np.flatnonzero(~is_single), np.flatnonzero(is_single)
-    is_larger = 2 * count > len(labels)
-    size = count - len(single) * is_larger
-    chosen, rest = train_test_split(rows, train_size=size, stratify=labels[rows], random_state=_SPLIT_SEED)
-    chosen, rest = (np.append(chosen, single), rest) if is_larger else (chosen, np.append(rest, single))
-    return np.sort(chosen), np.sort(rest)
-
-
-def fold_rows(labels: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``count`` ways to cut labels ``[N]``, classes in proportion: rows to fit on and rows to validate on, in order."""
-    from sklearn.model_selection import StratifiedKFold
-
-    cuts = StratifiedKFold(count, shuffle=True, random_state=_SPLIT_SEED).split(labels, labels)
-    return [(np.sort(fitted), np.sort(validated)) for fitted, validated in cuts]
 
 
 @dataclass(frozen=True)

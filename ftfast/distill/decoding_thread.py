@@ -181,7 +181,7 @@ def _decoded(
         images, labels, damaged = decode_batch(
             [photograph for photograph, _, _ in read], labels, reader.size, device, on_processor, reader.colours
         )
-        names = [name for _, _, of_one in read for name in of_one] + damaged
+        names = [name for photograph, _, of_one in read for name in of_one or _damaged_of(photograph, damaged)]
         labels = labels.to(device)
         if stream is not None:
             # nvJPEG writes on a stream of its own, into memory that this one may still read: it has to wait.
@@ -189,6 +189,11 @@ def _decoded(
             if not damaged:
                 balance.learn("on_gpu", time.perf_counter() - begin, len(read) - processor)
         yield images, labels, names
+
+
+def _damaged_of(photograph: Read, damaged: list[str]) -> list[str]:
+    """A photograph's own name, where it is among the damaged ones."""
+    return [photograph.encoded.name] if photograph.encoded.name in damaged else []
 
 
 def _begin(

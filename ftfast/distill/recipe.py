@@ -35,8 +35,8 @@ class Recipe:
     cutout: int = setting(0, "side of the square that is blanked in a training image", least=0, most=1024)
     loader: str = setting(
         "folder",
-        "how photographs (--data images) come: JPEG files of a folder, decoded by the processor or the gpu; webdataset "
-        "shards; or synthetic ones without files",
+        "how photographs (--data images) come: JPEG files of a folder or webdataset shards, decoded by the processor; "
+        "either of them decoded by the gpu; or synthetic ones without files",
         choices=LOADERS,
     )
     image_size: int = setting(224, "pixels of a photograph's side as the networks take it", least=8, most=4096)

@@ -62,6 +62,10 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _damaged(count: int) -> str:
+    return f" In an epoch up to {count} of them could not be decoded, and others stood in." if count else ""
+
+
 def to_markdown(results: dict[str, Any]) -> str:
     """report.md; its pictures lie beside it."""
     settings, data, teacher = results["settings"], results["data"], results["teacher"]
@@ -72,7 +76,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"first stage, {teacher['parameters']:,} parameters) learns from {data['teacher_images']} images and reaches "
         f"**{teacher['accuracy']:.2f} %** of the {data['test_images']} test images. The students "
         f"({settings['student']}, {settings['student_channels']} channels) learn from {data['student_images']} of "
-        "its images.",
+        "its images." + _damaged(data.get("damaged_images", 0)),
         "",
         *_markdown_table(_HEADINGS, method_rows(results)),
         "",

@@ -96,7 +96,7 @@ def _write(folder: Path, part: str, found: dict[Stamp, Rows]) -> None:
         rows=np.concatenate(list(found.values())),
     )
     for place in _places(folder, part):
-        aside = place.with_name(f".{uuid4().hex}.tmp")  # a name of its own: all processes of a run may be here
+        aside = place.with_name(f".ftfast-{uuid4().hex}.tmp")  # a name of its own: all processes of a run may be here
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             aside.write_bytes(content.getbuffer())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ftfast.distill import crops
 from ftfast.distill.colours import IMAGENET, Colours
-from ftfast.distill.data import cut_rows
+from ftfast.distill.cuts import cut_rows
 from ftfast.distill.datasets import DataError, default_folder
 from ftfast.distill.decoding_thread import decoded_ahead
 from ftfast.distill.errors import SettingsError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ftfast.distill import crops
-from ftfast.distill.data import cut_rows, fold_rows
+from ftfast.distill.cuts import cut_rows, fold_rows
 from ftfast.distill.images import WHOLE, Part, steps_of
 from ftfast.distill.store.ahead import Ahead
 from ftfast.distill.store.read import Rows, Store, read_batches
