@@ -76,6 +76,20 @@ def test_commands_and_their_options_exist(page):
         parser.parse_args(words[2:])
 
 
+@pytest.mark.parametrize("page", ["clusters.md", "photographs.md"])
+def test_options_of_torchrun_and_of_the_command_behind_them_exist(page):
+    from torch.distributed.run import get_args_parser
+
+    code = "".join(blocks(DOCS / page, "sh") + blocks(DOCS / page, "bash")).replace("\\\n", "")
+    found = re.findall(r"^(?:srun )?torchrun (.*?) -m ftfast (\w+)(.*?)&?$", code, re.MULTILINE)
+    assert len(found) == 2
+    for launch, command, words in found:
+        get_args_parser().parse_args([*shlex.split(launch), "script.py"])
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        importlib.import_module(COMMANDS[command][1]).add_arguments(parser)
+        parser.parse_args(shlex.split(words))
+
+
 def test_yaml_names_modules_that_exist():
     for page in PAGES:
         for name in re.findall(r"ftfast\.[\w.]+", "".join(blocks(page, "yaml"))):
