@@ -19,7 +19,8 @@ from ftfast import FactorTransfer, Paraphraser, Translator, reference
 from ftfast.distill import data, models
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.curves import curve_rows
-from ftfast.distill.engine import Epoch, Training
+from ftfast.distill.engine import Training
+from ftfast.distill.epochs import Epoch
 from ftfast.distill.errors import ParaphraserError, SettingsError
 from ftfast.distill.judge import evaluate
 from ftfast.distill.loss_record import DivergedError

@@ -11,7 +11,7 @@ from torch import nn
 
 from ftfast.distill import progress as saying
 from ftfast.distill.data import Split
-from ftfast.distill.engine import Epoch
+from ftfast.distill.epochs import Epoch
 from ftfast.distill.interrupts import Interrupted
 from ftfast.distill.judge import evaluate
 from ftfast.distill.presets import settings_of

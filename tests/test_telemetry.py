@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ftfast.distill.engine import Epoch
+from ftfast.distill.epochs import Epoch
 from ftfast.distill.folder import open_run_folder
 from ftfast.distill.gpu_meter import why_there_is_none
 from ftfast.distill.presets import settings_of

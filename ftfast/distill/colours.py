@@ -3,13 +3,11 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ftfast.distill import checkpoint, libraries
 from ftfast.distill.errors import CheckpointError, SettingsError
-
-if TYPE_CHECKING:
-    from ftfast.distill.settings import Settings
+from ftfast.distill.recipe import Recipe
 
 
 class Colours(NamedTuple):
@@ -23,32 +21,32 @@ class Colours(NamedTuple):
 IMAGENET = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def of_settings(settings: "Settings") -> Colours:
-    """The settings' own, those of a teacher or student that is trained already, or else ImageNet's.
+def of_recipe(recipe: Recipe) -> Colours:
+    """The recipe's own, those of a teacher or student that is trained already, or else ImageNet's.
 
     Raises:
         SettingsError: teacher and student are both trained already, with unlike ones.
     """
-    if settings.mean:
-        return Colours(settings.mean, settings.deviation)
-    teacher = _of_teacher(settings)
-    student = _of_library(settings.student) if settings.student_pretrained else None
+    if recipe.mean:
+        return Colours(recipe.mean, recipe.deviation)
+    teacher = _of_teacher(recipe)
+    student = _of_library(recipe.student) if recipe.student_pretrained else None
     if teacher is not None and student is not None and teacher != student:
         raise SettingsError(
-            f"teacher {settings.teacher} was trained on images of mean {_shown(teacher.mean)} and deviation "
-            f"{_shown(teacher.deviation)}, and student {settings.student} on {_shown(student.mean)} and "
+            f"teacher {recipe.teacher} was trained on images of mean {_shown(teacher.mean)} and deviation "
+            f"{_shown(teacher.deviation)}, and student {recipe.student} on {_shown(student.mean)} and "
             f"{_shown(student.deviation)}; give --no-student-pretrained, or --mean and --deviation for both."
         )
     return teacher or student or IMAGENET
 
 
-def _of_teacher(settings: "Settings") -> Colours | None:
-    if settings.teacher_checkpoint is not None:
-        described = _described(Path(settings.teacher_checkpoint))
+def _of_teacher(recipe: Recipe) -> Colours | None:
+    if recipe.teacher_checkpoint is not None:
+        described = _described(Path(recipe.teacher_checkpoint))
         if described is not None:
             return of_photographs(described["photographs"]) if "photographs" in described else None
-        return _of_library(settings.teacher)  # a file of others, trained further from the library's weights perhaps
-    return _of_library(settings.teacher) if settings.pretrained else None
+        return _of_library(recipe.teacher)  # a file of others, trained further from the library's weights perhaps
+    return _of_library(recipe.teacher) if recipe.pretrained else None
 
 
 def _of_library(model: str) -> Colours | None:

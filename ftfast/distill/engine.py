@@ -1,9 +1,8 @@
 """The training loop of teachers and students, which can be stopped after any step and go on as if it had not been."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ftfast.distill.epochs import Epoch
 from ftfast.distill.images import Images, size_of, steps_of
 from ftfast.distill.interrupts import Stopped
 from ftfast.distill.judge import Judged
@@ -22,22 +22,6 @@ from ftfast.distill.schedule import Schedule
 from ftfast.distill.step_clock import part
 from ftfast.distill.student_step import LearningStep, Precision
 from ftfast.distill.telemetry import RunLog
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch's record: mean of each loss term, accuracies on the images watched in percent, and training seconds.
-
-    ``damaged`` are the files that could not be decoded, and others stood in for.
-    """
-
-    epoch: int
-    losses: dict[str, float]
-    accuracy: float | None
-    images: int
-    seconds: float
-    top5_accuracy: float | None = None
-    damaged: int = 0
 
 
 class Training:
@@ -279,13 +263,6 @@ def _average(learner: nn.Module, decay: float) -> AveragedModel:
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
     target.load_state_dict(source.state_dict())
-
-
-def images_per_second(history: Iterable[Epoch]) -> float | None:
-    """Training throughput, the first epoch left out as warm-up; None where there is no other."""
-    measured = list(history)[1:]
-    seconds = sum(record.seconds for record in measured)
-    return sum(record.images for record in measured) / seconds if seconds else None
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

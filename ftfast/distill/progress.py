@@ -7,15 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from ftfast.distill.engine import Epoch
+from ftfast.distill.epochs import Epoch
 
 LONG_EPOCH_SECONDS = 10.0  # of these each has its line
 SECONDS_OF_SILENCE = 60.0  # after which a shorter one has
@@ -86,7 +85,7 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def epoch_line(title: str, epochs: int, record: "Epoch", seconds_left: float | None) -> str:
+def epoch_line(title: str, epochs: int, record: Epoch, seconds_left: float | None) -> str:
     """An epoch in words, and the time that its phase has left."""
     terms = ", ".join(f"{name} {value:.4g}" for name, value in record.losses.items())
     loss = f"loss {sum(record.losses.values()):.4g}" + (f" ({terms})" if len(record.losses) > 1 else "")
@@ -165,7 +164,7 @@ class Progress:
         self._bars.advance(self._phase, images)
         self._bars.advance(self._all, images)
 
-    def end_epoch(self, title: str, epochs: int, record: "Epoch") -> None:
+    def end_epoch(self, title: str, epochs: int, record: Epoch) -> None:
         """An epoch of a training is over; it has a line where it took a while, or nothing was said for long."""
         self._pace.end_epoch()
         silence = time.monotonic() - self._said_at

@@ -14,7 +14,7 @@ import torch
 
 import ftfast
 from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.engine import Epoch, images_per_second
+from ftfast.distill.epochs import Epoch, images_per_second
 from ftfast.distill.methods import METHODS, Weights
 from ftfast.distill.resumable import history_of
 from ftfast.distill.selection import Trial, to_json

@@ -10,7 +10,8 @@ from typing import Any
 from ftfast.distill import checkpoint
 from ftfast.distill.checkpoint import Checkpoint
 from ftfast.distill.datasets import DataError
-from ftfast.distill.engine import Epoch, Training
+from ftfast.distill.engine import Training
+from ftfast.distill.epochs import Epoch
 from ftfast.distill.errors import IN_A_NEW_RUN, CheckpointError
 from ftfast.distill.interrupts import Interrupted, Stopped, StopRequest
 from ftfast.distill.loss_record import DivergedError

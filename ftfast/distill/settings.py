@@ -176,7 +176,7 @@ class Settings(Recipe):
         self._check_map_sizes()
         derived: dict[str, Any] = {name: self._grid(name) for name in WEIGHTS}
         if DATASETS[self.data].is_streamed:
-            derived |= colours.of_settings(self)._asdict()
+            derived |= colours.of_recipe(self)._asdict()
         return dataclasses.replace(
             self,
             device=device,

@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftfast.distill.appended import AppendedFile
-
-if TYPE_CHECKING:
-    from ftfast.distill.engine import Epoch
+from ftfast.distill.epochs import Epoch
 
 STEPS = "steps"  # the folder of a training's steps, below that of its epochs
 _files = count()
@@ -63,7 +61,7 @@ class EpochLog:
     def __init__(self, root: Path, title: str, say: Callable[[str], None]) -> None:
         self._scalars = Scalars(root, title, say)
 
-    def add(self, record: "Epoch") -> None:
+    def add(self, record: Epoch) -> None:
         """Adds one epoch: its losses, accuracies in percent and images a second."""
         values = {f"loss/{name}": value for name, value in record.losses.items()}
         accuracies = {"accuracy/test": record.accuracy, "accuracy/test top 5": record.top5_accuracy}

@@ -1,0 +1,27 @@
+"""What is recorded of a training's epochs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's record: mean of each loss term, accuracies on the images watched in percent, and training seconds.
+
+    ``damaged`` are the files that could not be decoded, and others stood in for.
+    """
+
+    epoch: int
+    losses: dict[str, float]
+    accuracy: float | None
+    images: int
+    seconds: float
+    top5_accuracy: float | None = None
+    damaged: int = 0
+
+
+def images_per_second(history: Iterable[Epoch]) -> float | None:
+    """Training throughput, the first epoch left out as warm-up; None where there is no other."""
+    measured = list(history)[1:]
+    seconds = sum(record.seconds for record in measured)
+    return sum(record.images for record in measured) / seconds if seconds else None
