@@ -12,13 +12,14 @@ from safetensors import safe_open
 from ftfast.cli import main
 from ftfast.distill import libraries, models, photographs, streamed
 from ftfast.distill.colours import IMAGENET, Colours
-from ftfast.distill.engine import Precision, evaluate
 from ftfast.distill.errors import SettingsError
 from ftfast.distill.images import Images
+from ftfast.distill.judge import evaluate
 from ftfast.distill.presets import settings_of
 from ftfast.distill.settings import Settings
 from ftfast.distill.store import header
 from ftfast.distill.streamed import Streamed
+from ftfast.distill.student_step import Precision
 from ftfast.distill.trained import read_trained
 from tests.launching import results_of
 from tests.photograph_folder import make_folder, make_shards

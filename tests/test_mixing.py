@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from ftfast import FeatureTap, Paraphraser
 from ftfast.distill import models
 from ftfast.distill.data import Split
-from ftfast.distill.engine import Precision, Training, step_seed
+from ftfast.distill.engine import Training, step_seed
 from ftfast.distill.methods import Outputs, Weights
 from ftfast.distill.mixing import Mixing
 from ftfast.distill.presets import settings_of
 from ftfast.distill.schedule import Schedule
 from ftfast.distill.settings import Settings
+from ftfast.distill.student_step import Precision
 from ftfast.distill.students import Guides, student_training
 
 CLASSES = 5
