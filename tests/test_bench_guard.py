@@ -70,6 +70,7 @@ def guard(*arguments: str) -> int:
     return main(["guard", "--device", "cpu", "--threads", "1", *arguments])
 
 
+@pytest.mark.slow
 def test_the_guard_tells_a_loss_that_is_30_percent_slower(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

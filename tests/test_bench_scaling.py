@@ -64,6 +64,7 @@ def sweep_record() -> Record:
     return record_of(rows)
 
 
+@pytest.mark.slow
 def test_a_sweep_says_where_its_points_stand_and_measures_their_ceiling_beside_them() -> None:
     steps: list[str] = []
     rows = scaling.run(SETTINGS, steps.append)

@@ -15,6 +15,7 @@ NEEDS = {
     "vit_to_vit.py": ("sklearn", "timm"),
     "timm_task.py": ("timm", "timm.task"),
 }
+LONG = ("timm_task.py", "vit_to_vit.py")
 CHANCE = 0.25  # of the fewest labels that an example has
 
 
@@ -33,7 +34,9 @@ def test_every_example_is_listed_and_short():
         assert path.read_text().startswith('"""')
 
 
-@pytest.mark.parametrize("name", sorted(NEEDS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in sorted(NEEDS)]
+)
 def test_its_losses_fall_and_its_student_beats_chance(name, monkeypatch, capsys):
     for package in NEEDS[name]:
         pytest.importorskip(package)

@@ -40,7 +40,8 @@ def start(run_folder: Path, store: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 12])
 def test_a_killed_build_goes_on_to_the_same_bytes(run_folder: Path, tmp_path: Path, kills: int) -> None:
     whole = contents(make_store(run_folder, tmp_path / "whole", MANY))
     draw, killed = random.Random(kills), tmp_path / "killed"

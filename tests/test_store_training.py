@@ -271,6 +271,7 @@ def test_both_engines_train_from_a_store(stores: dict[str, Path], tmp_path: Path
     assert main([*words, "--output", str(tmp_path / "run"), "--label-smoothing", "0.1", "--accumulate", "2"]) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_a_store(stores: dict[str, Path], tmp_path: Path) -> None:
     words = ["-m", "ftfast", "distill", "--store", str(stores["int8"]), *WORDS, "--methods", "ft"]
     status, _, errors = finished(torchrun(2, *words, "--output", str(tmp_path / "two")))
