@@ -17,9 +17,9 @@ from tests.launching import ROOT
 KILLS, AFTER_FIRST, IN_WRITING = 20, 15, 5
 RECIPE = [
     *("distill", "--data", "digits", "--methods", "ft", "--seeds", "1", "--beta", "60", "--student", "resnet8"),
-    *("--teacher", "resnet8", "--teacher-channels", "2", "--teacher-epochs", "20", "--paraphraser-steps", "100"),
+    *("--teacher", "resnet8", "--teacher-channels", "2", "--teacher-epochs", "1", "--paraphraser-steps", "100"),
     *("--paraphraser-optimiser", "adam", "--paraphraser-learning-rate", "3e-3"),
-    *("--student-channels", "2", "--student-epochs", "100", "--student-images", "200", "--device", "cpu"),
+    *("--student-channels", "2", "--student-epochs", "60", "--student-images", "200", "--device", "cpu"),
     *("--dtype", "float32", "--threads", "1", "--checkpoint-seconds", "0", "--resume"),
 ]
 

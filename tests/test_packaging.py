@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler here"
-)
+
+
+def find_compiler():
+    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 pytestmark = pytest.mark.xdist_group("packaging")
 
 
@@ -53,6 +57,15 @@ def run_apart(*arguments, cwd, first):
     """Python with ``first`` ahead of the installed packages, and without the finder of an editable install."""
     path = os.pathsep.join([str(first), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]])
     return run(sys.executable, "-S", *arguments, cwd=cwd, PYTHONPATH=path)
+
+
+@pytest.fixture
+def quick_compiler(tmp_path):
+    """Optimises nothing, which is quicker; for installs whose kernels need not be fast."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {find_compiler()} "$@" -O0\n')
+    compiler.chmod(0o755)
+    return str(compiler)
 
 
 def build_wheel(checkout, **environment):
@@ -121,14 +134,14 @@ def test_the_wheel_holds_everything_and_runs_its_kernels(checkout):
 
 @pytest.mark.slow
 @needs_compiler
-def test_an_editable_install_imports_from_the_checkout(checkout):
+def test_an_editable_install_imports_from_the_checkout(checkout, quick_compiler):
     venv = checkout.parent / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=checkout.parent)
     (site,) = venv.glob("lib/python*/site-packages")
     ours = next(path for path in sys.path if path.endswith("site-packages"))
     (site / "outer.pth").write_text(f"{ours}\n")
     pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-deps"]
-    done = run(*pip, "--no-build-isolation", "--editable", ".", cwd=checkout)
+    done = run(*pip, "--no-build-isolation", "--editable", ".", cwd=checkout, CXX=quick_compiler)
     assert done.returncode == 0, done.stdout + done.stderr
     imported = run(venv / "bin" / "python", "-c", IMPORT_ALL, cwd=checkout.parent)
     assert imported.stdout.startswith(str(checkout)), imported.stdout + imported.stderr
@@ -139,14 +152,14 @@ def test_an_editable_install_imports_from_the_checkout(checkout):
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
-def test_cuda_sources_join_where_there_is_nvcc_and_load_where_there_is_no_gpu(checkout):
+def test_cuda_sources_join_where_there_is_nvcc_and_load_where_there_is_no_gpu(checkout, quick_compiler):
     folder = checkout / "csrc" / "cuda"
     folder.mkdir(exist_ok=True)
     (folder / "probe.cu").write_text(
         "__global__ void probe_kernel(float* x) { x[threadIdx.x] = 1; }\n"
         'extern "C" __attribute__((visibility("default"))) void probe(float* x) { probe_kernel<<<1, 1>>>(x); }\n'
     )
-    done = build_wheel(checkout)
+    done = build_wheel(checkout, CXX=quick_compiler)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (checkout / "wheels").glob("*.whl")
     site = checkout.parent / "site"
