@@ -1,6 +1,7 @@
 """One of the two processes that ``bench data_parallel`` measures: steps on one core, alone, apart and joined.
 
-The three take turns, a second at a time and in random order, so that a machine whose speed drifts is the same for all.
+The three take turns, a second at a time and in a random order in each round, so that a machine whose speed drifts is
+nearly the same for all three of a round.
 """
 
 import json
@@ -25,7 +26,7 @@ def main(batch: int, rounds: int, seed: int) -> None:
 
     Args:
         batch: images of a step.
-        rounds: blocks of each of the three.
+        rounds: each has a block of each of the three.
         seed: of the images, the networks and the order of blocks.
     """
     cores = sorted(os.sched_getaffinity(0))
@@ -38,9 +39,8 @@ def main(batch: int, rounds: int, seed: int) -> None:
         for step in (own, shared):
             _milliseconds(step, WARMUPS)
         elapsed: dict[str, list[float]] = {ALONE: [], APART: [], JOINED: []}
-        order = [name for name in elapsed for _ in range(rounds)]
-        random.Random(seed).shuffle(order)  # the same in both
-        for name in order:
+        draw = random.Random(seed)  # the same in both
+        for name in (name for _ in range(rounds) for name in draw.sample(list(elapsed), len(elapsed))):
             step = shared if name == JOINED else own
             processes.wait()
             steps = name != ALONE or processes.is_first
