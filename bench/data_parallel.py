@@ -126,9 +126,8 @@ def markdown(newest: dict[str, tuple[str, Record]]) -> str:
     if set(found) != set(PROCESSES):
         return f"CPU: {tables.NOT_MEASURED}."
     lines = [(row.candidate, f"{found[row.candidate]:,.0f}", tables.number(row.details[OVER_ONE])) for row in rows]
-    head = (
-        f"CPU: {tables.provenance(record)}. {group_name(BATCH)}; medians of steps; apart: without a word to each other."
-    )
+    measured = "medians of steps, and of the ratios of a round; apart: without a word to each other"
+    head = f"CPU: {tables.provenance(record)}. {group_name(BATCH)}; {measured}."
     return head + "\n\n" + tables.markdown_table(("", "images/s", "over one process"), lines, numbers_from=1)
 
 
