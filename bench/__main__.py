@@ -6,11 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import compare, guard, plots, prediction, readme
+from bench import guard
 from bench.arguments import ALL, build_parser, check_out, settings_from
-from bench.records import RecordError, Row, load, save
-from bench.registry import discover
-from bench.running import Work, measure, prepare
+from bench.harness.records import RecordError, Row, load, save
+from bench.harness.registry import discover
+from bench.harness.running import Work, measure, prepare
+from bench.results import compare, plots, readme
+from bench.training import prediction
 
 
 def plot_main(arguments: list[str]) -> int:

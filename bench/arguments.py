@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import torch
 
-from bench.measuring import QUICK_PLAN, Plan
+from bench.harness.measuring import QUICK_PLAN, Plan
+from bench.harness.records import RecordError, load
+from bench.harness.registry import Bench, Settings
 from bench.peers import PEERS
-from bench.records import RecordError, load
-from bench.registry import Bench, Settings
 from bench.shapes import (
     DEFAULT_HEADS,
     DEFAULT_SHAPES,

@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine, newest, regression
+from bench import regression
 from bench.arguments import positive
-from bench.records import Record, RecordError, load, other_device
+from bench.harness import machine, newest
+from bench.harness.records import Record, RecordError, load, other_device
+from bench.harness.running import prepare
 from bench.regression import MARGIN, GuardError
-from bench.running import prepare
-from bench.tables import number
+from bench.results.tables import number
 
 
 def margin_number(text: str) -> float:

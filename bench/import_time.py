@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from rich.table import Table
 from rich.text import Text
 
-from bench import tables
-from bench.machine import CHECKOUT
-from bench.measuring import summarise
-from bench.records import Record, Row
-from bench.registry import Bench, Settings
+from bench.harness.machine import CHECKOUT
+from bench.harness.measuring import summarise
+from bench.harness.records import Record, Row
+from bench.harness.registry import Bench, Settings
+from bench.results import tables
 
 STEM = "import_time"
 GROUP = "import time"

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import ft_head, ft_loss
-from bench.compare import Ratio, ratios, times
-from bench.measuring import Plan
+from bench.harness.measuring import Plan
+from bench.harness.records import Record, Timing, comparable
+from bench.harness.registry import Settings
+from bench.harness.running import Work, measure
+from bench.kernels import ft_head, ft_loss
 from bench.peers import EAGER, YARDSTICK
-from bench.records import Record, Timing, comparable
-from bench.registry import Settings
-from bench.running import Work, measure
+from bench.results.compare import Ratio, ratios, times
 from bench.shapes import HEADS, SHAPES, head_on
 
 MARGIN = 1.5

@@ -1,4 +1,4 @@
-"""What the figures of bench/ft_head.py and bench/conv3x3.py rest on: gates, counts, and the text made from records."""
+"""What the figures of bench/kernels/ft_head.py and bench/kernels/conv3x3.py rest on: gates, counts, and the text made from records."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import conv3x3, ft_head, throughput
 from bench.__main__ import main
-from bench.layers import Operands
-from bench.measuring import QUICK_PLAN
-from bench.records import Record, Row, Timing
-from bench.registry import Settings
+from bench.harness.measuring import QUICK_PLAN
+from bench.harness.records import Record, Row, Timing
+from bench.harness.registry import Settings
+from bench.kernels import conv3x3, ft_head
+from bench.kernels.layers import Operands
+from bench.results import throughput
 from bench.shapes import HEADS, QUICK_HEADS, parse_head
 
 SETTINGS = Settings(

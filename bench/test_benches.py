@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.candidates import Candidate
-from bench.measuring import QUICK_PLAN
-from bench.registry import Bench, Settings, discover
+from bench.harness.candidates import Candidate
+from bench.harness.measuring import QUICK_PLAN
+from bench.harness.registry import Bench, Settings, discover
 from bench.shapes import HEADS, QUICK_HEADS, QUICK_SHAPES, SHAPES
 
 SETTINGS = Settings(

@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ftfast import reference
-    from ftfast.conversion import convert_state_dict
+    from ftfast.conversion.state_dicts import convert_state_dict
+    from ftfast.diagnosis.doctor import doctor
     from ftfast.dispatch import explain
-    from ftfast.distill.doctor import doctor
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
     from ftfast.loss import FTLoss, ft_loss

@@ -13,18 +13,18 @@ from ftfast import __version__
 
 # Name: what it does, and the module that has add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
-    "info": ("versions, devices, and each backend with its reason", "ftfast.info"),
-    "check": ("every kernel that runs here against the float64 reference", "ftfast.check"),
-    "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.distill.command"),
-    "store": ("factors of fixed views on disk, from which students train without a teacher", "ftfast.store_command"),
-    "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.tune"),
-    "evaluate": ("the test accuracy of a checkpoint, and what is taken for what", "ftfast.distill.evaluate"),
-    "features": ("a model's layers with the shapes of what they give", "ftfast.features_command"),
+    "info": ("versions, devices, and each backend with its reason", "ftfast.commands.info"),
+    "check": ("every kernel that runs here against the float64 reference", "ftfast.diagnosis.check"),
+    "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.commands.distill"),
+    "store": ("factors of fixed views on disk, from which students train without a teacher", "ftfast.commands.store"),
+    "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.commands.tune"),
+    "evaluate": ("the test accuracy of a checkpoint, and what is taken for what", "ftfast.commands.evaluate"),
+    "features": ("a model's layers with the shapes of what they give", "ftfast.commands.features"),
     "convert": (
         "a paraphraser's or translator's checkpoint under another project's names",
-        "ftfast.convert_command",
+        "ftfast.conversion.command",
     ),
-    "export": ("a trained student by itself, as safetensors or a program of torch.export", "ftfast.distill.export"),
+    "export": ("a trained student by itself, as safetensors or a program of torch.export", "ftfast.commands.export"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -79,7 +79,7 @@ def _run_command(name: str, words: list[str]) -> int:
         sys.stdout.flush()  # a full disk is met here, where it can still be said
         return status
     except ValueError as error:
-        from ftfast.distill.errors import DistillError
+        from ftfast.errors import DistillError
 
         if not isinstance(error, DistillError):
             raise
@@ -119,7 +119,7 @@ def _say(sentence: str, error: BaseException | None = None) -> None:
         if getattr(error, "is_shared", False):
             says = is_first
         else:
-            from ftfast.distill.launch import is_first_to_say
+            from ftfast.distill.runtime.torchrun import is_first_to_say
 
             known = is_first_to_say(sentence)
             # Who cannot ask says an error twice rather than never; an interruption is everybody's.

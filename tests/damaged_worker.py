@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill import photographs, streamed
-from ftfast.distill.engine import Training
-from ftfast.distill.errors import DistillError
-from ftfast.distill.judge import evaluate
-from ftfast.distill.methods import Terms
-from ftfast.distill.processes import Processes, joined
-from ftfast.distill.schedule import Schedule
-from ftfast.distill.student_step import Precision
+from ftfast.distill.data.photographs import listing, streamed
+from ftfast.distill.runtime.processes import Processes, joined
+from ftfast.distill.training.evaluate import evaluate
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.methods import Terms
+from ftfast.distill.training.schedule import Schedule
+from ftfast.distill.training.step import Precision
+from ftfast.errors import DistillError
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32)
 SIDE = 16
@@ -24,7 +24,7 @@ SIDE = 16
 def train(folder: Path, workers: int, processes: Processes) -> dict[str, Any]:
     """The damaged photographs of each epoch, and what was said."""
     said: list[str] = []
-    counts = photographs.describe(folder, "folder")
+    counts = listing.describe(folder, "folder")
     images, tested = streamed.load(
         *(folder, "folder", FLOAT32.device),
         **counts._asdict(),

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ftfast import FactorTransfer, Paraphraser, Translator
-from ftfast.distill import models
-from ftfast.distill.data import Split
-from ftfast.distill.engine import Training
-from ftfast.distill.judge import evaluate
-from ftfast.distill.methods import Outputs, Terms
-from ftfast.distill.processes import ALONE, Processes, joined
-from ftfast.distill.schedule import Schedule
-from ftfast.distill.student_step import Precision
+from ftfast.distill.data.in_memory import Split
+from ftfast.distill.models import registry
+from ftfast.distill.runtime.processes import ALONE, Processes, joined
+from ftfast.distill.training.evaluate import evaluate
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.methods import Outputs, Terms
+from ftfast.distill.training.schedule import Schedule
+from ftfast.distill.training.step import Precision
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32)
 
@@ -50,7 +50,7 @@ def images(count: int) -> Split:
 
 def train(accumulate: int, count: int, batch_size: int, processes: Processes = ALONE) -> dict[str, Tensor]:
     """Parameters, loss means and accuracy after two epochs of Factor Transfer, as tensors by name."""
-    with models.seeded(4):
+    with registry.seeded(4):
         student = Student()
         teacher = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
         head = FactorTransfer(Paraphraser(8, 0.5), Translator(6, 4), weight=20.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftfast.cli import main
 from ftfast.distill import run
-from ftfast.distill.datasets import DataError
+from ftfast.distill.data.datasets import DataError
 
 read = run.load_images
 

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from ftfast.distill.run import run
-from ftfast.distill.settings import Settings
+from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store.build import Request, build_store
 
 SMALL = Settings(

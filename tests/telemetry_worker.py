@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ftfast.distill.gpu_meter import Gpu
-from ftfast.distill.processes import Processes, joined
-from ftfast.distill.step_clock import part
-from ftfast.distill.telemetry import RunLog
+from ftfast.distill.monitor.gpu_meter import Gpu
+from ftfast.distill.monitor.step_clock import part
+from ftfast.distill.monitor.telemetry import RunLog
+from ftfast.distill.runtime.processes import Processes, joined
 from tests.fake_nvml import FakeNvml
 
 STEPS, IMAGES = 120, 8

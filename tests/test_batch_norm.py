@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.dispatch import load_extension
-from ftfast.distill import models, training_graph
-from ftfast.distill.training_forward import training_forward
+from ftfast.distill.models import registry, training_graph
+from ftfast.distill.models.training_forward import training_forward
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
@@ -37,7 +37,7 @@ def _two_threads() -> Iterator[None]:
 
 def layer_of(shape: tuple[int, ...], relu: bool = True) -> Layer:
     _, channels, _, results, kernel, stride = shape
-    with models.seeded(3):
+    with registry.seeded(3):
         convolution = nn.Conv2d(channels, results, kernel, stride=stride, padding=kernel // 2, bias=False)
         norm = nn.BatchNorm2d(results)
         nn.init.uniform_(norm.weight, -1.5, 1.5)
@@ -196,7 +196,7 @@ STUDENTS = {  # model, width, shortcut, layer
 
 def student_of(name: str) -> tuple[nn.Module, str]:
     model, width, shortcut, layer = STUDENTS[name]
-    return models.build_model(model, width, in_channels=3, classes=5, seed=1, shortcut=shortcut), layer
+    return registry.build_model(model, width, in_channels=3, classes=5, seed=1, shortcut=shortcut), layer
 
 
 @pytest.mark.parametrize("name", list(STUDENTS))
@@ -223,7 +223,7 @@ def test_a_students_graph_trains_as_its_modules_do(name: str) -> None:
 def test_a_student_in_eval_runs_as_its_modules_do() -> None:
     student = student_of("resnet")[0].eval()
     images = torch.randn(2, 3, 16, 16)
-    forward = training_forward(student, models.LAST_STAGE, compiled=False, fused=True)
+    forward = training_forward(student, registry.LAST_STAGE, compiled=False, fused=True)
     assert torch.equal(forward(images).logits, student(images))
 
 
@@ -231,5 +231,5 @@ def test_modules_with_hooks_are_left_alone() -> None:
     student = student_of("resnet")[0].train()
     seen = []
     student.norm.register_forward_hook(lambda *_: seen.append(1))
-    training_forward(student, models.LAST_STAGE, compiled=False, fused=True)(torch.randn(2, 3, 16, 16))
+    training_forward(student, registry.LAST_STAGE, compiled=False, fused=True)(torch.randn(2, 3, 16, 16))
     assert seen == [1]

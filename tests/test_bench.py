@@ -15,18 +15,21 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench import ft_loss, import_time, loss_cases, peers, plots, readme, records
+from bench import import_time, peers
 from bench.__main__ import main
-from bench.candidates import Candidate, Group
-from bench.clocks import CpuClock
-from bench.figures import derive
-from bench.gate import Judge
-from bench.measuring import QUICK_PLAN, Plan, measure_group
-from bench.records import Record, RecordError, Row, Timing
-from bench.registry import Settings
+from bench.harness import records
+from bench.harness.candidates import Candidate, Group
+from bench.harness.clocks import CpuClock
+from bench.harness.gate import Judge
+from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
+from bench.harness.records import Record, RecordError, Row, Timing
+from bench.harness.registry import Settings
+from bench.kernels import ft_loss, loss_cases
+from bench.results import plots, readme
+from bench.results.figures import derive
 from bench.shapes import parse_shape
 from ftfast.dispatch import interpreting
-from ftfast.distill.settings import Settings as DistillSettings
+from ftfast.distill.settings.run_settings import Settings as DistillSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TINY = "6x8x4x4"

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import distill_step, step_peers
-from bench.measuring import QUICK_PLAN
-from bench.records import Row, Timing
-from bench.registry import Settings, discover
+from bench.harness.measuring import QUICK_PLAN
+from bench.harness.records import Row, Timing
+from bench.harness.registry import Settings, discover
+from bench.training import distill_step, step_peers
 
 CPU = torch.device("cpu")
 PLAN = replace(QUICK_PLAN, blocks=1, warmups=0, calls=2)

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench import compare, ft_loss, peers, power, records, regression
+from bench import peers, regression
 from bench.__main__ import main
-from bench.measuring import Plan
-from bench.records import Record, Row, Timing, comparable
-from bench.registry import Settings
-from bench.running import Work, measure
+from bench.harness import power, records
+from bench.harness.measuring import Plan
+from bench.harness.records import Record, Row, Timing, comparable
+from bench.harness.registry import Settings
+from bench.harness.running import Work, measure
+from bench.kernels import ft_loss
+from bench.results import compare
 from bench.shapes import HEADS, SHAPES, parse_shape
 
 CPU = torch.device("cpu")

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from bench import loaders, photographs
 from bench.__main__ import main
-from bench.loaders import SYNTHETIC, WORK, Rates, rates, verdict
-from bench.records import Record, Row, Timing
-from bench.step_cost import STEP
-from ftfast.distill.photographs import list_photographs
+from bench.harness.records import Record, Row, Timing
+from bench.training import loaders, photographs
+from bench.training.loaders import SYNTHETIC, WORK, Rates, rates, verdict
+from bench.training.step_cost import STEP
+from ftfast.distill.data.photographs.listing import list_photographs
 
 
 def test_files_are_of_imagenets_size_and_the_shards_hold_the_same(tmp_path: Path) -> None:

@@ -11,16 +11,19 @@ from rich.console import Console
 from torch import Tensor
 
 import ftfast
-from bench import ft_loss, peer_losses, peers, records, tables
+from bench import peer_losses, peers
 from bench.__main__ import main
-from bench.candidates import BACKWARD, FORWARD, FORWARD_BACKWARD
-from bench.clocks import CpuClock
-from bench.gate import Judge
-from bench.loss_cases import LossCases, factors
-from bench.measuring import Plan, measure_group
-from bench.records import Row, Timing
-from bench.registry import Settings
-from bench.saved import saved_for_backward
+from bench.harness import records
+from bench.harness.candidates import BACKWARD, FORWARD, FORWARD_BACKWARD
+from bench.harness.clocks import CpuClock
+from bench.harness.gate import Judge
+from bench.harness.measuring import Plan, measure_group
+from bench.harness.records import Row, Timing
+from bench.harness.registry import Settings
+from bench.kernels import ft_loss
+from bench.kernels.loss_cases import LossCases, factors
+from bench.kernels.saved import saved_for_backward
+from bench.results import tables
 from bench.shapes import parse_shape
 
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import machine, power
-from bench.candidates import Candidate, Group
-from bench.clocks import CpuClock
-from bench.measuring import QUICK_PLAN, Plan, measure_group
-from bench.power import Energy, Watch, measure_energy
-from ftfast.distill.gpu_meter import Gpu, gpu_of
+from bench.harness import machine, power
+from bench.harness.candidates import Candidate, Group
+from bench.harness.clocks import CpuClock
+from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
+from bench.harness.power import Energy, Watch, measure_energy
+from ftfast.distill.monitor.gpu_meter import Gpu, gpu_of
 from tests.fake_nvml import FakeNvml
 
 CUDA = torch.device("cuda", 0)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from bench import prediction, records
 from bench.__main__ import main
-from bench.prediction import Parts, gradient_bytes, predict, reduce_seconds
-from bench.records import Record, Row, Timing
-from bench.step_peers import IMAGENET
+from bench.harness import records
+from bench.harness.records import Record, Row, Timing
+from bench.training import prediction
+from bench.training.prediction import Parts, gradient_bytes, predict, reduce_seconds
+from bench.training.step_peers import IMAGENET
 
 PARTS = Parts(step=0.03, backward=0.012, is_split=True, batch=256, gradient=64_000_000)
 

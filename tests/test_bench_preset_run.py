@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from bench import preset_run
 from bench.__main__ import main
-from bench.preset_run import Size, _found, pause_share
-from bench.records import Record, Row, Timing, load
-from bench.step_peers import IMAGENET
+from bench.harness.records import Record, Row, Timing, load
+from bench.training import preset_run
+from bench.training.preset_run import Size, _found, pause_share
+from bench.training.step_peers import IMAGENET
 
 SIZE = Size(IMAGENET, 100, 30_000, 1000, 4)
 RESULTS = {"methods": {"ft": {"students": [{"images_per_second": 4200.0}]}}}

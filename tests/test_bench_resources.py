@@ -34,9 +34,14 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 
 from triton import language as tl  # noqa: E402
 
-from bench import machine_code, records, resources, shipped  # noqa: E402
+from bench import shipped
 from bench.__main__ import main  # noqa: E402
-from bench.machine_code import Machine, cache_key, compile_launch, kernel_names, recorded  # noqa: E402
+from bench.harness import records
+from bench.machine_code import (
+    compiling,
+    resources,
+)
+from bench.machine_code.compiling import Machine, cache_key, compile_launch, kernel_names, recorded  # noqa: E402
 from bench.shipped import ShippedLaunch  # noqa: E402
 
 
@@ -74,7 +79,7 @@ def launch_described(size: int) -> None:
 THIS_MODULE: Any = sys.modules[__name__]
 
 
-@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", compiling.ARCHITECTURES)
 def test_what_a_launch_compiles_to(architecture: int) -> None:
     with recorded(THIS_MODULE, "_sum_of_products_kernel") as launches:
         launch_products(64)

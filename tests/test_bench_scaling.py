@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ceilings, curves, ft_loss, newest, plots, readme, records, roofline, scaling
 from bench.__main__ import main
-from bench.measuring import Plan
+from bench.harness import newest, records
+from bench.harness.measuring import Plan
+from bench.harness.records import Record, Row, Timing
+from bench.harness.registry import Settings
+from bench.kernels import ceilings, ft_loss, scaling
 from bench.peers import COPY, EAGER, YARDSTICK
-from bench.records import Record, Row, Timing
-from bench.registry import Settings
-from bench.throughput import MATMUL
+from bench.results import curves, plots, readme, roofline
+from bench.results.throughput import MATMUL
 
 BOTH = "forward+backward"
 CPU = torch.device("cpu")

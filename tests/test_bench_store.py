@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import step_peers, store, store_files
-from bench.measuring import QUICK_PLAN
-from bench.records import Row, Timing
-from bench.registry import Settings, discover
+from bench.harness.measuring import QUICK_PLAN
+from bench.harness.records import Row, Timing
+from bench.harness.registry import Settings, discover
+from bench.training import step_peers, store, store_files
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, (torch.float32,), (), (), (), replace(QUICK_PLAN, blocks=1, warmups=0, calls=2), quick=True)

@@ -10,17 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftfast.distill import checkpoint, files, models
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.errors import CheckpointError
+from ftfast.distill.models import registry
+from ftfast.distill.runtime import checkpoint, files
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.errors import CheckpointError
 
 
-def small_model(channels: int = 2, seed: int = 0) -> models.ResNet:
-    return models.build_model("resnet8", channels, in_channels=1, classes=10, seed=seed)
+def small_model(channels: int = 2, seed: int = 0) -> registry.ResNet:
+    return registry.build_model("resnet8", channels, in_channels=1, classes=10, seed=seed)
 
 
-def save_small(folder: Path) -> models.ResNet:
-    model = models.place(small_model(), torch.device("cpu"))
+def save_small(folder: Path) -> registry.ResNet:
+    model = registry.place(small_model(), torch.device("cpu"))
     checkpoint.save(folder, Checkpoint(model.state_dict(), {"epoch": 3}, {"kind": "student", "model": "small"}))
     return model
 
@@ -128,7 +129,7 @@ def test_newer_and_other_formats_are_refused(tmp_path: Path, field: str, value: 
 def test_another_models_tensors_are_refused(channels: int) -> None:
     with pytest.raises(CheckpointError, match=r"another model than a small one: 'stem.weight' is"):
         checkpoint.fill(small_model(), small_model(channels).state_dict(), Path("file"), "a small one")
-    deeper = models.build_model("resnet14", 2, in_channels=1, classes=10, seed=0)
+    deeper = registry.build_model("resnet14", 2, in_channels=1, classes=10, seed=0)
     with pytest.raises(CheckpointError, match="does not have"):
         checkpoint.fill(small_model(), deeper.state_dict(), Path("file"), "a small one")
     with pytest.raises(CheckpointError, match="it lacks"):

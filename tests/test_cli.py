@@ -15,8 +15,8 @@ import torch
 import ftfast
 from ftfast.cli import COMMANDS, main
 from ftfast.dispatch import interpreting
-from ftfast.distill import checkpoint
-from ftfast.distill.settings import Settings
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.settings.run_settings import Settings
 
 TINY = [
     "distill",

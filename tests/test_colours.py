@@ -10,17 +10,18 @@ import torch
 from safetensors import safe_open
 
 from ftfast.cli import main
-from ftfast.distill import libraries, models, photographs, streamed
-from ftfast.distill.colours import IMAGENET, Colours
-from ftfast.distill.errors import SettingsError
-from ftfast.distill.images import Images
-from ftfast.distill.judge import evaluate
-from ftfast.distill.presets import settings_of
-from ftfast.distill.settings import Settings
+from ftfast.commands.trained import read_trained
+from ftfast.distill.data.images import Images
+from ftfast.distill.data.photographs import listing, streamed
+from ftfast.distill.data.photographs.streamed import Streamed
+from ftfast.distill.models import libraries, registry
+from ftfast.distill.settings.normalisation import IMAGENET, Colours
+from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header
-from ftfast.distill.streamed import Streamed
-from ftfast.distill.student_step import Precision
-from ftfast.distill.trained import read_trained
+from ftfast.distill.training.evaluate import evaluate
+from ftfast.distill.training.step import Precision
+from ftfast.errors import SettingsError
 from tests.launching import results_of
 from tests.photograph_folder import make_folder, make_shards
 from tests.test_streamed import on_device
@@ -87,7 +88,7 @@ def test_settings_from_before_there_were_others_are_of_imagenet() -> None:
 
 
 def loaded(path: Path, colours: Colours, loader: str = "folder") -> tuple[Images, Images]:
-    counts = photographs.describe(path, loader)._asdict()
+    counts = listing.describe(path, loader)._asdict()
     return streamed.load(path, loader, CPU, image_size=SIDE, workers=0, rand_augment=0, **counts, colours=colours)
 
 
@@ -120,7 +121,7 @@ def test_every_command_reads_a_run_with_its_own(
     """A teacher of random weights, whose batch norms know the images, stands in for one that was trained."""
 
     def weights(name: str, *, in_channels: int, classes: int) -> dict[str, torch.Tensor]:
-        with models.seeded(0):
+        with registry.seeded(0):
             model = libraries.build(name, in_channels=in_channels, classes=classes)
         for images in 5 * drawn(folder, HALVES):
             model(images)

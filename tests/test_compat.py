@@ -608,8 +608,8 @@ def test_strict_false_still_loads_what_fits():
 
 def test_the_bench_says_how_much_faster_and_how_much_more_than_the_bare_call():
     pytest.importorskip("rich")
-    from bench import compat
-    from bench.records import Row, Timing
+    from bench.harness.records import Row, Timing
+    from bench.kernels import compat
 
     def row(group: str, candidate: str, milliseconds: float | None, **details: object) -> Row:
         timing = None if milliseconds is None else Timing(milliseconds, milliseconds, milliseconds, 1, [milliseconds])

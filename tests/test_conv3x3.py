@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import ftfast
-from ftfast.check_loss import relative_error
+from ftfast.diagnosis.check_loss import relative_error
 from ftfast.ops.conv3x3 import Conv3x3Function
 
 

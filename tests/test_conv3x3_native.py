@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ftfast.check_loss import relative_error
+from ftfast.diagnosis.check_loss import relative_error
 from ftfast.dispatch import load_extension
 from ftfast.ops import conv3x3_native
 

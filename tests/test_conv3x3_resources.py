@@ -19,7 +19,7 @@ conv3x3_tiles = pytest.importorskip("ftfast.kernels.conv3x3_tiles")
 conv3x3_weight_gradient = pytest.importorskip("ftfast.kernels.conv3x3_weight_gradient")
 packing = pytest.importorskip("ftfast.kernels.pack_weights")
 
-from bench.machine_code import ARCHITECTURES, Launch, Machine, cache_key, compile_launch, recorded  # noqa: E402
+from bench.machine_code.compiling import ARCHITECTURES, Launch, Machine, cache_key, compile_launch, recorded  # noqa: E402
 
 MODULES = (activation, conv3x3, conv3x3_weight_gradient, packing)
 # Heads by what their paper's tables name: samples, channels, height and width.

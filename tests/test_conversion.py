@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ftfast
-from ftfast.conversion import convert, convert_state_dict
+from ftfast.conversion.state_dicts import convert, convert_state_dict
 
 PROJECTS = ("ftfast", "official", "torchdistill", "mmrazor", "repdistiller", "zoo")
 NETWORKS = ("paraphraser", "translator")

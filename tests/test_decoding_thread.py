@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ftfast.distill import crops, gpu_decoding, photographs, streamed
-from ftfast.distill.datasets import DataError
-from ftfast.distill.decoding_thread import Balance, decoded_ahead
-from ftfast.distill.readers import Reader
-from ftfast.distill.streamed import Streamed
+from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.photographs import crops, decoding, listing, streamed
+from ftfast.distill.data.photographs.gpu_pipeline import Balance, decoded_ahead
+from ftfast.distill.data.photographs.readers import Reader
+from ftfast.distill.data.photographs.streamed import Streamed
 from tests.photograph_folder import make_folder
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_the_process_draws_what_it_would_have_drawn(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Lost(photographs.FolderFiles):
+class Lost(listing.FolderFiles):
     """Files of a disk that fails."""
 
     def read(self, index: int) -> bytes:
@@ -91,7 +91,7 @@ class Lost(photographs.FolderFiles):
 
 
 def test_what_goes_wrong_in_a_thread_is_raised_in_the_training(folder: Path) -> None:
-    found = photographs.list_photographs(folder, "folder", "train")
+    found = listing.list_photographs(folder, "folder", "train")
     reader = Reader(Lost(folder, ["a", "b", "c"]), found.labels[:3], SIDE)
     with pytest.raises(DataError, match=r"a cannot be read \(input/output error\); see to the disk"):
         list(decoded_ahead(reader, [[(0, 0, 0)]], CPU, 1))
@@ -157,11 +157,11 @@ def test_sizes_are_read_from_headers() -> None:
         encoded(picture, "PNG"),
         plain[:2] + b"\xff\xff" + plain[3:],  # filled
     ):
-        found = gpu_decoding.Encoded.of(content, "a")
+        found = decoding.Encoded.of(content, "a")
         assert (found.height, found.width) == (53, 37)
     for content in (b"", b"\xff\xd8", plain[:40], b"words"):
         with pytest.raises(ValueError, match=r"."):
-            gpu_decoding.Encoded.of(content, "a")
+            decoding.Encoded.of(content, "a")
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (97, 1000), (33, 32), (32, 32), (1000, 61)])

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.distill import data, datasets
-from ftfast.distill.augment import Augmentation, Draws
-from ftfast.distill.data import Source, Split
-from ftfast.distill.datasets import DataError
-from ftfast.distill.errors import SettingsError
-from ftfast.distill.images import Part
-from ftfast.distill.settings import Settings
+from ftfast.distill.data import datasets, in_memory
+from ftfast.distill.data.augment import Augmentation, Draws
+from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.images import Part
+from ftfast.distill.data.in_memory import Source, Split
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.errors import SettingsError
 from tests.cifar_files import write_cifar
 
 torchvision = pytest.importorskip("torchvision")
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def pictures(count: int, shape: tuple[int, int, int] = (3, 12, 10), seed: int = 0) -> Split:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
-    normalisation = data.Normalisation.of(255, (0.4,) * shape[0], (0.2,) * shape[0])
+    normalisation = in_memory.Normalisation.of(255, (0.4,) * shape[0], (0.2,) * shape[0])
     return Split(pixels, torch.arange(count), normalisation).to(CPU)
 
 
@@ -132,7 +132,7 @@ def test_no_two_batches_of_an_epoch_share_their_draws() -> None:
 
 def test_pixels_are_normalised_by_channel_and_channels_last() -> None:
     split = pictures(20)
-    normalisation = data.Normalisation.of(255, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    normalisation = in_memory.Normalisation.of(255, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     split = replace(split, normalisation=normalisation)
     mean, deviation = (
         torch.tensor(values, dtype=torch.float64)[:, None, None] for values in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
@@ -188,14 +188,14 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         (packed / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
         (packed / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", packed)
-    small = replace(data.DATASETS["fashion-mnist"], train_images=60, test_images=20)
-    monkeypatch.setitem(data.DATASETS, "fashion-mnist", small)
+    small = replace(in_memory.DATASETS["fashion-mnist"], train_images=60, test_images=20)
+    monkeypatch.setitem(in_memory.DATASETS, "fashion-mnist", small)
     return packed
 
 
 def test_debians_fashion_mnist_is_unpacked_once(fashion: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    train, test = data.load("fashion-mnist", CPU, Source(folder))
+    train, test = in_memory.load("fashion-mnist", CPU, Source(folder))
     raw = folder / "FashionMNIST" / "raw"
     before = {path: path.stat().st_mtime_ns for path in raw.iterdir()}
     assert len(before) == 4
@@ -207,7 +207,7 @@ def test_debians_fashion_mnist_is_unpacked_once(fashion: Path, tmp_path: Path) -
     assert len(test) == 20
     for path in fashion.iterdir():
         path.write_bytes(b"no longer looked at")
-    data.load("fashion-mnist", CPU, Source(folder))
+    in_memory.load("fashion-mnist", CPU, Source(folder))
     assert {path: path.stat().st_mtime_ns for path in raw.iterdir()} == before
 
 
@@ -215,33 +215,35 @@ def test_a_damaged_package_leaves_nothing_behind(fashion: Path, tmp_path: Path) 
     path = fashion / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match="is damaged; install the package dataset-fashion-mnist again"):
-        data.load("fashion-mnist", CPU, Source(tmp_path / "data"))
+        in_memory.load("fashion-mnist", CPU, Source(tmp_path / "data"))
     assert not list((tmp_path / "data" / "FashionMNIST").iterdir())
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 10_000])
 def test_a_half_unpacked_fashion_mnist_is_refused_with_what_to_remove(fashion: Path, tmp_path: Path, kept: int) -> None:
     folder = tmp_path / "data"
-    data.load("fashion-mnist", CPU, Source(folder))
+    in_memory.load("fashion-mnist", CPU, Source(folder))
     cut = folder / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     cut.write_bytes(cut.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"fashion-mnist is incomplete or damaged; remove .*FashionMNIST/raw and run"):
-        data.load("fashion-mnist", CPU, Source(folder))
+        in_memory.load("fashion-mnist", CPU, Source(folder))
 
 
 def test_other_numbers_of_images_are_refused(fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.DATASETS, "fashion-mnist", replace(data.DATASETS["fashion-mnist"], train_images=61))
+    monkeypatch.setitem(
+        in_memory.DATASETS, "fashion-mnist", replace(in_memory.DATASETS["fashion-mnist"], train_images=61)
+    )
     with pytest.raises(DataError, match="has 60 training and 20 test images, not 61 and 20"):
-        data.load("fashion-mnist", CPU, Source(tmp_path / "data"))
+        in_memory.load("fashion-mnist", CPU, Source(tmp_path / "data"))
 
 
 def test_without_files_no_network_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     for name, part in (("fashion-mnist", "FashionMNIST/raw"), ("cifar10", "cifar-10-batches-py")):
-        for attempt in (lambda name, source: data.load(name, CPU, source), data.check_files):
+        for attempt in (lambda name, source: in_memory.load(name, CPU, source), in_memory.check_files):
             with pytest.raises(DataError, match=rf"{name} is not in .*; give --download .*or --data-dir .*{part}"):
                 attempt(name, Source(tmp_path / "data"))
-        data.check_files(name, Source(tmp_path / "data", download=True))
+        in_memory.check_files(name, Source(tmp_path / "data", download=True))
     assert not (tmp_path / "data").exists()
 
 
@@ -256,7 +258,7 @@ def test_no_network_is_one_sentence(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", unreachable)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
     with pytest.raises(DataError, match=rf"^{name} cannot be downloaded .*bring .* from another machine\.$"):
-        data.load(name, CPU, Source(tmp_path / "data", download=True))
+        in_memory.load(name, CPU, Source(tmp_path / "data", download=True))
 
 
 @pytest.mark.parametrize(("name", "kind", "files"), [("cifar10", "CIFAR10", 5), ("cifar100", "CIFAR100", 1)])
@@ -265,9 +267,9 @@ def test_cifar_is_read_from_its_files(
 ) -> None:
     made = getattr(torchvision.datasets, kind)
     expected = write_cifar(tmp_path, made, monkeypatch, train=30, test=30)
-    small = replace(data.DATASETS[name], train_images=30 * files, test_images=30)
-    monkeypatch.setitem(data.DATASETS, name, small)
-    train, test = data.load(name, CPU, Source(tmp_path, augmentation=Augmentation(4)))
+    small = replace(in_memory.DATASETS[name], train_images=30 * files, test_images=30)
+    monkeypatch.setitem(in_memory.DATASETS, name, small)
+    train, test = in_memory.load(name, CPU, Source(tmp_path, augmentation=Augmentation(4)))
     assert torch.equal(train.pixels, expected)
     assert train.pixels.dtype == torch.uint8
     assert train.labels.tolist() == list(range(30)) * files if files == 1 else train.labels.max() == 9
@@ -275,13 +277,13 @@ def test_cifar_is_read_from_its_files(
     damaged = tmp_path / made.base_folder / made.train_list[0][0]
     damaged.write_bytes(damaged.read_bytes()[:1000])
     with pytest.raises(DataError, match=rf"{name} is incomplete or damaged; remove .*{made.base_folder} and run again"):
-        data.load(name, CPU, Source(tmp_path))
+        in_memory.load(name, CPU, Source(tmp_path))
 
 
 def test_digits_are_what_scikit_learn_has_normalised() -> None:
     from sklearn.datasets import load_digits
 
-    train, test = data.load("digits", CPU)
+    train, test = in_memory.load("digits", CPU)
     assert train.pixels.dtype == torch.uint8
     together = torch.cat((train.pixels, test.pixels)).flatten(1).double().sort(0).values
     everything = torch.from_numpy(load_digits().images).flatten(1).sort(0).values
@@ -304,7 +306,7 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
 
 @pytest.mark.skipif(not datasets.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not here")
 def test_the_real_fashion_mnist_has_the_constants_that_normalise_it(tmp_path: Path) -> None:
-    train, test = data.load("fashion-mnist", CPU, Source(tmp_path))
+    train, test = in_memory.load("fashion-mnist", CPU, Source(tmp_path))
     assert (len(train), len(test)) == (60_000, 10_000)
     assert train.labels.bincount().tolist() == [6000] * 10
     assert F.relu(train.images.double().mean().abs() - 1e-3) == 0

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast import FeatureTap
-from ftfast.distill import foreign, libraries, models
-from ftfast.distill.errors import CheckpointError, SettingsError
-from ftfast.distill.settings import Settings
+from ftfast.distill.models import checkpoint_names, libraries, registry
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.errors import CheckpointError, SettingsError
 
 torchvision = pytest.importorskip("torchvision")
 
 
 def build(name: str, channels: int = 2, **changes: Any) -> nn.Module:
     options: dict[str, Any] = {"in_channels": 3, "classes": 10, "seed": 0, **changes}
-    return models.build_model(name, channels, **options)
+    return registry.build_model(name, channels, **options)
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -68,14 +68,14 @@ def test_models_have_their_papers_parameters(name: str, millions: float) -> None
     ],
 )
 def test_the_last_feature_map_of_a_32x32_image(name: str, channels: int, shape: tuple[int, int, int]) -> None:
-    found = models.feature_map(name, channels, "identity", (3, 32, 32))
+    found = registry.feature_map(name, channels, "identity", (3, 32, 32))
     assert (found.channels, found.height, found.width) == shape
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (28, 28), (1, 5)])
 @pytest.mark.parametrize("name", ["resnet8", "wrn-10-1", "vgg11"])
 def test_any_image_size_is_taken_and_probed_as_it_is(name: str, size: tuple[int, int]) -> None:
-    found = models.feature_map(name, 3, "projection", (2, *size))
+    found = registry.feature_map(name, 3, "projection", (2, *size))
     model = build(name, 3, in_channels=2, classes=5, shortcut="projection").eval()
     logits, features = FeatureTap(model, found.layer)(torch.randn(2, 2, *size))
     assert logits.shape == (2, 5)
@@ -86,7 +86,7 @@ def test_any_image_size_is_taken_and_probed_as_it_is(name: str, size: tuple[int,
 def test_the_classifier_sees_the_last_feature_map_and_nothing_else(name: str) -> None:
     """Factor Transfer compares what the student's decision is made of."""
     model = trained(build(name, 4))
-    layer = models.feature_map(name, 4, "identity", (3, 32, 32)).layer
+    layer = registry.feature_map(name, 4, "identity", (3, 32, 32)).layer
     logits, features = FeatureTap(model, layer)(torch.randn(2, 3, 32, 32))
     pooled = features if name != "vgg11" else F.max_pool2d(features, 2)
     classifier = model.get_submodule("classifier")
@@ -124,12 +124,12 @@ def test_a_seed_fixes_a_models_weights_and_leaves_torchs_state() -> None:
 @pytest.mark.parametrize("name", ["resnet9", "resnet", "resnet2", "vgg8", "resnet08x", "wrn-15-2", "wrn-16-0", "wrn"])
 def test_unknown_models_are_refused_with_what_is_taken(name: str) -> None:
     with pytest.raises(SettingsError, match=r"resnet8, resnet14, resnet20.*wrn-16-2.*vgg13.*torchvision/NAME"):
-        models.check_name(name)
+        registry.check_name(name)
 
 
 def test_a_librarys_unknown_model_is_refused_with_the_nearest() -> None:
     with pytest.raises(SettingsError, match=r"'torchvision/resnt18'.*near to torchvision/resnet18"):
-        models.check_name("torchvision/resnt18")
+        registry.check_name("torchvision/resnt18")
 
 
 def test_an_unknown_layer_is_refused_with_the_nearest() -> None:
@@ -141,7 +141,7 @@ def test_an_unknown_layer_is_refused_with_the_nearest() -> None:
 
 def test_a_layer_may_be_chosen() -> None:
     settings = Settings(teacher_layer="stage2", student_layer="stage2", device="cpu").resolved()
-    assert settings.teacher_features() == models.FeatureMap("stage2", 32, 4, 4)
+    assert settings.teacher_features() == registry.FeatureMap("stage2", 32, 4, 4)
     assert settings.factor_size() == 16 * 4 * 4
 
 
@@ -155,9 +155,9 @@ def test_maps_of_unlike_size_are_refused_with_both_layers_and_sizes_unless_resiz
 
 def test_resizing_takes_the_mean_of_every_part_and_leaves_maps_that_fit() -> None:
     features = torch.randn(2, 3, 8, 8)
-    assert models.resize(features, (8, 8)) is features
+    assert registry.resize(features, (8, 8)) is features
     expected = features.double().reshape(2, 3, 2, 4, 2, 4).mean((3, 5))
-    torch.testing.assert_close(models.resize(features, (2, 2)).double(), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(registry.resize(features, (2, 2)).double(), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("in_channels", [1, 3, 4])
@@ -168,7 +168,7 @@ def test_a_librarys_model_takes_the_datas_channels_and_classes(in_channels: int)
 
 def test_images_too_small_for_a_model_are_refused() -> None:
     with pytest.raises(SettingsError, match="torchvision/alexnet cannot take images of 3x8x8 up to features"):
-        models.feature_map("torchvision/alexnet", 0, "identity", (3, 8, 8))
+        registry.feature_map("torchvision/alexnet", 0, "identity", (3, 8, 8))
 
 
 @pytest.fixture
@@ -232,8 +232,8 @@ def test_timm_is_asked_for_the_datas_channels_and_classes(monkeypatch: pytest.Mo
     timm.create_model, timm.list_models = create_model, lambda: ["resnet18"]
     timm.get_pretrained_cfg = lambda name: SimpleNamespace(num_classes=1000)
     monkeypatch.setitem(sys.modules, "timm", timm)
-    models.check_name("timm/resnet18")
-    model = models.build_model("timm/resnet18", 0, in_channels=3, classes=10, seed=0)
+    registry.check_name("timm/resnet18")
+    model = registry.build_model("timm/resnet18", 0, in_channels=3, classes=10, seed=0)
     assert asked[-1] == {"name": "resnet18", "pretrained": False, "num_classes": 10, "in_chans": 3}
     assert libraries.default_layer("timm/resnet18", model) == "layer4"
     del model.layer4
@@ -269,7 +269,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_projects_layouts_give_the_same_model(layout: str, tmp_path: Path) -> None:
-    from ftfast.distill import checkpoint
+    from ftfast.distill.runtime import checkpoint
 
     name, rename = LAYOUTS[layout]
     source = trained(build(name, 2, shortcut="projection", seed=1))
@@ -280,7 +280,7 @@ def test_other_projects_layouts_give_the_same_model(layout: str, tmp_path: Path)
     torch.save({"epoch": 3, "state_dict": theirs, "optimizer": {}}, tmp_path / "theirs.pth")
     tensors, _ = checkpoint.load_tensors(tmp_path / "theirs.pth")
     model = build(name, 2, shortcut="projection")
-    checkpoint.fill(model, foreign.to_own_layout(tensors, model, tmp_path, "cifar10"), tmp_path, name)
+    checkpoint.fill(model, checkpoint_names.to_own_layout(tensors, model, tmp_path, "cifar10"), tmp_path, name)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval()(images), source(images))
 
@@ -291,7 +291,7 @@ def test_a_vgg_in_torchvisions_order_gives_the_same_model(tmp_path: Path) -> Non
     theirs = {f"features.{name}": tensor for name, tensor in source.state_dict().items()}
     theirs |= {f"classifier.{name}": tensor for name, tensor in head.state_dict().items()}
     model = build("vgg13", 0)
-    model.load_state_dict(foreign.to_own_layout(theirs, model, tmp_path, "cifar10"))
+    model.load_state_dict(checkpoint_names.to_own_layout(theirs, model, tmp_path, "cifar10"))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), head(source(images).flatten(1)), rtol=1e-4, atol=1e-9)
@@ -300,11 +300,11 @@ def test_a_vgg_in_torchvisions_order_gives_the_same_model(tmp_path: Path) -> Non
 def test_a_teacher_of_other_classes_is_refused_with_both_numbers(tmp_path: Path) -> None:
     hundred = build("resnet8", 2, classes=100).state_dict()
     with pytest.raises(CheckpointError, match=r"a teacher for 100 classes, and cifar10 has 10"):
-        foreign.to_own_layout(hundred, build("resnet8", 2), tmp_path, "cifar10")
+        checkpoint_names.to_own_layout(hundred, build("resnet8", 2), tmp_path, "cifar10")
 
 
 def test_tensors_of_another_network_keep_their_names(tmp_path: Path) -> None:
     """So that the error that follows names what the file has."""
     theirs = {"encoder.weight": torch.zeros(2, 2, 3, 3)}
     for name in ("resnet8", "wrn-10-1", "vgg11"):
-        assert "encoder.weight" in foreign.to_own_layout(dict(theirs), build(name), tmp_path, "cifar10")
+        assert "encoder.weight" in checkpoint_names.to_own_layout(dict(theirs), build(name), tmp_path, "cifar10")

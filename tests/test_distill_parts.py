@@ -16,26 +16,27 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from ftfast import FactorTransfer, Paraphraser, Translator, reference
-from ftfast.distill import data, models
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.curves import curve_rows
-from ftfast.distill.engine import Training
-from ftfast.distill.epochs import Epoch
-from ftfast.distill.errors import ParaphraserError, SettingsError
-from ftfast.distill.judge import evaluate
-from ftfast.distill.loss_record import DivergedError
-from ftfast.distill.methods import METHODS, Outputs, Regressor, Weights
-from ftfast.distill.paraphrase import build_paraphraser, diagnose, train_paraphraser
-from ftfast.distill.progress import Progress
-from ftfast.distill.report import write_report
-from ftfast.distill.results import collect, paired_gain, student_result
-from ftfast.distill.schedule import Schedule
-from ftfast.distill.selection import Trial, best, candidates, selection_epochs, try_weights
-from ftfast.distill.settings import Settings
-from ftfast.distill.setup import algorithms
-from ftfast.distill.student_step import Precision
-from ftfast.distill.students import Guides
-from ftfast.distill.teacher import Teacher
+from ftfast.distill.data import in_memory
+from ftfast.distill.models import registry
+from ftfast.distill.monitor.epochs import Epoch
+from ftfast.distill.monitor.plots import curve_rows
+from ftfast.distill.monitor.progress import Progress
+from ftfast.distill.monitor.report import write_report
+from ftfast.distill.phases.paraphraser import build_paraphraser, diagnose, train_paraphraser
+from ftfast.distill.phases.results import collect, paired_gain, student_result
+from ftfast.distill.phases.selection import Trial, best, candidates, selection_epochs, try_weights
+from ftfast.distill.phases.setup import algorithms
+from ftfast.distill.phases.teacher import Teacher
+from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.training.evaluate import evaluate
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.losses import DivergedError
+from ftfast.distill.training.methods import METHODS, Outputs, Regressor, Weights
+from ftfast.distill.training.schedule import Schedule
+from ftfast.distill.training.step import Precision
+from ftfast.errors import ParaphraserError, SettingsError
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, torch.float32)
@@ -46,11 +47,11 @@ def small_settings(**changes: object) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[data.Split, data.Split]:
-    return data.load("digits", CPU)
+def digits() -> tuple[in_memory.Split, in_memory.Split]:
+    return in_memory.load("digits", CPU)
 
 
-def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[data.Split, data.Split]) -> None:
+def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
     train, test = digits
     assert (len(train), len(test)) == (1000, 797)
     shares = [torch.bincount(part.labels, minlength=10) / len(part) for part in (train, test)]
@@ -60,7 +61,7 @@ def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[data.S
     assert repeated < 5  # the data set itself may hold equal drawings
 
 
-def test_folds_use_every_image_once_to_validate(digits: tuple[data.Split, data.Split]) -> None:
+def test_folds_use_every_image_once_to_validate(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
     split, _ = digits[0].cut(300)
     folds = split.folds(4)
     validated = torch.cat([part.images for _, part in folds]).flatten(1).sum(1).sort().values
@@ -68,7 +69,9 @@ def test_folds_use_every_image_once_to_validate(digits: tuple[data.Split, data.S
     assert all(len(fitted) + len(part) == 300 for fitted, part in folds)
 
 
-def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(digits: tuple[data.Split, data.Split]) -> None:
+def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(
+    digits: tuple[in_memory.Split, in_memory.Split],
+) -> None:
     split, _ = digits[0].cut(97)
     first, again, next_epoch = (
         torch.cat([labels for _, labels in split.draw(32, seed=1, epoch=epoch)]) for epoch in (0, 0, 1)
@@ -78,7 +81,7 @@ def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(digits: tuple[da
     assert torch.equal(first.sort().values, split.labels.sort().values)
 
 
-def test_batches_are_of_nearly_equal_size(digits: tuple[data.Split, data.Split]) -> None:
+def test_batches_are_of_nearly_equal_size(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
     split, _ = digits[0].cut(97)  # 97 = 3 * 32 + 1: cut plainly, the last batch would hold one image
     sizes = [len(labels) for _, labels in split.draw(32, seed=0, epoch=0)]
     assert max(sizes) <= 32
@@ -159,14 +162,14 @@ def test_selection_students_take_as_many_steps_as_final_ones() -> None:
     assert steps == pytest.approx(settings.student_epochs * settings.student_images, rel=0.05)
 
 
-def test_weights_are_judged_on_images_that_were_not_learned(digits: tuple[data.Split, data.Split]) -> None:
+def test_weights_are_judged_on_images_that_were_not_learned(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
     """Labels without a meaning can be learned by heart, and then say nothing about other images."""
     split, _ = digits[0].cut(100)
     labels = torch.randint(10, (100,), generator=torch.Generator().manual_seed(0))
     settings = small_settings(student_channels=8, student_epochs=20, validation_folds=2)
-    teacher = Teacher(models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0))
+    teacher = Teacher(registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0))
     guides = Guides(teacher, None)
-    trial = try_weights(settings, FLOAT32, guides, data.Split(split.images, labels), "none", Weights())
+    trial = try_weights(settings, FLOAT32, guides, in_memory.Split(split.images, labels), "none", Weights())
     assert trial.accuracy is not None
     assert trial.accuracy < 40
 
@@ -222,7 +225,9 @@ def test_few_images_suffice_where_nothing_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("folds", [2, 4, 10])
-def test_the_fewest_images_that_are_taken_fill_every_fold(digits: tuple[data.Split, data.Split], folds: int) -> None:
+def test_the_fewest_images_that_are_taken_fill_every_fold(
+    digits: tuple[in_memory.Split, in_memory.Split], folds: int
+) -> None:
     fewest = 10 * folds
     settings = small_settings(student_images=fewest, validation_folds=folds, batch_size=10)
     assert settings.student_images == fewest
@@ -363,7 +368,9 @@ def test_curves_have_the_likeliest_five_where_every_epoch_has() -> None:
     assert all("top5_accuracy_mean" not in row for row in of(None, 80.0))
 
 
-def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(digits: tuple[data.Split, data.Split]) -> None:
+def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(
+    digits: tuple[in_memory.Split, in_memory.Split],
+) -> None:
     split, _ = digits[0].cut(20)
     model = torch.nn.Linear(1, 1)
 
@@ -374,12 +381,14 @@ def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(digits: tuple[da
         Training(model, terms, split, Schedule(1, 16, 0.05, 0.9, 0.0), FLOAT32, seed=0).run()
 
 
-def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(digits: tuple[data.Split, data.Split]) -> None:
+def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(
+    digits: tuple[in_memory.Split, in_memory.Split],
+) -> None:
     split, _ = digits[0].cut(64)
     drawn: list[torch.Tensor] = []
 
     def training() -> Training:
-        model = models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0)
+        model = registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0)
         learner = torch.nn.ModuleDict({"model": model})
 
         def terms(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -408,9 +417,11 @@ def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(digits: tup
         assert torch.equal(tensor, resumed.learner.state_dict()[name]), name
 
 
-def test_evaluate_leaves_the_models_mode_and_counts_right_answers(digits: tuple[data.Split, data.Split]) -> None:
+def test_evaluate_leaves_the_models_mode_and_counts_right_answers(
+    digits: tuple[in_memory.Split, in_memory.Split],
+) -> None:
     split, _ = digits[0].cut(50)
-    model = models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0).train()
+    model = registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0).train()
     accuracy, loss, _ = evaluate(model, split, FLOAT32)
     assert model.training
     with torch.no_grad():

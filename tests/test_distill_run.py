@@ -17,16 +17,19 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill import checkpoint, data, folder, resumable
-from ftfast.distill.curves import STYLES
-from ftfast.distill.errors import CheckpointError, DistillError, RunFolderError, SettingsError
-from ftfast.distill.folder import check_run_folder
-from ftfast.distill.methods import METHODS
-from ftfast.distill.report import write_report
+from ftfast.distill.data import in_memory
+from ftfast.distill.monitor.plots import STYLES
+from ftfast.distill.monitor.report import write_report
+from ftfast.distill.phases import run_folder
+from ftfast.distill.phases.run_folder import check_run_folder
+from ftfast.distill.phases.setup import precision_of
+from ftfast.distill.phases.trainable import build_student
 from ftfast.distill.run import run
-from ftfast.distill.settings import Settings
-from ftfast.distill.setup import precision_of
-from ftfast.distill.students import build_student
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.training import resumable
+from ftfast.distill.training.methods import METHODS
+from ftfast.errors import CheckpointError, DistillError, RunFolderError, SettingsError
 
 SMALL = Settings(
     methods=("none", "ft", "kd"),
@@ -59,33 +62,33 @@ def what_counts(results: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """An uninterrupted run and its results."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    results = run(SMALL, folder)
-    write_report(folder, results)
-    return folder, results
+    run_folder = tmp_path_factory.mktemp("runs") / "whole"
+    results = run(SMALL, run_folder)
+    write_report(run_folder, results)
+    return run_folder, results
 
 
 def test_a_run_leaves_everything_it_promises(whole: tuple[Path, dict[str, Any]]) -> None:
-    folder, results = whole
-    assert json.loads((folder / "results.json").read_text()) == results
-    assert Settings.from_json(json.loads((folder / "settings.json").read_text())) == SMALL.resolved()
+    run_folder, results = whole
+    assert json.loads((run_folder / "results.json").read_text()) == results
+    assert Settings.from_json(json.loads((run_folder / "settings.json").read_text())) == SMALL.resolved()
     for name in ("teacher", "paraphraser", "students/ft/seed0", "students/kd/seed1"):
-        checkpoint.load(folder / name)
-        assert name == "paraphraser" or list((folder / "tensorboard" / name).glob("events*"))
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (folder / "curves.svg").read_text()
-    assert "](curves.png)" in (folder / "report.md").read_text()
-    assert not [path for path in folder.rglob("*") if "partial" in path.name or "unfinished" in path.name]
+        checkpoint.load(run_folder / name)
+        assert name == "paraphraser" or list((run_folder / "tensorboard" / name).glob("events*"))
+    assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (run_folder / "curves.svg").read_text()
+    assert "](curves.png)" in (run_folder / "report.md").read_text()
+    assert not [path for path in run_folder.rglob("*") if "partial" in path.name or "unfinished" in path.name]
 
 
 def test_the_table_beside_the_curves_has_their_numbers(whole: tuple[Path, dict[str, Any]]) -> None:
-    folder, results = whole
-    rows = list(csv.DictReader((folder / "curves.csv").open()))
+    run_folder, results = whole
+    rows = list(csv.DictReader((run_folder / "curves.csv").open()))
     assert len(rows) == len(SMALL.methods) * SMALL.student_epochs
     for name, method in results["methods"].items():
         last = [row for row in rows if row["method"] == name][-1]
         assert float(last["accuracy_mean"]) == pytest.approx(method["mean"], rel=1e-4)
-        assert f"{method['mean']:.2f}" in (folder / "report.md").read_text()
+        assert f"{method['mean']:.2f}" in (run_folder / "report.md").read_text()
 
 
 def test_every_method_has_a_style_of_its_own() -> None:
@@ -124,13 +127,13 @@ def test_one_seed_starts_every_method_from_the_same_student_and_batches(
 def test_the_choice_of_weights_never_sees_the_test_images(
     tmp_path: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digits = data.DATASETS["digits"]
+    digits = in_memory.DATASETS["digits"]
 
-    def spoilt(*_: object) -> tuple[data.Split, data.Split]:
+    def spoilt(*_: object) -> tuple[in_memory.Split, in_memory.Split]:
         train, test = digits.load()
-        return train, data.Split(torch.randn_like(test.images), 9 - test.labels)
+        return train, in_memory.Split(torch.randn_like(test.images), 9 - test.labels)
 
-    monkeypatch.setitem(data.DATASETS, "digits", replace(digits, load=spoilt))
+    monkeypatch.setitem(in_memory.DATASETS, "digits", replace(digits, load=spoilt))
     results = run(replace(SMALL, seeds=1), tmp_path / "run")
     assert results["teacher"]["accuracy"] != whole[1]["teacher"]["accuracy"]
     assert results["paraphraser"] == whole[1]["paraphraser"]
@@ -194,8 +197,8 @@ def test_a_killed_run_resumes_to_the_results_of_an_uninterrupted_one(
 def test_a_run_killed_by_the_system_resumes_to_the_same_results(
     tmp_path: Path, whole: tuple[Path, dict[str, Any]]
 ) -> None:
-    folder = tmp_path / "run"
-    words = ["--output", str(folder), "--checkpoint-seconds", "0"]
+    run_folder = tmp_path / "run"
+    words = ["--output", str(run_folder), "--checkpoint-seconds", "0"]
     for name, value in SMALL.to_json().items():
         if name not in ("format", "version") and value is not None:
             words += [
@@ -204,13 +207,13 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_results(
             ]
     process = subprocess.Popen([sys.executable, "-m", "ftfast", "distill", *words], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
-    while not list(folder.glob("students/ft/seed0*/epoch*")) and process.poll() is None:
+    while not list(run_folder.glob("students/ft/seed0*/epoch*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (folder / "results.json").exists()
-    assert what_counts(run(SMALL, folder, resume=True)) == what_counts(whole[1])
+    assert not (run_folder / "results.json").exists()
+    assert what_counts(run(SMALL, run_folder, resume=True)) == what_counts(whole[1])
 
 
 def test_a_finished_run_resumes_at_once_and_changes_no_number(
@@ -303,7 +306,7 @@ def test_changed_trials_are_refused(
 
 
 def test_one_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
     said: list[RunFolderError] = []
 
     class Rival(Exception):
@@ -316,7 +319,7 @@ def test_one_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise Rival
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "load", second_run)
+        patched.setattr(in_memory, "load", second_run)
         with pytest.raises(Rival):
             run(SMALL, tmp_path / "run")
         with pytest.raises(Rival):  # an ended run holds nothing any more

@@ -9,11 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ftfast.cli import main
-from ftfast.distill import checkpoint, data, models
-from ftfast.distill.confusion import confusion_counts
-from ftfast.distill.errors import DistillError
-from ftfast.distill.evaluate import evaluate_checkpoint
-from ftfast.distill.export import export_checkpoint
+from ftfast.commands.evaluate import evaluate_checkpoint
+from ftfast.commands.export import export_checkpoint
+from ftfast.distill.data import in_memory
+from ftfast.distill.models import registry
+from ftfast.distill.monitor.confusion import confusion_counts
+from ftfast.distill.runtime import checkpoint
+from ftfast.errors import DistillError
 
 DESCRIPTION = {
     "kind": "student",
@@ -25,7 +27,7 @@ DESCRIPTION = {
 
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
-    model = models.build_model("resnet8", 4, in_channels=1, classes=10, shortcut="projection", seed=3)
+    model = registry.build_model("resnet8", 4, in_channels=1, classes=10, shortcut="projection", seed=3)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
@@ -80,7 +82,7 @@ def test_another_suffix_is_refused(trained: tuple[Path, torch.nn.Module], tmp_pa
 def test_a_wrong_export_leaves_no_file(
     trained: tuple[Path, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftfast.distill.export._write_tensors", lambda *_: torch.zeros(2, 10))
+    monkeypatch.setattr("ftfast.commands.export._write_tensors", lambda *_: torch.zeros(2, 10))
     with pytest.raises(DistillError, match="off by"):
         export_checkpoint(trained[0], tmp_path / "student.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
@@ -89,7 +91,7 @@ def test_a_wrong_export_leaves_no_file(
 def test_evaluation_counts_what_the_logits_say(trained: tuple[Path, torch.nn.Module]) -> None:
     folder, model = trained
     found = evaluate_checkpoint(folder, device="cpu")
-    _, test = data.load("digits", torch.device("cpu"))
+    _, test = in_memory.load("digits", torch.device("cpu"))
     with torch.no_grad():
         logits = model(test.images)
     five = logits.topk(5, dim=1).indices

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftfast.distill import frozen, frozen_capture, frozen_graph, models
-from ftfast.distill.frozen import FrozenTeacher, TeacherError
+from ftfast.distill.models import frozen_capture, frozen_teacher, inference_graph, registry
+from ftfast.distill.models.frozen_teacher import FrozenTeacher, TeacherError
 
 
 def settled(model: nn.Module, *size: int) -> nn.Module:
@@ -25,7 +25,7 @@ def settled(model: nn.Module, *size: int) -> nn.Module:
 
 
 def resnet(shortcut: str = "identity") -> nn.Module:
-    return settled(models.build_model("resnet14", 4, in_channels=3, classes=7, shortcut=shortcut, seed=0))
+    return settled(registry.build_model("resnet14", 4, in_channels=3, classes=7, shortcut=shortcut, seed=0))
 
 
 def exact(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def test_features_and_logits_are_the_teachers(
     case: str, classifier: bool, fusing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fusing:
-        monkeypatch.setattr(frozen, "_can_fuse", lambda _: False)
+        monkeypatch.setattr(frozen_teacher, "_can_fuse", lambda _: False)
     build, layer, size = CASES[case]
     torch.manual_seed(0)
     model, images = build(), torch.randn(size)
@@ -125,9 +125,9 @@ def test_torchvisions_models_are_frozen(name: str) -> None:
 
 
 def test_every_convolution_of_a_resnet_takes_its_neighbours_along() -> None:
-    if not frozen._can_fuse(torch.zeros(1)):
+    if not frozen_teacher._can_fuse(torch.zeros(1)):
         pytest.skip("torch has no oneDNN here")
-    found = frozen_graph.fuse(frozen_graph.fold(frozen_graph.trace(resnet(), "stage3", classifier=False)))
+    found = inference_graph.fuse(inference_graph.fold(inference_graph.trace(resnet(), "stage3", classifier=False)))
     assert (found.folded, found.left, found.fused) == (13, 0, 13)
     kinds = [node.target for node in found.module.graph.nodes if node.op in ("call_function", "call_method")]
     assert not any("relu" in str(kind) or "add" in str(kind) for kind in kinds)
@@ -208,17 +208,17 @@ def test_the_model_may_be_dropped_and_is_left_as_it_was() -> None:
 
 
 def test_a_copy_that_differs_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(frozen.LIMITS, torch.bfloat16, 1e-6)
+    monkeypatch.setitem(frozen_teacher.LIMITS, torch.bfloat16, 1e-6)
     with pytest.raises(TeacherError, match=r"off by .*at most 1e-06"):
         FrozenTeacher(resnet(), "stage3", dtype=torch.bfloat16, example=torch.randn(2, 3, 8, 8))
 
 
 def test_operators_that_compute_something_else_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = frozen_graph.FusedConvolution.forward
+    right = inference_graph.FusedConvolution.forward
     monkeypatch.setattr(
-        frozen_graph.FusedConvolution, "forward", lambda self, *arguments: 1.01 * right(self, *arguments)
+        inference_graph.FusedConvolution, "forward", lambda self, *arguments: 1.01 * right(self, *arguments)
     )
-    monkeypatch.setattr(frozen, "_can_fuse", lambda _: True)
+    monkeypatch.setattr(frozen_teacher, "_can_fuse", lambda _: True)
     images = torch.randn(2, 3, 8, 8)
     teacher = FrozenTeacher(resnet(), "stage3", dtype=torch.float32, example=images)
     assert "without fusing convolutions (relative error" in teacher.explain()

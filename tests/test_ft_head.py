@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ftfast
 from ftfast import reference
-from ftfast.check_loss import relative_error
+from ftfast.diagnosis.check_loss import relative_error
 from ftfast.dispatch import interpreting
 
 pytestmark = pytest.mark.usefixtures("ieee_float32")

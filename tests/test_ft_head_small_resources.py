@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from bench.machine_code import ARCHITECTURES, compile_launch
-from bench.shipped.ft_head_small import HEADS, launches_of, refusal
+from bench.machine_code.compiling import ARCHITECTURES, compile_launch
+from bench.machine_code.shipped.ft_head_small import HEADS, launches_of, refusal
 from ftfast.kernels import ft_head_small
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import ftfast
 from ftfast import reference
-from ftfast.check_loss import GRADIENT_BOUNDS, LAYOUTS, LOSS_BOUNDS, make_factors, relative_error
+from ftfast.diagnosis.check_loss import GRADIENT_BOUNDS, LAYOUTS, LOSS_BOUNDS, make_factors, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "batchmean", "sum", "none"]

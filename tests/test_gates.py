@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ftfast import check_head
-from ftfast.check_loss import LAYOUTS, check_case
+from ftfast.diagnosis import check_head
+from ftfast.diagnosis.check_loss import LAYOUTS, check_case
 from ftfast.dispatch import interpreting
 from ftfast.ops import ft_head_native, ft_loss_native
 from ftfast.ops import ft_loss as op

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast import FeatureTap, Paraphraser
-from ftfast.distill import models
-from ftfast.distill.data import Split
-from ftfast.distill.engine import Training, step_seed
-from ftfast.distill.methods import Outputs, Weights
-from ftfast.distill.mixing import Mixing
-from ftfast.distill.presets import settings_of
-from ftfast.distill.schedule import Schedule
-from ftfast.distill.settings import Settings
-from ftfast.distill.student_step import Precision
-from ftfast.distill.students import Guides, student_training
+from ftfast.distill.data.in_memory import Split
+from ftfast.distill.data.mixing import Mixing
+from ftfast.distill.models import registry
+from ftfast.distill.phases.trainable import Guides, student_training
+from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.training.loop import Training, step_seed
+from ftfast.distill.training.methods import Outputs, Weights
+from ftfast.distill.training.schedule import Schedule
+from ftfast.distill.training.step import Precision
 
 CLASSES = 5
 
@@ -89,7 +89,7 @@ class Teacher(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        with models.seeded(1):
+        with registry.seeded(1):
             self.convolution = nn.Conv2d(1, settings.teacher_features().channels, 3, padding=1, stride=4)
         self.seen: list[Tensor] = []
 
@@ -106,7 +106,7 @@ def mixed_training(kind: str) -> tuple[Training, Teacher, Paraphraser, tuple[Ten
         learning_rate=RATE, nesterov=False, weight_decay=0.0, label_smoothing=0.1, device="cpu", dtype="float32",
     ).resolved()  # fmt: skip
     teacher = Teacher(settings)
-    with models.seeded(2):
+    with registry.seeded(2):
         paraphraser = Paraphraser(settings.teacher_features().channels, settings.rate).eval()
     generator = torch.Generator().manual_seed(3)
     split = Split(torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 10).to(torch.device("cpu"))

@@ -74,7 +74,7 @@ def build_wheel(checkout, **environment):
 
 
 IMPORT_ALL = (
-    "import ftfast, ftfast.kernels.launch, ftfast.distill.models, ftfast.cli, torch\n"
+    "import ftfast, ftfast.kernels.launch, ftfast.distill.models.registry, ftfast.cli, torch\n"
     "print(ftfast.__file__, ftfast.ft_loss(torch.ones(2, 3), torch.ones(2, 3)).item())"
 )
 

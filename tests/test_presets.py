@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ftfast.cli import main
-from ftfast.distill import data
-from ftfast.distill.errors import SettingsError
-from ftfast.distill.presets import PRESETS, preset_for, settings_of
-from ftfast.distill.settings import Settings
+from ftfast.distill.data import in_memory
+from ftfast.distill.settings.presets import PRESETS, preset_for, settings_of
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.errors import SettingsError
 from tests.cifar_files import write_cifar
 
 torchvision = pytest.importorskip("torchvision")
@@ -41,8 +41,8 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder with files in both formats of CIFAR: 200 images to train on, 100 to test."""
     for name, kind, each in (("cifar10", "CIFAR10", 40), ("cifar100", "CIFAR100", 200)):
         write_cifar(tmp_path / "data", getattr(torchvision.datasets, kind), monkeypatch, train=each, test=100)
-        small = replace(data.DATASETS[name], train_images=200, test_images=100)
-        monkeypatch.setitem(data.DATASETS, name, small)
+        small = replace(in_memory.DATASETS[name], train_images=200, test_images=100)
+        monkeypatch.setitem(in_memory.DATASETS, name, small)
     return tmp_path / "data"
 
 
@@ -64,8 +64,8 @@ def test_a_paper_preset_runs_from_cifar_files_to_a_report(
 
 def test_maps_of_unlike_size_are_pooled_and_compared() -> None:
     """The student of the pair whose maps differ learns from features of the teacher's that have its own size."""
-    from ftfast.distill.methods import Outputs
-    from ftfast.distill.resized import Resized, resized
+    from ftfast.distill.models.resized import Resized, resized
+    from ftfast.distill.training.methods import Outputs
 
     settings = settings_of("cifar10-wrn46-4-vgg13", device="cpu")
     features = torch.randn(2, 6, 8, 8)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftfast.distill.errors import SettingsError
-from ftfast.distill.evaluate import evaluate_checkpoint
-from ftfast.distill.images import Part, size_of, steps_of
-from ftfast.distill.processes import ALONE, Agreement
+from ftfast.commands.evaluate import evaluate_checkpoint
+from ftfast.distill.data.images import Part, size_of, steps_of
+from ftfast.distill.runtime.processes import ALONE, Agreement
+from ftfast.errors import SettingsError
 from tests import data_parallel_worker
 from tests.launching import finished, results_of, torchrun, wait_for, worker_of
 
@@ -115,7 +115,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_it_would_have(tmp
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftfast.distill.processes import joined
+    from ftfast.distill.runtime.processes import joined
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)

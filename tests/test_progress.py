@@ -9,15 +9,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ftfast.distill import progress as saying
-from ftfast.distill.data import Split
-from ftfast.distill.epochs import Epoch
-from ftfast.distill.interrupts import Interrupted
-from ftfast.distill.judge import evaluate
-from ftfast.distill.presets import settings_of
-from ftfast.distill.progress import Pace, Progress, duration, epoch_line
+from ftfast.distill.data.in_memory import Split
+from ftfast.distill.monitor import progress as saying
+from ftfast.distill.monitor.epochs import Epoch
+from ftfast.distill.monitor.progress import Pace, Progress, duration, epoch_line
 from ftfast.distill.run import run
-from ftfast.distill.student_step import Precision
+from ftfast.distill.runtime.signals import Interrupted
+from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.training.evaluate import evaluate
+from ftfast.distill.training.step import Precision
 
 STUDENT_IMAGES, STUDENT_EPOCHS, SEEDS = 100, 3, 2
 SETTINGS = settings_of(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ftfast.cli import COMMANDS
-from ftfast.distill.presets import settings_of
-from ftfast.distill.report import to_markdown
+from ftfast.distill.monitor.report import to_markdown
+from ftfast.distill.settings.presets import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from ftfast.distill import folder, launch
-from ftfast.distill.errors import DistillError, LostProcessError, RunFolderError, SettingsError
-from ftfast.distill.folder import check_run_folder, is_of_one, open_run_folder
-from ftfast.distill.interrupts import Interrupted
+from ftfast.distill.phases import run_folder
+from ftfast.distill.phases.run_folder import check_run_folder, is_of_one, open_run_folder
+from ftfast.distill.runtime import torchrun
+from ftfast.distill.runtime.signals import Interrupted
+from ftfast.errors import DistillError, LostProcessError, RunFolderError, SettingsError
 from tests.test_distill_run import SMALL
 
 SETTINGS = SMALL.resolved()
@@ -64,7 +65,7 @@ def test_a_run_that_is_gone_on_with_waits_for_the_one_before_to_end(tmp_path: Pa
 def test_a_run_that_goes_on_beside_another_is_refused_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
     with (
         open_run_folder(tmp_path, SETTINGS, resume=False),
         pytest.raises(RunFolderError, match="another process is writing to it"),
@@ -132,22 +133,22 @@ def test_a_restart_ends_as_the_run_had_ended_for_good(
     monkeypatch: pytest.MonkeyPatch, end: DistillError | Interrupted, is_kept: bool
 ) -> None:
     store = Store()
-    monkeypatch.setattr(launch, "_reached", lambda: store)
-    launch.end_again()
-    launch.remember(end)
+    monkeypatch.setattr(torchrun, "_reached", lambda: store)
+    torchrun.end_again()
+    torchrun.remember(end)
     if not is_kept:
-        launch.end_again()
+        torchrun.end_again()
         return
-    launch.remember(SettingsError("what came later."))
+    torchrun.remember(SettingsError("what came later."))
     with pytest.raises((DistillError, Interrupted)) as caught:
-        launch.end_again()
+        torchrun.end_again()
     assert str(caught.value) == str(end)
     assert getattr(caught.value, "status", 2) == getattr(end, "status", 2)
 
 
 def test_a_sentence_is_said_by_the_first_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
-    monkeypatch.setattr(launch, "_reached", lambda: store)
-    assert [launch.is_first_to_say(sentence) for sentence in ("a", "b", "a")] == [True, True, False]
-    monkeypatch.setattr(launch, "_reached", lambda: None)
-    assert launch.is_first_to_say("a") is None
+    monkeypatch.setattr(torchrun, "_reached", lambda: store)
+    assert [torchrun.is_first_to_say(sentence) for sentence in ("a", "b", "a")] == [True, True, False]
+    monkeypatch.setattr(torchrun, "_reached", lambda: None)
+    assert torchrun.is_first_to_say("a") is None

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from ftfast.distill import photographs, readers, shard_index, shards, streamed
-from ftfast.distill.datasets import DataError
-from ftfast.distill.readers import Reader
+from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.photographs import listing, readers, shard_index, streamed, tar_shards
+from ftfast.distill.data.photographs.readers import Reader
 from tests.launching import ROOT
 from tests.photograph_folder import make_folder, make_shards
 from tests.test_streamed import jpeg, on_device, one_shard
@@ -26,9 +26,9 @@ SHARDS, SIDE = 100, 16
 @pytest.fixture(autouse=True)
 def _listed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    photographs.list_photographs.cache_clear()
+    listing.list_photographs.cache_clear()
     yield
-    photographs.list_photographs.cache_clear()
+    listing.list_photographs.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def drawn_twice(folder: Path, workers: int) -> int:
 
 
 def test_what_is_open_is_bounded_and_closed(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MOST_OPEN", 3)
-    found, _ = shards.list_shards(many, "train")
+    monkeypatch.setattr(tar_shards, "MOST_OPEN", 3)
+    found, _ = tar_shards.list_shards(many, "train")
     before = len(os.listdir("/proc/self/fd"))
     contents = [found.read(index) for index in range(SHARDS)]
     assert all(content.startswith(b"\xff\xd8") for content in contents)
@@ -92,7 +92,7 @@ def test_a_disk_that_fails_is_not_taken_for_damage(many: Path, monkeypatch: pyte
 
 
 def test_one_failure_to_read_is_tried_again(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, labels = shards.list_shards(many, "train")
+    found, labels = tar_shards.list_shards(many, "train")
     read, failures = os.pread, [OSError(errno.ESTALE, "Stale file handle")]
 
     def fail_once(*given: int) -> bytes:
@@ -108,7 +108,7 @@ def test_one_failure_to_read_is_tried_again(many: Path, monkeypatch: pytest.Monk
 
 def test_too_many_open_files_and_files_that_are_gone_are_named(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_SECONDS_TO_ANOTHER_TRY", 0)
-    found, labels = shards.list_shards(many, "train")
+    found, labels = tar_shards.list_shards(many, "train")
 
     def fail(*_: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -117,14 +117,14 @@ def test_too_many_open_files_and_files_that_are_gone_are_named(many: Path, monke
         changed.setattr(os, "open", fail)
         with pytest.raises(DataError, match=r"allow more open files \(ulimit -n\)"):
             Reader(found, labels, SIDE)[0]
-    lost = photographs.FolderFiles(Path("/nowhere"), ["a.jpeg", "b.jpeg"])
+    lost = listing.FolderFiles(Path("/nowhere"), ["a.jpeg", "b.jpeg"])
     with pytest.raises(DataError, match=r"^/nowhere/a\.jpeg cannot be read \(No such file or directory\)"):
         Reader(lost, labels, SIDE)[0]
 
 
 def test_a_shard_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
     folder = one_shard(tmp_path / "shards", ("a.cls", b"1"), ("a.jpg", jpeg()), ("b.cls", b"0"), ("b.jpg", jpeg()))
-    found, labels = shards.list_shards(folder, "train")
+    found, labels = tar_shards.list_shards(folder, "train")
     os.truncate(folder / "train-0.tar", 3000)
     with pytest.raises(DataError, match="ends too early: the shard was changed"):
         Reader(found, labels, SIDE)[1]
@@ -135,26 +135,26 @@ def test_a_shard_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
 )
 def test_a_class_beside_a_description_is_the_label(tmp_path: Path, described: bytes) -> None:
     members = (("a.json", described), ("a.jpg", jpeg()), ("a.cls", b"1"))
-    _, labels = shards.list_shards(one_shard(tmp_path / "shards", *members), "train")
+    _, labels = tar_shards.list_shards(one_shard(tmp_path / "shards", *members), "train")
     assert labels.tolist() == [1]
 
 
 def test_two_labels_of_one_photograph_are_refused(tmp_path: Path) -> None:
     members = (("one/a.jpg", jpeg()), ("one/a.cls", b"1"), ("one/a.json", b'{"label": 2}'))
     with pytest.raises(DataError, match=r"has two labels of one/a, 1 in its \.cls and 2 in its \.json; leave one"):
-        shards.list_shards(one_shard(tmp_path / "shards", *members), "train")
+        tar_shards.list_shards(one_shard(tmp_path / "shards", *members), "train")
 
 
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that are walked through from now on."""
     walked: list[str] = []
-    walk = shards._list_shard
+    walk = tar_shards._list_shard
 
     def noted(path: Path) -> np.ndarray:
         walked.append(path.name)
         return walk(path)
 
-    monkeypatch.setattr(shards, "_list_shard", noted)
+    monkeypatch.setattr(tar_shards, "_list_shard", noted)
     return walked
 
 
@@ -164,7 +164,9 @@ def two_shards(path: Path) -> Path:
     return path / "shards"
 
 
-def assert_same(ours: tuple[shards.ShardFiles, np.ndarray], theirs: tuple[shards.ShardFiles, np.ndarray]) -> None:
+def assert_same(
+    ours: tuple[tar_shards.ShardFiles, np.ndarray], theirs: tuple[tar_shards.ShardFiles, np.ndarray]
+) -> None:
     assert ours[1].tolist() == theirs[1].tolist()
     for index in range(len(ours[1])):
         assert ours[0].read(index) == theirs[0].read(index)
@@ -173,35 +175,35 @@ def assert_same(ours: tuple[shards.ShardFiles, np.ndarray], theirs: tuple[shards
 
 def test_an_index_spares_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, walked = two_shards(tmp_path), walks(monkeypatch)
-    first = shards.list_shards(folder, "train")
+    first = tar_shards.list_shards(folder, "train")
     assert walked == ["train-00000.tar", "train-00001.tar"]
-    assert_same(shards.list_shards(folder, "train"), first)
+    assert_same(tar_shards.list_shards(folder, "train"), first)
     assert len(walked) == 2
-    shards.list_shards(folder, "val")
+    tar_shards.list_shards(folder, "val")
     assert len(walked) == 3
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
 
 
 def test_a_shard_that_was_written_anew_is_walked_through_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, walked = two_shards(tmp_path), walks(monkeypatch)
-    shards.list_shards(folder, "train")
+    tar_shards.list_shards(folder, "train")
     first, second = sorted(folder.glob("train-*.tar"))
     second.write_bytes(first.read_bytes())
     os.utime(second, ns=(0, 5))
     walked.clear()
-    found, labels = shards.list_shards(folder, "train")
+    found, labels = tar_shards.list_shards(folder, "train")
     assert walked == [second.name]
     assert found.read(0) == found.read(6)
     assert labels[:6].tolist() == labels[6:].tolist()
     first.unlink()
-    assert shards.list_shards(folder, "train")[1].tolist() == labels[6:].tolist()
+    assert tar_shards.list_shards(folder, "train")[1].tolist() == labels[6:].tolist()
     assert walked == [second.name]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "words", "version", "offsets", "pickle"])
 def test_a_bad_index_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     folder, walked = two_shards(tmp_path), walks(monkeypatch)
-    expected = shards.list_shards(folder, "train")
+    expected = tar_shards.list_shards(folder, "train")
     index = folder / ".ftfast-train.npz"
     content = index.read_bytes()
     with np.load(index) as arrays:
@@ -223,9 +225,9 @@ def test_a_bad_index_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             }[damage]
         )
     walked.clear()
-    assert_same(shards.list_shards(folder, "train"), expected)
+    assert_same(tar_shards.list_shards(folder, "train"), expected)
     assert len(walked) == 2
-    assert_same(shards.list_shards(folder, "train"), expected)
+    assert_same(tar_shards.list_shards(folder, "train"), expected)
     assert len(walked) == 2
 
 
@@ -241,11 +243,11 @@ def test_shards_that_cannot_be_written_beside_are_known_from_the_cache(
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    first = shards.list_shards(folder, "train")
+    first = tar_shards.list_shards(folder, "train")
     assert not (folder / ".ftfast-train.npz").exists()
     assert len(list((tmp_path / "cache" / "ftfast" / "shards").glob("*-train.npz"))) == 1
     walked.clear()
-    assert_same(shards.list_shards(folder, "train"), first)
+    assert_same(tar_shards.list_shards(folder, "train"), first)
     assert walked == []
 
 
@@ -255,17 +257,17 @@ def test_a_run_needs_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     folder = two_shards(tmp_path)
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    assert len(shards.list_shards(folder, "train")[1]) == 12
+    assert len(tar_shards.list_shards(folder, "train")[1]) == 12
     assert shard_index._read(folder / ".ftfast-train.npz") == {}
 
 
 def test_the_gpus_loader_reads_shards_too(tmp_path: Path) -> None:
     folder = two_shards(tmp_path)
-    found = photographs.list_photographs(folder, "gpu", "train")
-    expected = photographs.list_photographs(folder, "webdataset", "train")
+    found = listing.list_photographs(folder, "gpu", "train")
+    expected = listing.list_photographs(folder, "webdataset", "train")
     assert found.labels.tolist() == expected.labels.tolist()
-    of_files = photographs.list_photographs(tmp_path / "folder", "gpu", "train")
-    assert isinstance(of_files.files, photographs.FolderFiles)
+    of_files = listing.list_photographs(tmp_path / "folder", "gpu", "train")
+    assert isinstance(of_files.files, listing.FolderFiles)
     train, _ = streamed.load(
         folder, "webdataset", CPU, image_size=SIDE, workers=0, rand_augment=0, classes=3, train_images=12, test_images=3
     )

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill import checkpoint
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.errors import CheckpointError
-from ftfast.distill.snapshots import Snapshots
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distill.runtime.snapshots import Snapshots
+from ftfast.errors import CheckpointError
 
 
 def content(value: float) -> Checkpoint:

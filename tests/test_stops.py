@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill import checkpoint, resumable
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.datasets import DataError
-from ftfast.distill.engine import Training
-from ftfast.distill.images import Part
-from ftfast.distill.interrupts import Interrupted, Stopped, StopRequest, signals_interrupt
-from ftfast.distill.judge import Judged, evaluate
-from ftfast.distill.processes import ALONE, Agreement, Processes
+from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.images import Part
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distill.runtime.processes import ALONE, Agreement, Processes
+from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
+from ftfast.distill.training import resumable
+from ftfast.distill.training.evaluate import Judged, evaluate
+from ftfast.distill.training.loop import Training
 from tests.launching import ROOT
 from tests.test_student_step import FLOAT32, split_of, training, weights
 
@@ -278,7 +279,7 @@ os._exit(0)
 """
 WORKER = """
 import os, time
-from ftfast.distill.interrupts import Interrupted, signals_interrupt
+from ftfast.distill.runtime.signals import Interrupted, signals_interrupt
 try:
     with signals_interrupt():
         print("there", flush=True)

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from ftfast import FactorTransfer, FTLoss, Paraphraser, Translator
 from ftfast.cli import main
-from ftfast.distill.errors import StoreError
 from ftfast.distill.store import header as headers
-from ftfast.distill.store import shards
+from ftfast.distill.store import shard_files
 from ftfast.distill.store.ahead import Ahead
 from ftfast.distill.store.build import Request
 from ftfast.distill.store.quantise import DTYPES, as_factors, quantise
 from ftfast.distill.store.read import Rows, Store
 from ftfast.distill.store.verify import verify
+from ftfast.errors import StoreError
 from tests.store_folder import REQUEST, contents, make_run, make_store
 
 # Relative L2 error of a direction: twice what factors of normally distributed numbers give, of any seed.
@@ -100,7 +100,7 @@ def test_a_store_holds_what_its_header_says(built: Path) -> None:
     header = headers.read(built)
     assert (header.images, header.views, header.factor, header.classes) == (1000, 3, (8, 2, 2), 10)
     assert header.shard_count == len(list(built.glob("shard-*"))) == 10
-    tensors = load_file(shards.shard_path(built, 4))
+    tensors = load_file(shard_files.shard_path(built, 4))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "factors": (100, 3, 2, 2, 8),
         "views": (100, 3, 5),
@@ -118,7 +118,7 @@ def test_a_store_holds_what_its_header_says(built: Path) -> None:
 
 def test_rows_are_read_by_number_and_view(built: Path) -> None:
     store = Store(built)
-    whole = [load_file(shards.shard_path(built, shard)) for shard in range(10)]
+    whole = [load_file(shard_files.shard_path(built, shard)) for shard in range(10)]
     random = np.random.default_rng(0)
     rows = Rows(random.integers(0, 1000, 257), random.integers(0, 3, 257))
     factors, logits = store.read(rows)
@@ -142,8 +142,8 @@ def test_verify_computes_a_sample_anew(built: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("name", ["factors", "views", "labels", "logits"])
 def test_a_flipped_byte_is_found_and_named(store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = shards.shard_path(store, 7)
-    place = shards.read_head(path).places[name]
+    path = shard_files.shard_path(store, 7)
+    place = shard_files.read_head(path).places[name]
     content = bytearray(path.read_bytes())
     content[place.first + place.bytes // 3] ^= 16
     path.write_bytes(content)
@@ -152,7 +152,7 @@ def test_a_flipped_byte_is_found_and_named(store: Path, name: str, capsys: pytes
 
 
 def test_every_byte_of_a_shard_is_covered(store: Path) -> None:
-    path = shards.shard_path(store, 3)
+    path = shard_files.shard_path(store, 3)
     whole = path.read_bytes()
     for place in [0, 9, *np.random.default_rng(1).integers(0, len(whole), 30).tolist()]:
         content = bytearray(whole)
@@ -180,14 +180,14 @@ def swapped(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_short, cut_to_nothing, grown, swapped, Path.unlink])
 def test_a_damaged_shard_is_refused_when_the_store_is_opened(store: Path, damage: object) -> None:
-    damage(shards.shard_path(store, 9))  # type: ignore[operator]
+    damage(shard_files.shard_path(store, 9))  # type: ignore[operator]
     with pytest.raises(StoreError, match="shard-00009"):
         Store(store)
 
 
 def test_a_shard_that_is_cut_while_it_is_read_ends_in_words(store: Path) -> None:
     opened = Store(store)
-    path = shards.shard_path(store, 2)
+    path = shard_files.shard_path(store, 2)
     with open(path, "r+b") as file:
         file.truncate(1000)
     with pytest.raises(StoreError, match=r"shard-00002.*was cut short"):
@@ -198,7 +198,7 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_in_words(store: Path) -> None
 def test_another_teacher_or_paraphraser_in_the_store_is_named(
     store: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftfast.distill import checkpoint
+    from ftfast.distill.runtime import checkpoint
 
     kept = checkpoint.load(store / name)
     shutil.rmtree(store / name)
@@ -231,9 +231,9 @@ def test_factors_of_other_weights_are_found_by_a_sample(store: Path, run_folder:
     """Whole by its checksums, and yet not what its teacher gives: another view of the same images."""
     other = make_store(run_folder, tmp_path / "other", dataclasses.replace(REQUEST, seed=1))
     for shard in range(10):
-        ours, theirs = (load_file(shards.shard_path(path, shard)) for path in (store, other))
-        shards.write_shard(shards.shard_path(store, shard), {**ours, "factors": theirs["factors"]})
-    heads = [shards.read_head(shards.shard_path(store, shard)) for shard in range(10)]
+        ours, theirs = (load_file(shard_files.shard_path(path, shard)) for path in (store, other))
+        shard_files.write_shard(shard_files.shard_path(store, shard), {**ours, "factors": theirs["factors"]})
+    heads = [shard_files.read_head(shard_files.shard_path(store, shard)) for shard in range(10)]
     changed(store, shards=[{"bytes": head.bytes, "head": head.checksum} for head in heads])
     with pytest.raises(StoreError, match=r"the factor of image .* is .* away"):
         verify(store, sample=50, device="cpu")

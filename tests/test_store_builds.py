@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from ftfast.cli import main
-from ftfast.distill.errors import StoreError
-from ftfast.distill.folder import RunFolder
-from ftfast.distill.store import build, shards
+from ftfast.distill.phases.run_folder import RunFolder
+from ftfast.distill.store import build, shard_files
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.build import Request, build_store
 from ftfast.distill.store.read import Store
+from ftfast.errors import StoreError
 from tests.launching import ROOT, finished, torchrun
 from tests.store_folder import REQUEST, contents, make_run, make_store
 
@@ -66,14 +66,14 @@ def test_an_error_at_any_shard_leaves_a_store_that_goes_on(
     run_folder: Path, tmp_path: Path, shard: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = contents(make_store(run_folder, tmp_path / "whole"))
-    write = shards.write_shard
+    write = shard_files.write_shard
 
     def failing(path: Path, tensors: object) -> None:
-        if path == shards.shard_path(tmp_path / "store", shard):
+        if path == shard_files.shard_path(tmp_path / "store", shard):
             raise OSError(28, "No space left on device", str(path))
         write(path, tensors)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "write_shard", failing)
+    monkeypatch.setattr(shard_files, "write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
         make_store(run_folder, tmp_path / "store")
     monkeypatch.undo()
@@ -93,7 +93,7 @@ def test_a_shard_that_a_crash_cut_short_is_made_anew(
     store = make_store(run_folder, tmp_path / "store")
     whole = contents(store)
     headers.write(store, dataclasses.replace(headers.read(store), shards=None))
-    path = shards.shard_path(store, 5)
+    path = shard_files.shard_path(store, 5)
     path.write_bytes(path.read_bytes()[:-100])
     (store / ".shard-00007.safetensors.partial").write_bytes(b"left over")
     make_store(run_folder, store, resume=True)
@@ -122,7 +122,7 @@ def test_another_build_is_not_gone_on_with(
 
 
 def test_another_teacher_is_not_gone_on_with(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftfast.distill import checkpoint
+    from ftfast.distill.runtime import checkpoint
 
     monkeypatch.setattr(build, "_write", lambda *_: (_ for _ in ()).throw(StoreError("ended")))
     with pytest.raises(StoreError, match="ended"):

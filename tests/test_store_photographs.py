@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ftfast.cli import main
-from ftfast.distill import crops, gpu_decoding, photographs, streamed
-from ftfast.distill.colours import IMAGENET
-from ftfast.distill.errors import StoreError
+from ftfast.distill.data.photographs import crops, decoding, listing, streamed
+from ftfast.distill.data.stored_views import PhotographViews, viewed
+from ftfast.distill.settings.normalisation import IMAGENET
 from ftfast.distill.store.read import Store
-from ftfast.distill.store.views import PhotographViews, viewed
+from ftfast.errors import StoreError
 from tests.launching import results_of
 from tests.photograph_folder import make_folder, make_shards
 
@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def images_of(folder: Path, loader: str = "folder", workers: int = 0) -> PhotographViews:
-    counts = photographs.describe(folder, loader)
+    counts = listing.describe(folder, loader)
     train, _ = streamed.load(folder, loader, CPU, image_size=SIDE, workers=workers, rand_augment=0, **counts._asdict())
     found = viewed(train, folder)
     assert isinstance(found, PhotographViews)
@@ -53,7 +53,7 @@ def test_boxes_are_those_that_epochs_would_draw(home: Path) -> None:
     images, store = images_of(home / "folder"), Store(home / "store")
     assert store.header.images == TRAIN
     for row in (0, 17, 79):
-        content = gpu_decoding.Encoded.of(images.images.photographs.files.read(row), "")
+        content = decoding.Encoded.of(images.images.photographs.files.read(row), "")
         for view in range(3):
             box = crops.draw_box(content.height, content.width, crops.sample_seed(store.header.seed, view, row))
             assert store.boxes[row, view].tolist() == [int(value) for value in box]

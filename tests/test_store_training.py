@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from ftfast.cli import main
-from ftfast.distill.data import Split
-from ftfast.distill.engine import Training
-from ftfast.distill.errors import SettingsError, StoreError
-from ftfast.distill.images import WHOLE, Part
-from ftfast.distill.interrupts import Stopped
-from ftfast.distill.methods import Weights
-from ftfast.distill.presets import settings_of
+from ftfast.distill.data.images import WHOLE, Part
+from ftfast.distill.data.in_memory import Split
+from ftfast.distill.data.stored_views import viewed
+from ftfast.distill.phases.setup import load_images, precision_of
+from ftfast.distill.phases.trainable import Guides, student_training
 from ftfast.distill.run import run
-from ftfast.distill.settings import Settings
-from ftfast.distill.setup import load_images, precision_of
+from ftfast.distill.runtime.signals import Stopped
+from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.build import Request
 from ftfast.distill.store.guides import NoTeacher, factors_of, filled_paraphraser, frozen_guides, read_run
-from ftfast.distill.store.images import StoredImages
 from ftfast.distill.store.quantise import DTYPES, as_factors, quantise
 from ftfast.distill.store.read import PARAPHRASER, Store
+from ftfast.distill.store.stored_images import StoredImages
 from ftfast.distill.store.training import check, stored_images
-from ftfast.distill.store.views import viewed
-from ftfast.distill.students import Guides, student_training
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.methods import Weights
+from ftfast.errors import SettingsError, StoreError
 from tests.launching import finished, results_of, torchrun
 from tests.store_folder import REQUEST, SMALL, contents, make_run, make_store
 
@@ -327,7 +327,7 @@ def test_a_store_of_something_else_is_refused_and_named(stores: dict[str, Path],
 
 
 def test_other_images_are_refused(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftfast.distill import datasets
+    from ftfast.distill.data import datasets
 
     settings, read = settings_for(stores["int8"]), datasets.read_digits
 

@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ftfast.distill import crops, gpu_decoding, photographs, readers, streamed
-from ftfast.distill.colours import IMAGENET
-from ftfast.distill.datasets import DataError
-from ftfast.distill.errors import SettingsError
-from ftfast.distill.images import WHOLE, Images, Part
-from ftfast.distill.presets import settings_of
-from ftfast.distill.streamed import Streamed
+from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.images import WHOLE, Images, Part
+from ftfast.distill.data.photographs import crops, decoding, listing, readers, streamed
+from ftfast.distill.data.photographs.streamed import Streamed
+from ftfast.distill.settings.normalisation import IMAGENET
+from ftfast.distill.settings.presets import settings_of
+from ftfast.errors import SettingsError
 from tests.launching import ROOT
 from tests.photograph_folder import add, make_folder, make_shards
 
@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, loader: str = "folder", workers: int = 0, **changes: object) -> tuple[Images, Images]:
-    counts = photographs.describe(folder, loader)
+    counts = listing.describe(folder, loader)
     wanted = {"train_images": counts.train_images, "test_images": counts.test_images, "rand_augment": 0}
     chosen = {"image_size": SIDE, "workers": workers, "classes": counts.classes, **wanted, **changes}
     return streamed.load(folder, loader, CPU, **chosen)  # type: ignore[arg-type]
@@ -342,16 +342,16 @@ raise SystemExit(7)
 
 def test_folders_that_are_not_as_they_should_be_are_named(home: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train is not there; photographs are taken from --data-dir"):
-        photographs.describe(tmp_path, "folder")
+        listing.describe(tmp_path, "folder")
     with pytest.raises(DataError, match=r"has no train-\*\.tar"):
-        photographs.describe(tmp_path, "webdataset")
+        listing.describe(tmp_path, "webdataset")
     (tmp_path / "empty" / "train" / "class").mkdir(parents=True)
     with pytest.raises(DataError, match="holds no photographs"):
-        photographs.describe(tmp_path / "empty", "folder")
+        listing.describe(tmp_path / "empty", "folder")
     shutil.copytree(home / "folder", tmp_path / "fewer")
     shutil.rmtree(tmp_path / "fewer" / "val" / "class01")
     with pytest.raises(DataError, match="has 5 classes in train and 4 in val"):
-        photographs.describe(tmp_path / "fewer", "folder")
+        listing.describe(tmp_path / "fewer", "folder")
     with pytest.raises(DataError, match="has 60 photographs in train, fewer than the 61 asked for"):
         load(home / "folder", train_images=61)
 
@@ -418,7 +418,7 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path: Path, monkeypatch: py
         *(("a.jpg", jpeg()), ("a.json", b'{"label": 1, "wnid": "n01"}'), ("a.pyd", code), ("a.pickle", code)),
         *(("b.PNG", jpeg()), ("b.cls", b" 0\n"), ("b.pth", code), ("b.jpg.txt", b"words")),
     )
-    found = photographs.list_photographs(folder, "webdataset", "train")
+    found = listing.list_photographs(folder, "webdataset", "train")
     assert found.labels.tolist() == [1, 0]
     assert found.files.read(0) == found.files.read(1) == jpeg()
     assert not (tmp_path / "code_ran").exists()
@@ -437,7 +437,7 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path: Path, monkeypatch: py
 )
 def test_shards_with_bad_labels_are_named(tmp_path: Path, members: tuple[tuple[str, bytes], ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        photographs.list_photographs(one_shard(tmp_path / "shards", *members), "webdataset", "train")
+        listing.list_photographs(one_shard(tmp_path / "shards", *members), "webdataset", "train")
 
 
 @pytest.mark.parametrize("kept", [0, 100, 700, -11000])
@@ -447,15 +447,15 @@ def test_a_cut_shard_is_named(tmp_path: Path, kept: int) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:kept])
     with pytest.raises(DataError, match=r"train-0\.tar is cut short|has no photographs"):
-        photographs.list_photographs(folder, "webdataset", "train")
+        listing.list_photographs(folder, "webdataset", "train")
     path.write_bytes(b"no tar file" * 200)
-    photographs.list_photographs.cache_clear()
+    listing.list_photographs.cache_clear()
     with pytest.raises(DataError, match="no tar file"):
-        photographs.list_photographs(folder, "webdataset", "train")
+        listing.list_photographs(folder, "webdataset", "train")
 
 
 def test_encoded_photographs_know_their_size() -> None:
-    encoded = gpu_decoding.Encoded.of(jpeg(), "a")
+    encoded = decoding.Encoded.of(jpeg(), "a")
     assert (encoded.height, encoded.width, encoded.is_jpeg) == (30, 40, True)
     with pytest.raises(ValueError, match="identify"):
-        gpu_decoding.Encoded.of(b"words", "b")
+        decoding.Encoded.of(b"words", "b")

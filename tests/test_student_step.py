@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.distill import data, interrupts, models, resumable
-from ftfast.distill.engine import Training
-from ftfast.distill.interrupts import Interrupted, Stopped, StopRequest, signals_interrupt
-from ftfast.distill.judge import Judged
-from ftfast.distill.loss_record import DivergedError, LossRecord
-from ftfast.distill.methods import Outputs, Terms
-from ftfast.distill.schedule import Schedule
-from ftfast.distill.student_step import BesideStudent, LearningStep, Precision
-from ftfast.distill.training_forward import training_forward
+from ftfast.distill.data import in_memory
+from ftfast.distill.models import registry
+from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.runtime import signals
+from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
+from ftfast.distill.training import resumable
+from ftfast.distill.training.evaluate import Judged
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.losses import DivergedError, LossRecord
+from ftfast.distill.training.methods import Outputs, Terms
+from ftfast.distill.training.schedule import Schedule
+from ftfast.distill.training.step import BesideStudent, LearningStep, Precision
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, torch.float32)
@@ -39,7 +42,7 @@ def _one_thread() -> Any:
 
 
 def classifier() -> nn.Module:
-    with models.seeded(0):
+    with registry.seeded(0):
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 4))
 
 
@@ -169,13 +172,13 @@ def test_figures_of_a_step_are_its_rate_and_in_float16_the_scale() -> None:
     assert half.figures() == {"learning_rate": 0.25, "loss_scale": 2.0**16}
 
 
-def split_of(count: int = 43) -> data.Split:
-    train, _ = data.load("digits", CPU)
+def split_of(count: int = 43) -> in_memory.Split:
+    train, _ = in_memory.load("digits", CPU)
     return train.cut(count)[0]
 
 
 def training(precision: Precision = FLOAT32, bad_at: int | None = None, **changes: Any) -> Training:
-    model = models.place(models.build_model("resnet8", 2, in_channels=1, classes=10, seed=0), CPU)
+    model = registry.place(registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0), CPU)
     calls = 0
 
     def terms(images: Tensor, labels: Tensor) -> Terms:
@@ -298,7 +301,7 @@ def test_a_signal_saves_the_training_and_it_goes_on_bit_equal(tmp_path: Path, nu
 
 
 def test_a_second_signal_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
     with StopRequest() as asked:
         signal.raise_signal(signal.SIGTERM)
         assert asked()
@@ -367,7 +370,7 @@ def test_the_teacher_runs_before_the_student_on_a_cpu_and_on_its_own_stream_on_a
 
 @pytest.mark.slow
 def test_a_compiled_student_learns_the_same() -> None:
-    student = models.build_model("resnet8", 4, in_channels=3, classes=5, seed=0)
+    student = registry.build_model("resnet8", 4, in_channels=3, classes=5, seed=0)
     images = torch.randn(4, 3, 8, 8)
     gradients = []
     for compiled in (False, True):
@@ -383,11 +386,11 @@ FLOAT16 = Precision(CPU, torch.float16)
 
 
 def normed_training(images: Tensor, precision: Precision, ema: float | None = None) -> Training:
-    with models.seeded(0):
+    with registry.seeded(0):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 4))
     learner = nn.ModuleDict({"model": model})
     schedule = replace(PLAIN, epochs=2, ema=ema)
-    split = data.Split(images, torch.arange(len(images)) % 4)
+    split = in_memory.Split(images, torch.arange(len(images)) % 4)
     return Training(learner, cross_entropy(model), split, schedule, precision, seed=0)
 
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ftfast.distill.epochs import Epoch
-from ftfast.distill.folder import open_run_folder
-from ftfast.distill.gpu_meter import why_there_is_none
-from ftfast.distill.presets import settings_of
+from ftfast.distill.monitor.epochs import Epoch
+from ftfast.distill.monitor.gpu_meter import why_there_is_none
+from ftfast.distill.monitor.step_clock import PARTS, StepClock, part
+from ftfast.distill.monitor.telemetry import FILE, RunLog
+from ftfast.distill.monitor.tensorboard import EpochLog
+from ftfast.distill.phases.run_folder import open_run_folder
 from ftfast.distill.run import run
-from ftfast.distill.settings import Settings
-from ftfast.distill.step_clock import PARTS, StepClock, part
-from ftfast.distill.telemetry import FILE, RunLog
-from ftfast.distill.tensorboard import EpochLog
+from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.settings.run_settings import Settings
 from tests.fake_nvml import FakeNvml
 from tests.launching import finished, torchrun
 

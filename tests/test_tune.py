@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from ftfast import choices
+from ftfast import kernel_table
 from ftfast.cli import main
 from ftfast.dispatch import load_extension
 from ftfast.ops import conv3x3_native
 
 CPU = torch.device("cpu")
-WORK = choices.Work("weight_gradient", "bfloat16", 32, 7, 7, 24, 16)
+WORK = kernel_table.Work("weight_gradient", "bfloat16", 32, 7, 7, 24, 16)
 CANDIDATES = conv3x3_native.CANDIDATES
 
 
@@ -19,17 +19,17 @@ CANDIDATES = conv3x3_native.CANDIDATES
 def folder(tmp_path, monkeypatch):
     """A user's own folder of tables, empty; shipped tables are out of sight."""
     monkeypatch.setenv("FTFAST_CACHE", str(tmp_path / "user"))
-    monkeypatch.setattr(choices, "SHIPPED", tmp_path / "shipped")
-    choices.forget_tables()
+    monkeypatch.setattr(kernel_table, "SHIPPED", tmp_path / "shipped")
+    kernel_table.forget_tables()
     yield tmp_path
-    choices.forget_tables()
+    kernel_table.forget_tables()
 
 
-def write(folder, *entries, version=choices.VERSION):
+def write(folder, *entries, version=kernel_table.VERSION):
     folder.mkdir(parents=True, exist_ok=True)
     table = {"version": version, "device": "here", "entries": list(entries)}
-    (folder / choices.file_name(CPU)).write_text(json.dumps(table))
-    choices.forget_tables()
+    (folder / kernel_table.file_name(CPU)).write_text(json.dumps(table))
+    kernel_table.forget_tables()
 
 
 def entry(kernel, **changes):
@@ -37,7 +37,7 @@ def entry(kernel, **changes):
 
 
 def choose(work=WORK):
-    return choices.choose_kernel(work, CPU, CANDIDATES, "library")
+    return kernel_table.choose_kernel(work, CPU, CANDIDATES, "library")
 
 
 def test_unmeasured_work_takes_the_default_and_says_so(folder):
@@ -75,8 +75,8 @@ def test_a_kernel_that_is_no_candidate_is_passed_by(folder):
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 99, "entries": []}', '{"version": 1}'])
 def test_a_damaged_or_newer_table_is_refused_in_a_sentence(folder, text):
     (folder / "user").mkdir()
-    (folder / "user" / choices.file_name(CPU)).write_text(text)
-    choices.forget_tables()
+    (folder / "user" / kernel_table.file_name(CPU)).write_text(text)
+    kernel_table.forget_tables()
     with pytest.raises(ValueError, match="tune") as raised:
         choose()
     assert "\n" not in str(raised.value)
@@ -87,7 +87,7 @@ def test_tune_measures_prints_and_keeps(folder, capsys):
     assert main(["tune", "4x8+8:8x3x3", "--seconds", "0.001"]) == 0
     printed = capsys.readouterr().out
     assert "weight_gradient" in printed
-    kept = choices.read_table(folder / "user" / choices.file_name(CPU))
+    kept = kernel_table.read_table(folder / "user" / kernel_table.file_name(CPU))
     assert [found["operation"] for found in kept] == ["weight_gradient"]
     assert set(kept[0]["milliseconds"]) == set(CANDIDATES)
     assert min(kept[0]["milliseconds"], key=kept[0]["milliseconds"].get) == kept[0]["kernel"]
@@ -96,7 +96,7 @@ def test_tune_measures_prints_and_keeps(folder, capsys):
     # The next run keeps what it does not measure anew.
     assert main(["tune", "4x16+16:16x3x3", "--seconds", "0.001", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
-    assert len(choices.read_table(folder / "user" / choices.file_name(CPU))) == 2
+    assert len(kernel_table.read_table(folder / "user" / kernel_table.file_name(CPU))) == 2
 
 
 @pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
@@ -122,9 +122,9 @@ def test_bad_input_is_refused(folder, capsys, words, said):
 
 def test_a_step_measures_nothing(folder, monkeypatch):
     """Choosing inside a step reads tables and no clock."""
-    import ftfast.tune
+    import ftfast.commands.tune
 
-    monkeypatch.setattr(ftfast.tune.time, "perf_counter", lambda: pytest.fail("a clock was read"))
+    monkeypatch.setattr(ftfast.commands.tune.time, "perf_counter", lambda: pytest.fail("a clock was read"))
     import ftfast
 
     head = ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(6, 4))

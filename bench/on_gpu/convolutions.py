@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.layers import Layer, fastest_library, layers_of, library_steps, matmul_steps, operands
+from bench.kernels.layers import Layer, fastest_library, layers_of, library_steps, matmul_steps, operands
 from bench.on_gpu.findings import Findings, Stopwatch, device_here, try_each
 from bench.shapes import HEADS, HeadShape, parse_head
 

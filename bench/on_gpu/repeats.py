@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench.layers import Layer, layers_of, operands
+from bench.kernels.layers import Layer, layers_of, operands
 from bench.on_gpu.findings import Findings, device_here, try_each
 from bench.shapes import HEADS, HeadShape, parse_head
 from ftfast.modules import convolution_stack

@@ -1,7 +1,7 @@
 """The launches that the features are shipped with; tests and ``python -m bench resources`` compile these.
 
 A feature is a module of this package, named by its stem, that defines ``shipped_launches()``; nothing else registers
-it. It runs the launchers on CPU tensors under :func:`bench.machine_code.recorded`.
+it. It runs the launchers on CPU tensors under :func:`bench.machine_code.compiling.recorded`.
 """
 
 import pkgutil
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from bench.machine_code import ARCHITECTURES, Launch
+from bench.machine_code.compiling import ARCHITECTURES, Launch
 
 
 class ShippedLaunch(NamedTuple):

@@ -9,26 +9,27 @@ from typing import Any
 import torch
 
 from ftfast import dispatch
-from ftfast.distill import data, files, launch
-from ftfast.distill.errors import RunFolderError, SettingsError
-from ftfast.distill.examine import examine_step
-from ftfast.distill.folder import RunFolder, check_run_folder, is_of_one, open_run_folder
-from ftfast.distill.guide_phases import prepare_paraphraser, prepare_teacher
-from ftfast.distill.methods import METHODS
-from ftfast.distill.paraphrase import paraphraser_images, read_paraphraser
-from ftfast.distill.processes import Processes, joined, lost_in_words
-from ftfast.distill.progress import Progress
-from ftfast.distill.readers import lost_readers_in_words
-from ftfast.distill.results import collect
-from ftfast.distill.schedule import schedule_of
-from ftfast.distill.selection import candidates, trial_images
-from ftfast.distill.settings import DTYPES, Settings
-from ftfast.distill.setup import Setup, algorithms, load_images, precision_of
+from ftfast.distill.data import in_memory
+from ftfast.distill.data.photographs.readers import lost_readers_in_words
+from ftfast.distill.monitor.progress import Progress
+from ftfast.distill.monitor.telemetry import SECONDS_BETWEEN_LINES
+from ftfast.distill.phases.guide_phases import prepare_paraphraser, prepare_teacher
+from ftfast.distill.phases.paraphraser import paraphraser_images, read_paraphraser
+from ftfast.distill.phases.results import collect
+from ftfast.distill.phases.run_folder import RunFolder, check_run_folder, is_of_one, open_run_folder
+from ftfast.distill.phases.selection import candidates, trial_images
+from ftfast.distill.phases.setup import Setup, algorithms, load_images, precision_of
+from ftfast.distill.phases.students import select_weights, train_students
+from ftfast.distill.phases.teacher import read_teacher
+from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.run_doctor import examine_step
+from ftfast.distill.runtime import files, torchrun
+from ftfast.distill.runtime.processes import Processes, joined, lost_in_words
+from ftfast.distill.settings.run_settings import DTYPES, Settings
 from ftfast.distill.store import training as store_training
-from ftfast.distill.student_phases import select_weights, train_students
-from ftfast.distill.students import Guides
-from ftfast.distill.teacher import read_teacher
-from ftfast.distill.telemetry import SECONDS_BETWEEN_LINES
+from ftfast.distill.training.methods import METHODS
+from ftfast.distill.training.schedule import schedule_of
+from ftfast.errors import RunFolderError, SettingsError
 
 
 def run(
@@ -62,7 +63,7 @@ def run(
 
         def open_folder() -> bool:
             # The number of restarts stays what it is where a machine came or went, so it tells of restarts at best.
-            is_restart = is_of_one(output, agents) if agents else launch.restarts() > 0
+            is_restart = is_of_one(output, agents) if agents else torchrun.restarts() > 0
             goes_on = resume or is_restart
             check_run_folder(output, settings, resume=goes_on)
             _check(settings, processes)
@@ -77,7 +78,7 @@ def run(
 
 def _agents(processes: Processes) -> set[bytes]:
     """What started the processes of the run, on all machines."""
-    return {agent for agent in processes.gather(launch.agent()) if agent is not None}
+    return {agent for agent in processes.gather(torchrun.agent()) if agent is not None}
 
 
 def _check(settings: Settings, processes: Processes) -> None:
@@ -95,7 +96,7 @@ def _check(settings: Settings, processes: Processes) -> None:
             f"accumulate is {settings.accumulate}, more than the {smallest} images that a process may get; with "
             "--sync-batch-norm all take equally many parts: give a lower one, or a larger --batch-size."
         )
-    data.check_files(settings.data, settings.image_source())
+    in_memory.check_files(settings.data, settings.image_source())
     if settings.store is not None:
         store_training.check(settings)
     else:

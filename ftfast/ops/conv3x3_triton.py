@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.choices import Work, choose_kernel
 from ftfast.dispatch import interpreting
+from ftfast.kernel_table import Work, choose_kernel
 from ftfast.kernels import activation, conv3x3, conv3x3_weight_gradient
 from ftfast.kernels.pack_weights import pack_weights
 from ftfast.ops.maps import rounds_to_tf32

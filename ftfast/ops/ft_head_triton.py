@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftfast.choices import Work, choose_kernel
+from ftfast.kernel_table import Work, choose_kernel
 from ftfast.kernels import ft_head_grouped, ft_head_grouped_backward, ft_head_small, ft_head_small_backward
 from ftfast.kernels.pack_weights import PackedWeight, pack_weights
 from ftfast.ops import ft_head_layers

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.compat.timm.teacher import TeacherMaps
-from ftfast.conversion import convert_state_dict
+from ftfast.conversion.state_dicts import convert_state_dict
 from ftfast.modules import Paraphraser
 
 _logger = logging.getLogger(__name__)

@@ -14,26 +14,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftfast.distill import checkpoint, files
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.errors import StoreError
-from ftfast.distill.folder import RunFolder, read_settings
-from ftfast.distill.images import Images
-from ftfast.distill.processes import joined, lost_in_words
-from ftfast.distill.progress import Progress
-from ftfast.distill.readers import lost_readers_in_words
-from ftfast.distill.settings import Settings
-from ftfast.distill.setup import algorithms, load_images, precision_of
+from ftfast.distill.data.images import Images
+from ftfast.distill.data.photographs.readers import lost_readers_in_words
+from ftfast.distill.data.stored_views import SmallImages, ViewedImages, viewed
+from ftfast.distill.monitor.progress import Progress
+from ftfast.distill.phases.run_folder import RunFolder, read_settings
+from ftfast.distill.phases.setup import algorithms, load_images, precision_of
+from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.runtime import checkpoint, files
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distill.runtime.processes import joined, lost_in_words
+from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
-from ftfast.distill.store import shards
+from ftfast.distill.store import shard_files
 from ftfast.distill.store.compute import ShardMaker
 from ftfast.distill.store.estimate import describe, describe_work, estimate, size
 from ftfast.distill.store.guides import frozen_guides, read_run
 from ftfast.distill.store.header import Header
 from ftfast.distill.store.quantise import DTYPES
 from ftfast.distill.store.read import PARAPHRASER, TEACHER
-from ftfast.distill.store.views import SmallImages, ViewedImages, viewed
-from ftfast.distill.students import Guides
+from ftfast.errors import StoreError
 
 MOST_VIEWS = 1000
 DEFAULT_VIEWS = 4
@@ -259,10 +259,10 @@ def _left(path: Path, header: Header, say: Callable[[str], None]) -> list[int]:
     """The shards that are not there."""
     left = []
     for shard in range(header.shard_count):
-        file = shards.shard_path(path, shard)
+        file = shard_files.shard_path(path, shard)
         try:
             if file.exists():
-                shards.check_head(file, shards.read_head(file), header, shard)
+                shard_files.check_head(file, shard_files.read_head(file), header, shard)
                 continue
         except StoreError as error:
             say(f"warning: {str(error).partition(';')[0].rstrip('.')}; it is made anew")
@@ -277,7 +277,7 @@ def _write(path: Path, maker: ShardMaker, own: list[int], progress: Progress) ->
         for shard, tensors in maker.make(own):
             if writing is not None:
                 writing.result()
-            writing = thread.submit(shards.write_shard, shards.shard_path(path, shard), tensors)
+            writing = thread.submit(shard_files.write_shard, shard_files.shard_path(path, shard), tensors)
             progress.advance(len(maker.header.rows_of(shard)))
         if writing is not None:
             writing.result()
@@ -287,9 +287,9 @@ def _finish(path: Path, header: Header) -> None:
     """Writes the header that makes the folder a store."""
     heads = []
     for shard in range(header.shard_count):
-        file = shards.shard_path(path, shard)
-        head = shards.read_head(file)
-        shards.check_head(file, head, header, shard)
+        file = shard_files.shard_path(path, shard)
+        head = shard_files.read_head(file)
+        shard_files.check_head(file, head, header, shard)
         heads.append({"bytes": head.bytes, "head": head.checksum})
     headers.write(path, dataclasses.replace(header, shards=heads))
     (path / _LOCK).unlink(missing_ok=True)

@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill.errors import StoreError
+from ftfast.distill.data.stored_views import ViewedImages
+from ftfast.distill.phases.trainable import Guides
 from ftfast.distill.store.guides import factors_of
 from ftfast.distill.store.header import Header
 from ftfast.distill.store.quantise import DTYPES, quantise
 from ftfast.distill.store.read import LOGITS_DTYPE
-from ftfast.distill.store.shards import FACTORS, LABELS, LOGITS, VIEWS
-from ftfast.distill.store.views import ViewedImages
-from ftfast.distill.student_step import Precision
-from ftfast.distill.students import Guides
+from ftfast.distill.store.shard_files import FACTORS, LABELS, LOGITS, VIEWS
+from ftfast.distill.training.step import Precision
+from ftfast.errors import StoreError
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill import checkpoint
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.errors import DistillError, StoreError
-from ftfast.distill.folder import RunFolder
-from ftfast.distill.guide_phases import freeze
-from ftfast.distill.methods import Outputs
-from ftfast.distill.paraphrase import build_paraphraser
-from ftfast.distill.presets import settings_of
-from ftfast.distill.settings import Settings
+from ftfast.distill.phases.guide_phases import freeze
+from ftfast.distill.phases.paraphraser import build_paraphraser
+from ftfast.distill.phases.run_folder import RunFolder
+from ftfast.distill.phases.teacher import build, teacher_description
+from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store.header import Header
-from ftfast.distill.student_step import Precision
-from ftfast.distill.students import Guides
-from ftfast.distill.teacher import build, teacher_description
+from ftfast.distill.training.methods import Outputs
+from ftfast.distill.training.step import Precision
+from ftfast.errors import DistillError, StoreError
 from ftfast.modules import Paraphraser
 
 
@@ -60,7 +60,7 @@ def frozen_guides(
     size: tuple[int, int],
     logits: bool,
 ) -> Guides:
-    """Both as they compute factors; for the arguments see :func:`ftfast.distill.guide_phases.freeze`."""
+    """Both as they compute factors; for the arguments see :func:`ftfast.distill.phases.guide_phases.freeze`."""
     model = build(teacher_description(settings), settings.dataset(), seed=0, device=precision.device)
     checkpoint.fill(model, teacher.tensors, Path("the teacher"), settings.teacher)
     frozen, _ = freeze(settings, precision, model, example, size=size, logits=logits)

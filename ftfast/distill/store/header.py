@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ftfast.distill import files
-from ftfast.distill.data import DATASETS
-from ftfast.distill.errors import StoreError
-from ftfast.distill.settings import Settings
+from ftfast.distill.data.in_memory import DATASETS
+from ftfast.distill.runtime import files
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.errors import StoreError
 
 FORMAT = "ftfast-store"
 VERSION = 1

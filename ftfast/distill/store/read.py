@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill import checkpoint
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.errors import CheckpointError, StoreError
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.quantise import DTYPES, as_factors
-from ftfast.distill.store.shards import FACTORS, LOGITS, VIEWS, Head, check_head, read_head, read_whole, shard_path
+from ftfast.distill.store.shard_files import FACTORS, LOGITS, VIEWS, Head, check_head, read_head, read_whole, shard_path
+from ftfast.errors import CheckpointError, StoreError
 from ftfast.ops.read_rows import RowError, read_rows
 
 TEACHER, PARAPHRASER = "teacher", "paraphraser"
@@ -126,7 +126,7 @@ def read_batches(store: Store, batches: Iterable[Rows], *, pinned: bool = False)
 
 def check_whole(store: Store, advance: Callable[[int], None] = lambda _: None) -> None:
     """Reads every byte; raises StoreError naming the first shard and tensor that is not as it was written."""
-    from ftfast.distill.store.shards import check_content
+    from ftfast.distill.store.shard_files import check_content
 
     for shard, head in enumerate(store.heads):
         check_content(shard_path(store.path, shard), head)

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from ftfast.distill.checkpoint import Checkpoint
-from ftfast.distill.errors import StoreError
-from ftfast.distill.images import Images
-from ftfast.distill.methods import METHODS
-from ftfast.distill.settings import Settings
-from ftfast.distill.setup import Setup, load_images
+from ftfast.distill.data.images import Images
+from ftfast.distill.data.stored_views import viewed
+from ftfast.distill.phases.setup import Setup, load_images
+from ftfast.distill.phases.teacher import read_teacher
+from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.guides import NoTeacher, filled_paraphraser
-from ftfast.distill.store.images import StoredImages
 from ftfast.distill.store.read import PARAPHRASER, TEACHER, Store
-from ftfast.distill.store.views import viewed
-from ftfast.distill.students import Guides
-from ftfast.distill.teacher import read_teacher
+from ftfast.distill.store.stored_images import StoredImages
+from ftfast.distill.training.methods import METHODS
+from ftfast.errors import StoreError
 
 
 def check(settings: Settings) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.distill.errors import StoreError
-from ftfast.distill.progress import Progress
-from ftfast.distill.setup import algorithms, load_images, precision_of
+from ftfast.distill.data.stored_views import viewed
+from ftfast.distill.monitor.progress import Progress
+from ftfast.distill.phases.setup import algorithms, load_images, precision_of
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.guides import factors_of, frozen_guides, settings_for
 from ftfast.distill.store.read import PARAPHRASER, TEACHER, Rows, Store, check_whole
-from ftfast.distill.store.views import viewed
+from ftfast.errors import StoreError
 
 # Distance of two directions. int8 leaves 0.01 and float8 0.03, other kernels or another device's roundings of bfloat16
 # about 0.02; another view of the same image is ten times as far.

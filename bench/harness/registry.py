@@ -1,0 +1,82 @@
+"""Which benches there are: every module of this package that defines ``BENCH``."""
+
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from rich.table import Table
+
+import bench
+from bench.harness.measuring import Plan
+from bench.harness.records import Record, Row
+from bench.shapes import FactorShape, HeadShape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose.
+
+    Attributes:
+        device: where the factors are.
+        dtypes, shapes, layouts: measured in every combination; layouts are ``"nchw"`` and ``"channels_last"``.
+        peers: names in :data:`bench.peers.PEERS`.
+        plan: how long to measure.
+        heads, head_dtypes: the same for benches of whole heads and of their convolutions.
+        quick: a look is wanted, not figures.
+        steps: of a student in preset_run, None for its own number.
+        loaders: of preset_run, empty for its own.
+    """
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[FactorShape, ...]
+    layouts: tuple[str, ...]
+    peers: tuple[str, ...]
+    plan: Plan
+    heads: tuple[HeadShape, ...] = ()
+    head_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    quick: bool = False
+    steps: int | None = None
+    loaders: tuple[str, ...] = ()
+
+
+def runs_anywhere(_: "Settings") -> str:
+    """A bench that refuses no settings."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a bench module registers.
+
+    Attributes:
+        summary: one line for ``--list``.
+        size: how many times ``run`` calls ``advance``, for the progress bar.
+        run: measures; ``advance`` takes what is being measured now.
+        tables: the rows of this bench for the terminal.
+        markdown: the README's block from the newest record of each device type, ``"cpu"`` and ``"cuda"``.
+        formula: what the rows' ``least_bytes`` counts.
+        refuses: why it cannot run here, one sentence, or nothing.
+    """
+
+    summary: str
+    size: Callable[[Settings], int]
+    run: Callable[[Settings, Callable[[str], None]], list[Row]]
+    tables: Callable[[list[Row]], Iterable[Table]]
+    markdown: Callable[[dict[str, tuple[str, Record]]], str]
+    formula: str = ""
+    refuses: Callable[[Settings], str] = runs_anywhere
+
+
+def discover() -> dict[str, Bench]:
+    """The benches by their module's name."""
+    benches = {}
+    for module_info in pkgutil.iter_modules(bench.__path__):
+        if module_info.name.startswith(("_", "test_")):
+            continue
+        registered = getattr(import_module(f"bench.{module_info.name}"), "BENCH", None)
+        if isinstance(registered, Bench):
+            benches[module_info.name] = registered
+    return benches

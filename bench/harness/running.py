@@ -1,0 +1,103 @@
+"""A run: benches measured one after another, and what they were measured on, as a record."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from bench.harness import machine, power, quiet
+from bench.harness.clocks import own_stream
+from bench.harness.records import Record
+from bench.harness.registry import Bench, Settings
+from ftfast.distill.monitor import gpu_meter
+
+
+class Work(NamedTuple):
+    """A bench, by its name, and what it is to measure."""
+
+    name: str
+    bench: Bench
+    settings: Settings
+
+
+def prepare(threads: int | None) -> None:
+    """Set torch's threads, None for all cores, and keep torch.compile from starting processes that stay."""
+    torch.set_num_threads(threads or quiet.usable_cores())
+    # Idle compile workers would share the cores with what is measured.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str], notes: Sequence[str] = ()) -> Record:
+    """Measure, with a bar on a terminal; notes of a busy machine are printed to stderr and kept.
+
+    Args:
+        works: at least one, and all of one plan.
+        device: on which they measure.
+        arguments: of the command line, for the record.
+        notes: further ones for the record.
+    """
+    hardware = machine.hardware(device)
+    kept = [note for note in (quiet.busy_note(), *notes) if note]
+    for note in kept:
+        print(f"python -m bench: {note}.", file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    errors = Console(stderr=True)
+    silent = not (errors.is_terminal and sys.stderr.isatty())
+    others = quiet.Others()
+    threads = torch.get_num_threads()
+    rows = []
+    with (
+        Progress(*columns, console=errors, disable=silent, transient=True) as bar,
+        power.Watch(gpu_meter.gpu_of(device)) as watch,
+        # A GPU's kernels are launched by one thread, which is better left where the scheduler has it.
+        quiet.pinned(threads if device.type == "cpu" else quiet.usable_cores()) as cores,
+        own_stream(device),
+    ):
+        task = bar.add_task("", total=sum(work.bench.size(work.settings) for work in works))
+        for work in works:
+            rows += work.bench.run(work.settings, lambda what: bar.update(task, advance=1, description=what))
+    if note := others.note():
+        kept.append(note)
+        print(f"python -m bench: {note}.", file=sys.stderr)
+    if during := watch.summary():
+        hardware["gpu"]["run"] = during
+    plan = works[0].settings.plan
+    return Record(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware={**hardware, "cores_used_by_others": others.cores()},
+        software=machine.software(),
+        settings={
+            "command": shlex.join(["python", "-m", "bench", *arguments]),
+            "threads": threads,
+            "interop_threads": torch.get_num_interop_threads(),
+            "cores": cores,
+            "blocks": plan.blocks,
+            "warmups_per_block": plan.warmups,
+            "fewest_calls_per_block": plan.calls,
+            "block_seconds": plan.block_seconds,
+            "energy_seconds": plan.energy_seconds,
+            "seed": plan.seed,
+        },
+        rows=rows,
+        notes=kept,
+        formulas={work.name: work.bench.formula for work in works if work.bench.formula},
+    )

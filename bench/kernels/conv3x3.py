@@ -1,0 +1,217 @@
+"""The heads' 3x3 convolutions one by one: ours against the library's, with a matmul of as many FLOPs as the ceiling."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from bench import peers
+from bench.harness import gate
+from bench.harness.candidates import Candidate, Group
+from bench.harness.clocks import clock_for
+from bench.harness.measuring import measure_group
+from bench.harness.records import Record, Row
+from bench.harness.registry import Bench, Settings
+from bench.kernels.layers import (
+    FORWARD,
+    INPUT_GRADIENT,
+    SLOPE,
+    WEIGHT_GRADIENT,
+    WORKS,
+    Layer,
+    Operands,
+    fastest_library,
+    layers_of,
+    library_steps,
+    matmul_steps,
+    operands,
+)
+from bench.results import tables
+from bench.results.throughput import MATMUL, throughput_markdown, throughput_tables
+from ftfast.dispatch import supports
+
+STEM = "conv3x3"
+OURS = "ftfast"
+LIBRARY = "library"
+LIBRARY_AND_EPILOGUE = "library, our epilogue"
+FORMULA = (
+    "every work 2*9*N*H*W*C*K FLOPs and (N*H*W*(C+K) + 9*C*K)*e bytes, e bytes an element: both maps and the weight, "
+    "each once; forward with bias and LeakyReLU"
+)
+
+
+def group_name(layer: Layer, dtype: torch.dtype) -> str:
+    """The name of a table."""
+    return f"{layer}, {str(dtype).removeprefix('torch.')}"
+
+
+def why_not_ours(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there is no candidate of ours, or nothing."""
+    if device.type != "cuda":
+        return "no kernel of ours here: on the CPU the library's convolutions are the only candidate"
+    if not (support := supports("triton", device, dtype, dtype)).ok:
+        return f"no kernel of ours here: {support.reason}"
+    if dtype == torch.float64:
+        return "no kernel of ours here: float64 is the library's"
+    if importlib.util.find_spec("ftfast.kernels.conv3x3") is None:
+        return "no kernel of ours here: this checkout has none"
+    return ""
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    """One group for each convolution and dtype."""
+    for layer in layers_of(settings.heads):
+        for dtype in settings.head_dtypes:
+            details: dict[str, Any] = {"dims": list(layer), "dtype": str(dtype).removeprefix("torch.")}
+            if note := why_not_ours(settings.device, dtype):
+                details["note"] = note
+            yield Group(STEM, group_name(layer, dtype), details, _builder(settings, layer, dtype))
+
+
+def _builder(settings: Settings, layer: Layer, dtype: torch.dtype) -> Callable[[], list[Candidate]]:
+    return lambda: candidates(settings, layer, dtype)
+
+
+def our_steps(with_: Operands) -> dict[str, Callable[[], Tensor]]:
+    """Our kernels; the weight is packed off the clock, as the library's is cast."""
+    from ftfast.kernels import conv3x3, conv3x3_weight_gradient
+    from ftfast.kernels.pack_weights import pack_weights
+
+    x, dz = (tensor.permute(0, 2, 3, 1) for tensor in (with_.x, with_.dz))
+    packed = pack_weights([with_.master_weight], with_.x.dtype, backward=True)[0]
+    backward_weight = packed.backward
+    assert backward_weight is not None
+    inputs, outputs, bias = x.shape[3], dz.shape[3], with_.bias.float()
+
+    def forward() -> Tensor:
+        y = conv3x3.conv3x3_forward(x, packed.forward, bias, channels_out=outputs, negative_slope=SLOPE)
+        return y.permute(0, 3, 1, 2)
+
+    def input_gradient() -> Tensor:
+        dx, _ = conv3x3.conv3x3_input_gradient(dz, backward_weight, None, channels_out=inputs, negative_slope=1.0)
+        return dx.permute(0, 3, 1, 2)
+
+    def weight_gradient() -> Tensor:
+        return conv3x3_weight_gradient.conv3x3_weight_gradient(x, dz, bias=False)[0]
+
+    return {FORWARD: forward, INPUT_GRADIENT: input_gradient, WEIGHT_GRADIENT: weight_gradient}
+
+
+def library_and_epilogue(with_: Operands) -> Callable[[], Tensor]:
+    """The library's convolution without bias, and ours after it in place."""
+    from ftfast.kernels import activation
+
+    bias = with_.bias.float()
+
+    def forward() -> Tensor:
+        y = F.conv2d(with_.x, with_.weight, padding=1)
+        activation.bias_leaky_relu_(y.permute(0, 2, 3, 1), bias, SLOPE)
+        return y
+
+    return forward
+
+
+def limits(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """The largest relative L2 error and error of the length: results are rounded once, sums are float32."""
+    if dtype == torch.float64:
+        return 1e-12, 1e-12
+    if dtype.itemsize < 4:
+        return torch.finfo(dtype).eps, 5e-4
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return 2e-3, 9e-4
+    return 2e-5, 1e-5
+
+
+def candidates(settings: Settings, layer: Layer, dtype: torch.dtype) -> list[Candidate]:
+    """What is compared on one convolution."""
+    device = settings.device
+    with_ = operands(layer, dtype, device, settings.plan.seed)
+    error_limit, length_limit = limits(dtype, device)
+
+    @cache
+    def expected() -> dict[str, Tensor]:
+        exact = library_steps(Operands(*(tensor.double() for tensor in with_)))
+        return {work: step() for work, step in exact.items()}
+
+    def candidate(name: str, work: str, step: Callable[[], Tensor]) -> Candidate:
+        def judge() -> gate.Errors:
+            errors = gate.relative_errors(work, step(), expected()[work])
+            # Few elements do not average their rounding out.
+            rounding = torch.finfo(dtype).eps / expected()[work].numel() ** 0.5
+            return gate.within(errors, {work: error_limit, gate.length_of(work): length_limit + rounding})
+
+        least_bytes = layer.elements * dtype.itemsize
+        return Candidate(name, work, step, least_bytes=least_bytes, gate=judge, details={"flops": layer.flops})
+
+    found = [candidate(LIBRARY, work, step) for work, step in library_steps(with_).items()]
+    if not why_not_ours(device, dtype):
+        found.append(candidate(LIBRARY_AND_EPILOGUE, FORWARD, library_and_epilogue(with_)))
+        found += [candidate(OURS, work, step) for work, step in our_steps(with_).items()]
+    for work, step in matmul_steps(layer, dtype, device).items():
+        found.append(Candidate(MATMUL, work, step, details={"flops": layer.flops}))
+    destination = torch.empty_like(with_.x)
+    found.append(Candidate(peers.COPY, peers.COPY, lambda: destination.copy_(with_.x), least_bytes=2 * with_.x.nbytes))
+    return found
+
+
+def size(settings: Settings) -> int:
+    """How often :func:`run` reports progress."""
+    total = 0
+    for dtype in settings.head_dtypes:
+        # The library's and the matmul of every work, the copy; ours, and the library with our epilogue.
+        ours = 0 if why_not_ours(settings.device, dtype) else len(WORKS) + 1
+        total += len(layers_of(settings.heads)) * (2 * len(WORKS) + 1 + ours)
+    return total * (1 + settings.plan.blocks)
+
+
+def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
+    """Measure every group."""
+    clock = clock_for(settings.device)
+    rows = []
+    with fastest_library():
+        for group in groups(settings):
+
+            def advance_in_group(candidate: str, name: str = group.name) -> None:
+                advance(f"{name}: {candidate}")
+
+            rows += measure_group(group, clock, settings.plan, advance_in_group)
+    return rows
+
+
+def show(rows: list[Row]) -> Iterator[Table]:
+    """One table for each convolution."""
+    return throughput_tables(rows, {"over library": LIBRARY})
+
+
+def markdown(newest: dict[str, tuple[str, Record]]) -> str:
+    """The README's block."""
+    blocks = []
+    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
+        if device not in newest:
+            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
+            continue
+        _, record = newest[device]
+        rows = record.of(STEM)
+        blocks.append(f"{title}: {tables.provenance(record)}.{''.join(f' Note: {note}.' for note in record.notes)}")
+        if not any(row.candidate == OURS for row in rows):
+            blocks[-1] += " No kernel of ours here; the library's convolutions are the only candidate."
+            continue
+        for work in WORKS:
+            candidates = [LIBRARY, OURS, MATMUL]
+            blocks.append(throughput_markdown(rows, work, candidates, OURS, [LIBRARY], f"{work} of convolution, dtype"))
+    return "\n\n".join(blocks)
+
+
+BENCH = Bench(
+    summary="the heads' 3x3 convolutions and both of their gradients against the library's and a matmul of their FLOPs",
+    size=size,
+    run=run,
+    tables=show,
+    markdown=markdown,
+    formula=FORMULA,
+)

@@ -1,0 +1,216 @@
+"""The head step: paraphraser forward, translator forward and backward, loss; through ``ftfast.FactorTransfer``."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import ftfast
+from bench import peers
+from bench.harness import gate
+from bench.harness.candidates import FORWARD, FORWARD_BACKWARD, Candidate, Group
+from bench.harness.clocks import clock_for, graph_replay
+from bench.harness.measuring import measure_group
+from bench.harness.records import Record, Row
+from bench.harness.registry import Bench, Settings
+from bench.kernels.heads import HeadJudge, Operands, compiled_head, eager_head, operands, our_head, saved_bytes
+from bench.kernels.layers import fastest_library
+from bench.peers import Loss
+from bench.results import tables
+from bench.results.throughput import GRAPHED, MATMUL, throughput_markdown, throughput_tables
+from bench.shapes import HeadShape
+
+STEM = "ft_head"
+OURS = "ftfast"
+LIBRARY = "library + FTLoss"
+# By the name that --peers takes.
+PEERS = {"eager": peers.EAGER, "compile": peers.COMPILED}
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+FORMULA = (
+    "FLOPs 18*N*H*W*(the sum over convolutions of C*K): forward the student's and the teacher's three, "
+    "forward+backward twice the student's in addition; bytes: forward both feature maps, e bytes an element, and the "
+    "float32 parameters of both networks; forward+backward the features' gradient and the translator's parameters' "
+    "in addition; copy both feature maps twice"
+)
+
+
+def flops(shape: HeadShape, work: str) -> int:
+    """See ``FORMULA``."""
+    of_student, of_teacher = (
+        18 * shape.pixels * sum(inputs * outputs for inputs, outputs in shape.layers(side))
+        for side in ("student", "teacher")
+    )
+    return of_teacher + (of_student if work == FORWARD else 3 * of_student)
+
+
+def least_bytes(shape: HeadShape, dtype: torch.dtype, work: str) -> int:
+    """See ``FORMULA``."""
+    master = max(4, dtype.itemsize)
+    student_parameters, teacher_parameters = (
+        master * sum(9 * inputs * outputs + outputs for inputs, outputs in shape.layers(side))
+        for side in ("student", "teacher")
+    )
+    student, teacher = (dtype.itemsize * shape.pixels * channels for channels in (shape.student, shape.teacher))
+    forward = student + teacher + student_parameters + teacher_parameters
+    return forward if work == FORWARD else forward + student + student_parameters
+
+
+def group_name(shape: HeadShape, dtype: torch.dtype) -> str:
+    """The name of a table."""
+    title = str(shape) if shape.name == str(shape) else f"{shape.name} {shape}"
+    return f"{title}, {str(dtype).removeprefix('torch.')}"
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    """One group for each head and dtype."""
+    for shape in settings.heads:
+        for dtype in settings.head_dtypes:
+            details = {
+                "head": shape.name,
+                "dims": list(shape[1:]),
+                "dtype": str(dtype).removeprefix("torch."),
+                "layout": "channels_last",
+                "upstream": 1.0,
+            }
+            yield Group(STEM, group_name(shape, dtype), details, _builder(settings, shape, dtype))
+
+
+def _builder(settings: Settings, shape: HeadShape, dtype: torch.dtype) -> Callable[[], list[Candidate]]:
+    return lambda: candidates(settings, shape, dtype)
+
+
+def candidates(settings: Settings, shape: HeadShape, dtype: torch.dtype) -> list[Candidate]:
+    """What is compared on one head."""
+    with_ = operands(shape, dtype, settings.device, settings.plan.seed)
+    student, teacher = with_.student, with_.teacher
+    leaves = list(with_.leaves().values())
+    judge = HeadJudge(with_, settings.plan.seed)
+
+    def clear() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    def entries(name: str, loss: Loss, *, is_eager: bool = False, **details: Any) -> list[Candidate]:
+        def forward() -> None:
+            with torch.no_grad():
+                loss(student, teacher)
+
+        def forward_backward() -> None:
+            loss(student, teacher).backward()
+
+        @cache
+        def verdict() -> gate.Errors:
+            return judge(loss, is_eager=is_eager)
+
+        steps = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
+        return [
+            Candidate(
+                name,
+                work,
+                step,
+                prepare=clear,
+                least_bytes=least_bytes(shape, dtype, work),
+                gate=verdict,
+                details={"flops": flops(shape, work), **details},
+            )
+            for work, step in steps.items()
+        ]
+
+    found: list[Candidate] = []
+    eager = eager_head(with_)
+    if "eager" in settings.peers:
+        found += entries(peers.EAGER, eager, is_eager=True, saved_bytes=saved_bytes(eager, with_))
+    if "compile" in settings.peers:
+        compiled = compiled_head(with_)
+        found += entries(peers.COMPILED, compiled, saved_bytes=saved_bytes(compiled, with_))
+    library = eager_head(with_, ftfast.FTLoss())
+    found += entries(LIBRARY, library, saved_bytes=saved_bytes(library, with_))
+    ours = our_head(with_)
+    with with_.autocast():
+        explained = with_.head.explain(student, teacher)
+    found += entries(OURS, ours, saved_bytes=saved_bytes(ours, with_), backend=explained)
+    if settings.device.type == "cuda":
+        found += [graph_replay(candidate) for candidate in found]
+    return found + _ceilings(settings, with_)
+
+
+def _ceilings(settings: Settings, with_: Operands) -> list[Candidate]:
+    size = 256 if settings.quick else MATMUL_SIZE[settings.device.type]
+    left, right = (torch.empty(size, size, dtype=with_.dtype, device=settings.device).uniform_(-1, 1) for _ in "ab")
+    features = [with_.student.detach(), with_.teacher]
+    destinations = [torch.empty_like(tensor) for tensor in features]
+
+    def copy_features() -> None:
+        for destination, tensor in zip(destinations, features, strict=True):
+            destination.copy_(tensor)
+
+    moved = 2 * sum(tensor.nbytes for tensor in features)
+    return [
+        Candidate(MATMUL, MATMUL, lambda: left @ right, details={"flops": 2 * size**3, "size": size}),
+        Candidate(peers.COPY, peers.COPY, copy_features, least_bytes=moved),
+    ]
+
+
+def size(settings: Settings) -> int:
+    """How often :func:`run` reports progress."""
+    heads = 2 + sum(name in settings.peers for name in PEERS)
+    # Two works each, on a GPU each also as a graph; the matmul and the copy.
+    of_group = 2 * heads * (2 if settings.device.type == "cuda" else 1) + 2
+    return len(settings.heads) * len(settings.head_dtypes) * of_group * (1 + settings.plan.blocks)
+
+
+def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
+    """Measure every group."""
+    clock = clock_for(settings.device)
+    rows = []
+    with fastest_library():
+        for group in groups(settings):
+
+            def advance_in_group(candidate: str, name: str = group.name) -> None:
+                advance(f"{name}: {candidate}")
+
+            rows += measure_group(group, clock, settings.plan, advance_in_group)
+    return rows
+
+
+def show(rows: list[Row]) -> Iterator[Table]:
+    """One table for each head."""
+    kept = {"saved MiB": "saved_bytes"}
+    if any("peak_bytes" in row.details for row in rows):
+        kept["peak MiB"] = "peak_bytes"
+    return throughput_tables(rows, {"over eager": peers.EAGER, "over compile": peers.COMPILED}, kept)
+
+
+def markdown(newest: dict[str, tuple[str, Record]]) -> str:
+    """The README's block."""
+    blocks = []
+    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
+        if device not in newest:
+            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
+            continue
+        _, record = newest[device]
+        rows = record.of(STEM)
+        blocks.append(
+            f"{title}: {tables.provenance(record)}. Medians of forward and backward."
+            f"{''.join(f' Note: {note}.' for note in record.notes)}"
+        )
+        for suffix in ("", f", {GRAPHED}"):
+            names = [name + suffix for name in (peers.EAGER, peers.COMPILED, LIBRARY, OURS)]
+            if suffix and not any(row.candidate in names for row in rows):
+                continue
+            blocks.append(
+                throughput_markdown(rows, FORWARD_BACKWARD, names, OURS + suffix, [peers.EAGER, peers.COMPILED], "head")
+            )
+    return "\n\n".join(blocks)
+
+
+BENCH = Bench(
+    summary="the head step through FactorTransfer against eager modules, torch.compile of them, and torch convolutions",
+    size=size,
+    run=run,
+    tables=show,
+    markdown=markdown,
+    formula=FORMULA,
+)

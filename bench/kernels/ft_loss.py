@@ -1,0 +1,181 @@
+"""The loss alone, through ``ftfast.FTLoss``, against other implementations of it and yardstick F."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+import ftfast
+from bench import peers
+from bench.harness.candidates import FORWARD, FORWARD_BACKWARD, Candidate, Group
+from bench.harness.clocks import clock_for, graph_replay
+from bench.harness.measuring import measure_group
+from bench.harness.records import Record, Row
+from bench.harness.registry import Bench, Settings
+from bench.kernels.ceilings import copy_candidate
+from bench.kernels.loss_cases import FORMULA, LAYOUTS, WORKS, LossCases
+from bench.peer_losses import NotInstalledError
+from bench.results import tables
+from bench.shapes import DEFAULT_SHAPES, SHAPES, FactorShape
+
+STEM = "ft_loss"
+OURS = "ftfast"
+OTHER_UPSTREAM = 512.0
+README_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def group_name(shape: FactorShape, dtype: torch.dtype, layout: str) -> str:
+    """The name of a table."""
+    title = str(shape) if shape.name == str(shape) else f"{shape.name} {shape}"
+    return f"{title}, {dtype_name(dtype)}, {layout}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    """One group for each shape, dtype and layout."""
+    for shape in settings.shapes:
+        for dtype in settings.dtypes:
+            for layout in settings.layouts:
+                details = {
+                    "shape": shape.name,
+                    "dims": list(shape.dims),
+                    "dtype": dtype_name(dtype),
+                    "layout": layout,
+                    "teacher_layout": layout,
+                    "upstream": 1.0,
+                }
+                yield Group(STEM, group_name(shape, dtype, layout), details, _builder(settings, shape, dtype, layout))
+
+
+def _builder(settings: Settings, shape: FactorShape, dtype: torch.dtype, layout: str) -> Callable[[], list[Candidate]]:
+    return lambda: candidates(settings, shape, dtype, layout)
+
+
+def candidates(settings: Settings, shape: FactorShape, dtype: torch.dtype, layout: str) -> list[Candidate]:
+    """What is compared on one pair of factors."""
+    cases = LossCases(shape, dtype, layout, settings.device, settings.plan.seed)
+    found: list[Candidate] = []
+    for name in peers_on(settings, dtype):
+        peer = peers.PEERS[name]
+        try:
+            loss = peer.build()
+        except NotInstalledError:
+            continue  # absent_peers() gives it a row
+        details = {**peer.details(), **cases.kept_by(loss)}
+        found += cases.entries(peer.title, loss, formula=peer.formula, rounds_throughout=True, **details)
+    kept = cases.kept_by(peers.yardstick)
+    # Its backward hands over what forward wrote.
+    works = (FORWARD, FORWARD_BACKWARD)
+    found += cases.entries(peers.YARDSTICK, peers.yardstick, works=works, formula=None, moved=3, **kept)
+    found += our_entries(cases, layout)
+    # A step is over before Python has launched the next one, and a graph is the usual way to run it.
+    if settings.device.type == "cuda":
+        graphed = [candidate for candidate in found if candidate.work == FORWARD_BACKWARD]
+        found += [graph_replay(candidate) for candidate in graphed if candidate.name in (peers.EAGER, OURS)]
+    return [*found, copy_candidate(cases.teacher)]
+
+
+def our_entries(cases: LossCases, layout: str) -> list[Candidate]:
+    """The public loss, under another upstream gradient and with a teacher's factor of another layout too."""
+    other_layout = next(name for name in LAYOUTS if name != layout)
+    unlike_teacher = cases.teacher.contiguous(memory_format=LAYOUTS[other_layout])
+    ours, both = ftfast.FTLoss(), (FORWARD_BACKWARD,)
+    graph = ours(cases.student, cases.teacher).grad_fn
+    details = {
+        "backend": ftfast.explain(cases.student, cases.teacher).partition(" ")[0],
+        "gradient_in_forward": bool(getattr(graph, "holds_gradient", False)),
+        **cases.kept_by(ours),
+    }
+    other_upstream, other_teacher = f"{OURS}, upstream {OTHER_UPSTREAM:g}", f"{OURS}, teacher {other_layout}"
+    return [
+        *cases.entries(OURS, ours, **details),
+        *cases.entries(other_upstream, ours, upstream=OTHER_UPSTREAM, works=both, **details),
+        *cases.entries(other_teacher, ours, teacher=unlike_teacher, works=both, teacher_layout=other_layout, **details),
+    ]
+
+
+def peers_on(settings: Settings, dtype: torch.dtype) -> list[str]:
+    """The peers that are measured on factors of a dtype."""
+    return [name for name in settings.peers if peers.PEERS[name].takes(dtype)]
+
+
+def absent_peers(settings: Settings) -> dict[str, str]:
+    """Why peers that were asked for cannot be measured, by their name."""
+    found = {}
+    for name in settings.peers:
+        try:
+            peers.PEERS[name].build()
+        except NotInstalledError as error:
+            found[name] = str(error)
+    return found
+
+
+def size(settings: Settings) -> int:
+    """How often :func:`run` reports progress."""
+    total = 0
+    absent = absent_peers(settings)
+    graphs = 1 + ("eager" in settings.peers) if settings.device.type == "cuda" else 0
+    for dtype in settings.dtypes:
+        installed = sum(name not in absent for name in peers_on(settings, dtype))
+        # The works of each peer and of ours; two of the yardstick; two more of ours; the copy; the graphs.
+        total += len(WORKS) * (installed + 1) + 2 + 2 + 1 + graphs
+    return total * len(settings.shapes) * len(settings.layouts) * (1 + settings.plan.blocks)
+
+
+def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
+    """Measure every group."""
+    clock = clock_for(settings.device)
+    absent = absent_peers(settings)
+    rows = []
+    for group in groups(settings):
+
+        def advance_in_group(candidate: str, name: str = group.name) -> None:
+            advance(f"{name}: {candidate}")
+
+        rows += measure_group(group, clock, settings.plan, advance_in_group)
+        for name, reason in absent.items():
+            details = {**group.details, "not_installed": True}
+            rows.append(
+                Row(STEM, group.name, peers.PEERS[name].title, FORWARD_BACKWARD, None, None, None, reason, details)
+            )
+    return rows
+
+
+def markdown(newest: dict[str, tuple[str, Record]]) -> str:
+    """The README's block."""
+    names = [
+        group_name(SHAPES[shape], dtype, layout)
+        for shape in DEFAULT_SHAPES
+        for dtype in README_DTYPES
+        for layout in LAYOUTS
+    ]
+    blocks = []
+    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
+        if device not in newest:
+            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
+            continue
+        picture, record = newest[device]
+        rows = record.of(STEM)
+        backends = {row.details.get("backend") for row in rows if row.candidate == OURS}
+        blocks.append(
+            f"{title}: {tables.provenance(record)}, backend {', '.join(sorted(map(str, backends)))}. "
+            f"Medians of forward and backward.{''.join(f' Note: {note}.' for note in record.notes)}"
+        )
+        blocks.append(tables.comparison_markdown(rows, OURS, names))
+        if further := tables.peers_markdown(rows, OURS, names):
+            blocks.append(f"Further peers, and their times in multiples of {OURS}'s:\n\n{further}")
+        blocks.append(f"![Time of the loss against the yardstick and the official formula]({picture})")
+    return "\n\n".join(blocks)
+
+
+BENCH = Bench(
+    summary="FTLoss, forward, backward and both, against other implementations, torch.compile and yardstick F",
+    size=size,
+    run=run,
+    tables=tables.comparison_tables,
+    markdown=markdown,
+    formula=FORMULA,
+)

@@ -1,0 +1,98 @@
+"""The launches of a head in a single pass: the paper's CIFAR pairs."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.machine_code.compiling import ARCHITECTURES, Launch, recorded, replaced
+from bench.shipped import ShippedLaunch
+from ftfast.kernels import conv3x3_tiles, ft_head_small, ft_head_small_backward
+from ftfast.kernels.pack_weights import padded_channels
+
+# The student's channels, the teacher's, the factor's, side of the map, dtype
+HEADS = [
+    (64, 64, 32, 8, torch.bfloat16),
+    (64, 64, 32, 8, torch.float16),
+    (64, 64, 32, 8, torch.float32),
+    (64, 64, 64, 8, torch.bfloat16),
+    (128, 128, 64, 8, torch.bfloat16),
+    (128, 128, 64, 8, torch.float32),
+    (64, 256, 64, 8, torch.bfloat16),
+    (256, 256, 128, 8, torch.bfloat16),
+    (512, 512, 256, 4, torch.bfloat16),
+    (24, 24, 12, 7, torch.bfloat16),
+]
+SAMPLES = 4
+
+
+def launches_of(
+    student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int = 1, architecture: int = 90
+) -> list[Launch]:
+    """Forward's launch and backward's two."""
+    with replaced(conv3x3_tiles, capability=lambda device: architecture):
+        return _launches_of(student, teacher, factor, side, dtype, p)
+
+
+def _launches_of(student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int) -> list[Launch]:
+    padded = {count: padded_channels(count) for count in (student, teacher, factor)}
+
+    def maps(channels: int) -> torch.Tensor:
+        return torch.empty((SAMPLES, side, side, channels), dtype=dtype)
+
+    def weights(channels: int, transposed: bool = False) -> list[torch.Tensor]:
+        layers = ((channels, channels), (channels, factor), (factor, factor))
+        pairs = [(padded[b], padded[a]) if transposed else (padded[a], padded[b]) for a, b in layers]
+        return [torch.empty((9 * rows, columns), dtype=dtype) for rows, columns in pairs]
+
+    def biases(channels: int) -> list[torch.Tensor]:
+        return [torch.empty(count) for count in (channels, factor, factor)]
+
+    with recorded(ft_head_small) as forward:
+        loss, kept = ft_head_small.small_head_forward(
+            maps(student),
+            maps(teacher),
+            None,
+            weights(student),
+            biases(student),
+            weights(teacher),
+            biases(teacher),
+            eps=1e-12,
+            student_slope=0.1,
+            teacher_slope=0.1,
+            p=p,
+            reduction="mean",
+            weight=1.0,
+        )
+    with recorded(ft_head_small_backward) as backward:
+        ft_head_small_backward.small_head_backward(
+            maps(student),
+            kept,
+            weights(student, transposed=True),
+            loss,
+            negative_slope=0.1,
+            need_student_gradient=True,
+            p=p,
+            reduction="mean",
+            weight=1.0,
+        )
+    return [*forward, *backward]
+
+
+def refusal(head: tuple[int, int, int, int, torch.dtype], architecture: int) -> str:
+    """Why the head is not shipped for an architecture with this Triton, or ""."""
+    student, teacher, factor, side, dtype = head
+    with replaced(conv3x3_tiles, capability=lambda device: architecture):
+        return ft_head_small.small_head_fits(torch.device("cpu"), dtype, side, side, teacher, student, factor)
+
+
+def shipped_launches() -> Iterator[ShippedLaunch]:
+    """What :data:`HEADS` launch."""
+    names = ("forward", "input gradients", "weight gradients")
+    for head in HEADS:
+        student, teacher, factor, side, dtype = head
+        title = f"{student}+{teacher}:{factor}x{side}x{side} {str(dtype).removeprefix('torch.')}"
+        for architecture in ARCHITECTURES:
+            if not refusal(head, architecture):
+                launches = launches_of(*head, architecture=architecture)
+                for name, launch in zip(names, launches, strict=True):
+                    yield ShippedLaunch(f"{name} {title}", launch, (architecture,), tensor_cores=True)

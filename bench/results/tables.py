@@ -1,0 +1,164 @@
+"""Rows as tables, for the terminal and for Markdown."""
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from bench.harness.candidates import FORWARD_BACKWARD
+from bench.harness.records import Record, Row
+from bench.peers import COMPILED, EAGER, PEERS, YARDSTICK
+from bench.results.figures import groups
+
+NOT_MEASURED = "not measured yet"
+OTHER_FORMULA = "other formula"
+RATIOS = ("over_yardstick", "speedup_over_eager", "speedup_over_compile")
+
+
+def number(value: float | None, suffix: str = "") -> str:
+    """Three significant digits, or nothing."""
+    if value is None:
+        return ""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}{suffix}"
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes as MiB."""
+    if count is not None and 0 < count < 2**20 / 1000:
+        return "<0.001"
+    return number(None if count is None else count / 2**20)
+
+
+def comparison_tables(rows: list[Row]) -> Iterator[Table]:
+    """One table for each group; why a row has no figure stands below it.
+
+    Memory is what is kept for backward, of it what lies beyond the factors themselves, and on a GPU the peak.
+    """
+    for name, members in groups(rows).items():
+        table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("candidate")
+        table.add_column("work", no_wrap=True)
+        headings = [
+            "median\nms",
+            "p20-p80\nms",
+            "x yard-\nstick",
+            "over\neager",
+            "over\ncompile",
+            "GB/s",
+            "% of\nceiling",
+        ]
+        headings += ["saved\nMiB", "of it\nnew"]
+        if has_peak := any("peak_bytes" in figures.row.details for figures in members):
+            headings.append("peak\nMiB")
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        below: list[Text] = []
+        for figures in members:
+            row, timing = figures.row, figures.row.timing
+            if timing is None:
+                style = "dim" if row.details.get("not_installed") else "red"
+                table.add_row(row.candidate, row.work, Text("none", style=style))
+                below.append(Text(f"{row.candidate}, {row.work}: {row.reason}", style=style))
+                continue
+            other = "*" if row.details.get("other_formula") else ""
+            table.add_row(
+                row.candidate + other,
+                row.work,
+                number(timing.median),
+                f"{number(timing.p20)}-{number(timing.p80)}",
+                number(figures.over_yardstick),
+                number(figures.speedup_over_eager, "x"),
+                number(figures.speedup_over_compile, "x"),
+                number(row.gbps),
+                number(figures.percent_of_ceiling),
+                mebibytes(row.details.get("saved_bytes")),
+                mebibytes(row.details.get("saved_beyond_factors_bytes")),
+                *([mebibytes(row.details.get("peak_bytes"))] if has_peak else []),
+            )
+        if any(figures.row.details.get("other_formula") for figures in members):
+            below.append(Text(f"* {OTHER_FORMULA}"))
+        if below:
+            table.caption = Text("\n").join(below)
+            table.caption.justify = "left"
+        yield table
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
+    """A Markdown table whose columns from ``numbers_from`` on are set to the right."""
+    rule = ["---:" if column >= numbers_from else "---" for column in range(len(headings))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
+
+
+def comparison_markdown(rows: list[Row], ours: str, group_names: Sequence[str]) -> str:
+    """Forward and backward of ``ours`` in each group of a record; what no record has is said to be unmeasured."""
+    headings = (
+        *("factors, dtype, layout", EAGER, COMPILED, YARDSTICK, ours),
+        *(f"{ours} / {YARDSTICK}", f"{EAGER} / {ours}", f"{COMPILED} / {ours}"),
+    )
+    by_group = groups(rows)
+    lines = []
+    for name in group_names:
+        members = {
+            figures.row.candidate: figures for figures in by_group.get(name, []) if figures.row.work == FORWARD_BACKWARD
+        }
+
+        def milliseconds(candidate: str, members: dict = members) -> str:
+            figures = members.get(candidate)
+            if figures is None:
+                return NOT_MEASURED
+            return number(figures.row.timing.median, " ms") if figures.row.timing else figures.row.reason
+
+        ratios = [getattr(members.get(ours), field, None) for field in RATIOS]
+        lines.append(
+            [
+                name,
+                *(milliseconds(candidate) for candidate in (EAGER, COMPILED, YARDSTICK, ours)),
+                *(NOT_MEASURED if ratio is None else number(ratio) for ratio in ratios),
+            ]
+        )
+    return markdown_table(headings, lines, numbers_from=1)
+
+
+def peers_markdown(rows: list[Row], ours: str, group_names: Sequence[str]) -> str:
+    """Forward and backward of the further peers that a record has: milliseconds, and in multiples of ``ours``."""
+    further = [peer.title for peer in PEERS.values() if peer.title not in (EAGER, COMPILED)]
+    found = {(row.group, row.candidate): row for row in rows if row.work == FORWARD_BACKWARD}
+    titles = [title for title in further if any((name, title) in found for name in group_names)]
+    if not titles:
+        return ""
+    other = {row.candidate for row in rows if row.details.get("other_formula")}
+    lines = []
+    for name in group_names:
+        mine = found.get((name, ours))
+
+        def cell(title: str, name: str = name, mine: Row | None = mine) -> str:
+            row = found.get((name, title))
+            if row is None:
+                return ""
+            if row.timing is None:
+                return row.reason
+            ratio = f", {number(row.timing.median / mine.timing.median)}x" if mine and mine.timing else ""
+            return number(row.timing.median, " ms") + ratio
+
+        cells = [cell(title) for title in titles]
+        if any(cells):
+            lines.append([name, *cells])
+    headings = (
+        "factors, dtype, layout",
+        *(f"{title} ({OTHER_FORMULA})" if title in other else title for title in titles),
+    )
+    return markdown_table(headings, lines, numbers_from=1)
+
+
+def provenance(record: Record) -> str:
+    """Where and when a record was measured, in one line."""
+    hardware, software = record.hardware, record.software
+    threads = record.settings["threads"]
+    on_cpu = f"{hardware['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    device = hardware.get("gpu", {}).get("name") or on_cpu
+    revision = (software.get("revision") or "")[:10]
+    changed = " with changes" if software.get("dirty") else ""
+    at = f", revision {revision}{changed}" if revision else ""
+    return f"{device}, torch {software['torch']}, {record.created[:10]}{at}"

@@ -1,0 +1,64 @@
+"""What a GPU's loader does, part by part: decoding by nvJPEG and by the processor's threads, and the crops."""
+
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bench.harness.measuring import raised, summarise
+from bench.harness.records import Row
+from bench.harness.registry import Settings
+from ftfast.distill.data.photographs import crops, streamed
+from ftfast.distill.data.photographs.decoding import Encoded, cut_batch, decode_or_none
+
+GROUP = "parts of the GPU's loader"
+REPEATS = 8
+
+
+def gpu_parts(folder: Path, batch: int, size: int, settings: Settings) -> list[Row]:
+    """Each on one batch over and over, the device waited for; one row with the reason where that cannot be."""
+    try:
+        return _gpu_parts(folder, batch, size, settings)
+    except Exception as error:  # the step is still to be measured
+        return [Row("loaders", GROUP, "all", "part", None, reason=raised(error), details={"images": batch})]
+
+
+def _gpu_parts(folder: Path, batch: int, size: int, settings: Settings) -> list[Row]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    device, threads = settings.device, streamed.default_workers()
+    files = random.Random(settings.plan.seed).sample(sorted(folder.rglob("*.jpeg")), batch)
+    encoded = [Encoded.of(file.read_bytes(), file.name) for file in files]
+    contents = [one.content for one in encoded]
+    boxes = [crops.draw_box(one.height, one.width, number) for number, one in enumerate(encoded)]
+    decoded = [pixels.to(device) for pixels in map(decode_or_none, encoded) if pixels is not None]
+
+    def torchvisions() -> None:
+        for pixels, box in zip(decoded, boxes, strict=True):
+            crops.cut_box(pixels, box, size)
+
+    with ThreadPoolExecutor(threads) as pool:
+        parts: dict[str, Callable[[], object]] = {
+            "nvJPEG": lambda: decode_jpeg(contents, ImageReadMode.RGB, device=device),
+            f"{threads} threads of the processor": lambda: list(pool.map(decode_or_none, encoded)),
+            "crop, resize, flip and normalise": lambda: cut_batch(decoded, boxes, size),
+            "crop, resize and flip, torchvision": torchvisions,
+        }
+        return [_row(name, part, batch) for name, part in parts.items()]
+
+
+def _row(name: str, part: Callable[[], object], batch: int) -> Row:
+    elapsed = []
+    try:
+        for _ in range(REPEATS + 2):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            part()
+            torch.cuda.synchronize()
+            elapsed.append((time.perf_counter() - begin) * 1e3)
+    except Exception as error:  # the others are still to be measured
+        return Row("loaders", GROUP, name, "part", None, reason=raised(error), details={"images": batch})
+    return Row("loaders", GROUP, name, "part", summarise([elapsed[2:]]), details={"images": batch})

@@ -1,0 +1,27 @@
+"""The run that ``bench preset_run`` measures, in a process of its own: settings and times as JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ftfast.distill.phases import paraphraser
+from ftfast.distill.run import run
+from ftfast.distill.settings.presets import settings_of
+
+
+def main(given: dict[str, Any]) -> None:
+    """``ftfast distill`` with a preset; results.json and telemetry.jsonl are left in the output folder."""
+    paraphraser.LEAST_SPREAD = (
+        0.0  # a teacher of random weights may see all pictures alike, and costs what another does
+    )
+    run(
+        settings_of(given["preset"], **given["settings"]),
+        Path(given["output"]),
+        checkpoint_seconds=given["checkpoint_seconds"],
+        telemetry_seconds=given["telemetry_seconds"],
+    )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,120 @@
+"""``ftfast export``: a student by itself, as a file that needs no ftfast to be read."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ftfast.commands.trained import Trained, read_trained
+from ftfast.distill.runtime import files
+from ftfast.distill.settings.normalisation import of_photographs
+from ftfast.errors import DistillError
+
+SUFFIXES = {".safetensors": "the state_dict", ".pt2": "the program that torch.export makes, for any batch size"}
+PROGRAM_DESCRIPTION = "ftfast.json"
+EXAMPLES = 4
+# Between the model and what is read back from the file, on the same images.
+LARGEST_ERROR = 1e-5
+
+
+class ExportError(DistillError):
+    """A student that could not be written, or not read back as it was."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    kinds = "; ".join(f"{suffix}: {what}" for suffix, what in SUFFIXES.items())
+    parser.add_argument("checkpoint", metavar="CHECKPOINT_FOLDER", help="a folder with model.safetensors")
+    parser.add_argument("output", metavar="FILE", help=f"what to write ({kinds})")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the file, reads it back and says how far its logits are from the checkpoint's."""
+    found = export_checkpoint(Path(args.checkpoint), Path(args.output), overwrite=args.overwrite)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(
+            f"{found['output']}: {found['title']}, {found['parameters']:,} parameters, {found['bytes']:,} bytes; read "
+            f"back, its logits are off by {found['error']:.1e}"
+        )
+    return 0
+
+
+def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes the model of a checkpoint folder, float32 and in eval mode, without translator or teacher.
+
+    Args:
+        output: ``.safetensors`` for the state_dict, with the model's description as metadata; ``.pt2`` for the program
+            of torch.export, which takes images ``[N, C, H, W]`` of any N, normalised as the data set's are; the
+            description is its extra file :data:`PROGRAM_DESCRIPTION`.
+        overwrite: replace ``output`` where it is there.
+
+    Raises:
+        CheckpointError: not a whole checkpoint of a teacher or student.
+        ExportError: another suffix, a file that is there, or one that does not give the model's logits.
+    """
+    if output.suffix not in SUFFIXES:
+        raise ExportError(f"output is {output}; it takes a name that ends in {' or '.join(SUFFIXES)}.")
+    if output.exists() and not overwrite:
+        raise ExportError(f"output {output} is there already; give --overwrite or another name.")
+    trained = read_trained(folder, torch.device("cpu"))
+    model = trained.model.to(memory_format=torch.contiguous_format)
+    generator = torch.Generator().manual_seed(0)
+    shape = trained.dataset.image_shape
+    images = torch.randn(EXAMPLES, *shape, generator=generator)
+    aside = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    try:
+        write = _write_tensors if output.suffix == ".safetensors" else _write_program
+        logits = write(trained, model, images, aside)
+        with torch.no_grad():
+            expected = model(images[:2])
+        error = float((logits.detach() - expected).norm() / expected.norm())
+        if not error <= LARGEST_ERROR:
+            raise ExportError(f"the exported model's logits are off by {error:.1e} (limit {LARGEST_ERROR:.0e}).")
+        os.replace(aside, output)
+    finally:
+        aside.unlink(missing_ok=True)
+    return {
+        "output": str(output),
+        "title": trained.title,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": output.stat().st_size,
+        "error": error,
+    }
+
+
+def _write_tensors(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
+    metadata = {"format": "pt", "ftfast": _described(trained)}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    files.write_bytes(path, save(tensors, metadata=metadata))
+    with torch.no_grad():
+        return torch.func.functional_call(model, load_file(path), (images[:2],))
+
+
+def _described(trained: Trained) -> str:
+    """The model and its images in JSON, those of photographs with what they are normalised by."""
+    described = {
+        key: trained.description[key] for key in ("model", "data", "photographs") if key in trained.description
+    }
+    if "photographs" in described:
+        described["photographs"] = {**described["photographs"], **of_photographs(described["photographs"])._asdict()}
+    return json.dumps(described)
+
+
+def _write_program(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
+    samples = torch.export.Dim("samples", min=1)
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: samples},))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(f"torch.export does not take this {trained.title}: {reason}") from None
+    torch.export.save(program, path, extra_files={PROGRAM_DESCRIPTION: _described(trained)})
+    return torch.export.load(path).module()(images[:2])

@@ -1,0 +1,282 @@
+"""``ftfast tune``: measures which kernel is fastest for each part of a head on this machine, and keeps the table."""
+
+import argparse
+import importlib
+import json
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ftfast import kernel_table
+from ftfast.dispatch import supports
+from ftfast.kernel_table import Work
+from ftfast.modules import Paraphraser, Translator, convolution_stack
+from ftfast.ops import ft_head
+from ftfast.ops.convolution_stack import Stack
+from ftfast.ops.ft_head_operands import Plan
+from ftfast.ops.ft_loss_launch import Options
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Two kernels for one result may differ by this much, relative to it; TF32 rounds float32 operands.
+AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 4e-3}
+BLOCKS = 5
+
+
+class HeadShape(NamedTuple):
+    """A head's features: both sides' channels, the factor's, and the map."""
+
+    samples: int
+    student: int
+    teacher: int
+    factor: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.samples}x{self.student}+{self.teacher}:{self.factor}x{self.height}x{self.width}"
+
+    def layers(self) -> list[tuple[int, int]]:
+        """``(channels_in, channels_out)`` of every convolution, each once."""
+        found = [(side, side) for side in (self.student, self.teacher)]
+        found += [(side, self.factor) for side in (self.student, self.teacher)] + [(self.factor, self.factor)]
+        return list(dict.fromkeys(found))
+
+
+HEADS = {
+    "cifar-r56-r20": HeadShape(128, 64, 64, 32, 8, 8),
+    "cifar-wrn40x2-wrn16x2": HeadShape(128, 128, 128, 64, 8, 8),
+    "imagenet-r34-r18": HeadShape(256, 512, 512, 256, 7, 7),
+    "imagenet-r34-r18-small-batch": HeadShape(32, 512, 512, 256, 7, 7),
+}
+
+
+class Candidate(NamedTuple):
+    """One kernel for a piece of work."""
+
+    kernel: str
+    run: Callable[[], Tensor]
+
+
+def parse_head(text: str) -> HeadShape:
+    """A head by its name, or written as NxSTUDENT+TEACHER:FACTORxHxW."""
+    if text in HEADS:
+        return HEADS[text]
+    match = re.fullmatch(r"(\d+)x(\d+)\+(\d+):(\d+)x(\d+)x(\d+)", text)
+    if match is None or "0" in match.groups():
+        names = ", ".join(HEADS)
+        raise argparse.ArgumentTypeError(
+            f"head is {text!r}; it takes {names}, or NxSTUDENT+TEACHER:FACTORxHxW as in 128x64+64:32x8x8"
+        )
+    return HeadShape(*map(int, match.groups()))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(HEADS)
+    parser.add_argument("heads", nargs="*", type=parse_head, metavar="HEAD", help=f"of {names}; or its sizes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="bfloat16 unless given; repeatable")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each block of a kernel, of which it gets 5")
+    parser.add_argument("--out", type=Path, help="the table's file; by default the one that ftfast reads")
+    parser.add_argument("--json", action="store_true", help="print the entries as JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return _refuse(f"device is {args.device!r}, which cannot be used: {str(error).splitlines()[0]}")
+    if not 0 < args.seconds < 3600:
+        return _refuse(f"seconds is {args.seconds}; it takes a number above 0")
+    backend = "native" if device.type == "cpu" else "triton"
+    support = supports(backend, device, torch.float32, torch.float32)
+    if not support.ok:
+        return _refuse(f"there are no kernels to choose from here: {support.reason}")
+    path = args.out or kernel_table.user_folder() / kernel_table.file_name(device)
+    try:
+        entries = kernel_table.read_table(path)
+    except ValueError as error:
+        return _refuse(str(error).rstrip("."))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = []
+    for entry in _measure_all(args.heads or list(HEADS.values()), args.dtype or ["bfloat16"], device, args.seconds):
+        measured.append(entry)
+        entries = [old for old in entries if _work(old) != _work(entry)] + [entry]
+        _write(path, device, entries)
+        kernel_table.forget_tables()
+    print(json.dumps(measured, indent=1) if args.json else _table(measured))
+    print(f"{len(measured)} choices written to {path}.", file=sys.stderr)
+    return 0
+
+
+def _refuse(sentence: str) -> int:
+    print(f"ftfast tune: error: {sentence}.", file=sys.stderr)
+    return 2
+
+
+def _measure_all(
+    heads: list[HeadShape], dtypes: list[str], device: torch.device, seconds: float
+) -> Iterator[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    jobs = [job for head in heads for dtype in dtypes for job in _jobs(head, DTYPES[dtype], device)]
+    jobs = list({job[0]: job for job in jobs}.values())
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("tuning", total=len(jobs))
+        for work, build in jobs:
+            progress.update(task, description=f"{work.operation} {work.channels_in}->{work.channels_out}")
+            if len(candidates := _agreeing(build(), work)) > 1:
+                yield _entry(work, _time(candidates, device, seconds), device)
+            progress.advance(task)
+
+
+def _jobs(
+    head: HeadShape, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Work, Callable[[], list[Candidate]]]]:
+    """What there is to choose for a head, its convolutions first: a head computed layer by layer uses their choices."""
+    name = str(dtype).removeprefix("torch.")
+    place = head.samples, head.height, head.width
+    cpu = device.type == "cpu"
+    if cpu and dtype == torch.float16:
+        return
+    for channels, outputs in head.layers():
+        for operation in ("weight_gradient",) if cpu else ("forward", "input_gradient", "weight_gradient"):
+            work = Work(operation, name, *place, channels, outputs)
+            yield work, partial(_convolutions, work, dtype, device)
+    if not cpu:
+        work = Work("head", name, *place, head.student, head.factor)
+        yield work, partial(_heads, head, dtype, device)
+
+
+def _convolutions(work: Work, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
+    kernels: Any = importlib.import_module(f"ftfast.ops.conv3x3_{'native' if device.type == 'cpu' else 'triton'}")
+    generator = torch.Generator().manual_seed(0)
+    x, dz = (
+        torch.randn(work.samples, channels, work.height, work.width, generator=generator)
+        .to(device, dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for channels in (work.channels_in, work.channels_out)
+    )
+    parameter = torch.randn(work.channels_out, work.channels_in, 3, 3, generator=generator).to(device)
+    bias = torch.zeros(work.channels_out, device=device)
+
+    def compute(kernel: str) -> Tensor:
+        if work.operation == "forward":
+            return kernels.layer(x, parameter, bias, 0.1, kernel=kernel)
+        of_input = work.operation == "input_gradient"
+        found = kernels.gradients(x, dz, parameter, need_input=of_input, need_weight=not of_input, kernel=kernel)
+        return found[0] if of_input else found[1]
+
+    return [Candidate(kernel, partial(compute, kernel)) for kernel in kernels.CANDIDATES]
+
+
+def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
+    """A step of the head, forward and backward, by each way that can compute it."""
+    from ftfast.ops import ft_head_triton
+
+    torch.manual_seed(0)
+    paraphraser = Paraphraser(head.teacher, factor_channels=head.factor).to(device).requires_grad_(False)
+    translator = Translator(head.student, head.factor).to(device)
+    of_student, of_teacher = convolution_stack(translator), convolution_stack(paraphraser)
+    assert isinstance(of_student, Stack)
+    assert isinstance(of_teacher, Stack)
+    student, teacher = (
+        torch.randn(head.samples, channels, head.height, head.width, device=device, dtype=dtype)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_(side == "student")
+        for side, channels in (("student", head.student), ("teacher", head.teacher))
+    )
+    options = Options(1, "mean", 1e-12, 1.0)
+
+    def step(kernel: str) -> Tensor:
+        plan = Plan(kernel, "triton", dtype, "tuning")
+        loss = ft_head.run(student, teacher, None, plan, of_student, of_teacher, options)
+        gradients = torch.autograd.grad(loss, [student, *translator.parameters()])
+        return torch.cat([gradient.flatten().float() / gradient.float().norm() for gradient in gradients])
+
+    shape = (head.samples, head.student, head.height, head.width)
+    ways = ft_head_triton.candidates(device, dtype, shape, head.factor, head.teacher)
+    return [Candidate(kernel, partial(step, kernel)) for kernel in ways]
+
+
+def _agreeing(candidates: list[Candidate], work: Work) -> list[Candidate]:
+    """The candidates that run and give the first one's result; the others are named, and not timed."""
+    kept: list[Candidate] = []
+    wanted: Tensor | None = None
+    for candidate in candidates:
+        try:
+            found = candidate.run().double()
+        except (RuntimeError, ValueError) as error:
+            print(f"ftfast tune: {candidate.kernel} cannot compute {work}: {error}", file=sys.stderr)
+            continue
+        wanted = found if wanted is None else wanted
+        difference = ((found - wanted).norm() / wanted.norm()).item()
+        # A sum over samples of signs that rounding may flip agrees less closely than one product does.
+        bound = AGREEMENT[DTYPES[work.dtype]] * (10 if work.operation == "head" else 1)
+        if difference <= bound:
+            kept.append(candidate)
+        else:
+            print(f"ftfast tune: {candidate.kernel} is off by {difference:.1e} for {work}; left out.", file=sys.stderr)
+    return kept
+
+
+def _time(candidates: list[Candidate], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, in blocks of its own that come in random order."""
+    order = [candidate for candidate in candidates for _ in range(BLOCKS)]
+    random.Random(0).shuffle(order)
+    found: dict[str, list[float]] = {candidate.kernel: [] for candidate in candidates}
+    for candidate in order:
+        for _ in range(2):
+            candidate.run()
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until or len(found[candidate.kernel]) < 3:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            candidate.run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found[candidate.kernel].append(1e3 * (time.perf_counter() - start))
+    return {kernel: statistics.median(times) for kernel, times in found.items()}
+
+
+def _entry(work: Work, times: dict[str, float], device: torch.device) -> dict[str, Any]:
+    fastest = min(times, key=times.__getitem__)
+    rounded = {kernel: round(ms, 4) for kernel, ms in times.items()}
+    versions: dict[str, Any] = {"torch": str(torch.__version__)}
+    if device.type == "cpu":
+        versions["threads"] = torch.get_num_threads()
+    return {**work._asdict(), "kernel": fastest, "milliseconds": rounded, **versions}
+
+
+def _work(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry.get(field) for field in Work._fields)
+
+
+def _write(path: Path, device: torch.device, entries: list[dict[str, Any]]) -> None:
+    table = {"version": kernel_table.VERSION, "device": kernel_table.device_name(device), "entries": entries}
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(table, indent=1) + "\n")
+    aside.replace(path)
+
+
+def _table(entries: list[dict[str, Any]]) -> str:
+    lines = [f"{'work':<18}{'dtype':<10}{'maps':<14}{'channels':<14}{'fastest':<14}milliseconds"]
+    for entry in entries:
+        maps = f"{entry['samples']}x{entry['height']}x{entry['width']}"
+        channels = f"{entry['channels_in']}->{entry['channels_out']}"
+        times = ", ".join(f"{kernel} {ms:.3f}" for kernel, ms in entry["milliseconds"].items())
+        cells = f"{entry['operation']:<18}{entry['dtype']:<10}{maps:<14}{channels:<14}{entry['kernel']:<14}"
+        lines.append(cells + times)
+    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""``ftfast check``: every kernel that can run here against the float64 reference."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ftfast.diagnosis import check_head, check_loss
+from ftfast.dispatch import interpreting, supports
+
+
+@dataclass
+class Findings:
+    """What was checked, and what could not be."""
+
+    losses: list[check_loss.Outcome] = field(default_factory=list)
+    heads: list[check_head.HeadOutcome] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--backend", choices=("native", "triton"), help="check this backend only")
+
+
+def run(args: argparse.Namespace) -> int:
+    found, shown = Findings(), _Shown(silent=args.json)
+    for backend, device in _backends(args.backend):
+        support = supports(backend, device, torch.float32, torch.float32)
+        if support.ok:
+            found.losses += shown(check_loss.check_backend(backend, device))
+            if backend == "triton" or device.type == "cpu":  # CUDA C++ has the loss alone
+                found.heads += shown(check_head.check_heads(backend, device))
+        elif backend == "triton" and not interpreting() and "not installed" not in support.reason:
+            interpreted = _check_interpreted()
+            found.losses += shown(interpreted.losses)
+            found.heads += shown(interpreted.heads)
+        else:
+            where = "here" if device.type == "cpu" or backend == "triton" else "on the GPU"
+            found.skipped.append(f"{backend} cannot run {where}: {support.reason}.")
+    if args.backend and not found.losses:
+        print(f"ftfast check: error: {found.skipped[0]}", file=sys.stderr)
+        return 2
+    cases: list[check_loss.Outcome | check_head.HeadOutcome] = [*found.losses, *found.heads]
+    right = sum(case.ok for case in cases)
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        print(*("", *found.skipped, f"{right} of {len(cases)} cases agree with the float64 reference."), sep="\n")
+    return 0 if right == len(cases) else 1
+
+
+class _Shown:
+    """Prints outcomes one by one, as they are found, each table under its head; on a GPU each may be compiled first."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._silent = silent
+        self._kind: type | None = None
+
+    def __call__(self, outcomes: Iterable[Any]) -> list[Any]:
+        kept = []
+        for outcome in outcomes:
+            kept.append(outcome)
+            if self._silent:
+                continue
+            table = check_loss if isinstance(outcome, check_loss.Outcome) else check_head
+            if type(outcome) is not self._kind:
+                print(*([""] if self._kind else []), table.head(), sep="\n")
+                self._kind = type(outcome)
+            print(table.line(outcome), flush=True)
+        return kept
+
+
+def _backends(asked: str | None) -> list[tuple[str, torch.device]]:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    if not torch.cuda.is_available():
+        pairs = [("native", cpu), ("triton", cpu)]
+    else:
+        pairs = [("native", cpu), ("native", gpu), ("triton", gpu)]
+    return [(backend, device) for backend, device in pairs if asked in (None, backend)]
+
+
+def _check_interpreted() -> Findings:
+    """Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter needs a process of its own."""
+    command = [sys.executable, "-m", "ftfast", "check", "--backend", "triton", "--json"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise RuntimeError(f"the check of the Triton kernels in the interpreter failed: {done.stderr.strip()[-2000:]}")
+    found = json.loads(done.stdout)
+    return Findings(
+        losses=[check_loss.Outcome(**outcome) for outcome in found["losses"]],
+        heads=[check_head.HeadOutcome(**outcome) for outcome in found["heads"]],
+    )

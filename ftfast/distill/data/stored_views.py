@@ -1,0 +1,241 @@
+"""Training images cut by boxes that are given, where a store keeps them, and the drawing of such boxes.
+
+A box is ``(top, left, height, width, flip)`` in pixels of the image, int32; of small images it may reach over the edge
+by their padding.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftfast.distill.data.augment import Draws
+from ftfast.distill.data.images import Images
+from ftfast.distill.data.in_memory import Split
+from ftfast.distill.data.photographs import crops
+from ftfast.distill.data.photographs.streamed import Streamed
+from ftfast.distill.store.header import hash_json
+from ftfast.errors import StoreError
+
+Batch = tuple[np.ndarray, np.ndarray]
+"""Rows ``[N]`` and their boxes ``[N, 5]``."""
+
+
+class ViewedImages(Protocol):
+    """All training images of a data set, from which boxes can be cut; rows are numbers in their order."""
+
+    @property
+    def images(self) -> Images:
+        """The same, as they are trained on without a store."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``[N]`` int64."""
+
+    def transform(self) -> dict[str, Any]:
+        """How a box becomes what the networks take, in words and numbers."""
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of transform, decoder and data."""
+
+    def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each batch of rows: images ``[N * views, C, H, W]``, labels ``[N]`` and boxes ``[N, views, 5]``.
+
+        An image's boxes follow from ``seed`` and its row alone.
+        """
+
+    def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
+        """Images ``[N, C, H, W]`` float32, normalised, channels_last, on their device, and labels."""
+
+    def at(self, rows: np.ndarray) -> Images:
+        """Some of the images, to test on."""
+
+
+@dataclass(frozen=True)
+class SmallImages:
+    """Images in memory."""
+
+    images: Split
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.images.labels.cpu().numpy()
+
+    def transform(self) -> dict[str, Any]:
+        augmentation, normalisation = self.images.augmentation, self.images.normalisation
+        numbers = None
+        if normalisation is not None:
+            mean, deviation = (values.flatten().tolist() for values in (normalisation.mean, normalisation.deviation))
+            numbers = {"scale": normalisation.scale, "mean": mean, "deviation": deviation}
+        return {
+            "cut": "crops of the padded image",
+            "size": list(self.images.pixels.shape[1:]),
+            "crop_padding": augmentation.crop_padding,
+            "flip": augmentation.flip,
+            "normalisation": numbers,
+        }
+
+    def hashes(self) -> dict[str, str]:
+        pixels = self.images.pixels.cpu().contiguous()
+        data = hashlib.sha256(f"{pixels.dtype} {list(pixels.shape)}".encode())
+        data.update(pixels.numpy().tobytes())
+        data.update(self.labels.tobytes())
+        return {"transform": hash_json(self.transform()), "decoder": hash_json("none"), "data": data.hexdigest()}
+
+    @property
+    def different_views(self) -> int:
+        """How many boxes an image has."""
+        augmentation = self.images.augmentation
+        return (2 * augmentation.crop_padding + 1) ** 2 * (2 if augmentation.flip else 1)
+
+    def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See :meth:`ViewedImages.draw`; no two boxes of an image are alike."""
+        if views > self.different_views:
+            augmentation = self.images.augmentation
+            raise StoreError(
+                f"views is {views}, and with crop_padding {augmentation.crop_padding} and flip "
+                f"{'on' if augmentation.flip else 'off'} an image has {self.different_views}; give --views "
+                f"{self.different_views} or fewer."
+            )
+        for rows in batches:
+            boxes = np.stack([self._boxes(int(row), views, seed) for row in rows])
+            images, labels = self._cut(np.repeat(rows, views), boxes.reshape(-1, 5))
+            yield images, labels[::views], torch.from_numpy(boxes)
+
+    def _boxes(self, row: int, views: int, seed: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(crops.sample_seed(seed, 0, row))
+        chosen = torch.randperm(self.different_views, generator=generator)[:views].numpy()
+        padding, (height, width) = self.images.augmentation.crop_padding, self.images.pixels.shape[2:]
+        side = 2 * padding + 1
+        top, left, flip = chosen % side - padding, chosen // side % side - padding, chosen // side**2
+        sizes = np.broadcast_to([height, width], (views, 2))
+        return np.column_stack([top, left, sizes, flip]).astype(np.int32)
+
+    def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
+        """See :meth:`ViewedImages.cut`."""
+        for rows, boxes in batches:
+            yield self._cut(rows, boxes)
+
+    def _cut(self, rows: np.ndarray, boxes: np.ndarray) -> tuple[Tensor, Tensor]:
+        device = self.images.labels.device
+        place = torch.from_numpy(rows).to(device)
+        if not self.images.augmentation:
+            return self.images.normalise(self.images.pixels[place]), self.images.labels[place]
+        given = torch.from_numpy(boxes).long().to(device)
+        offsets = given[:, :2] + self.images.augmentation.crop_padding
+        draws = Draws(offsets, given[:, 4].bool(), torch.zeros_like(offsets))
+        return self.images.normalise(self.images.augmentation.crop(self.images.pixels, place, draws)), (
+            self.images.labels[place]
+        )
+
+    def at(self, rows: np.ndarray) -> Split:
+        return self.images.at(rows)
+
+
+# Two slopes of colour with a bright corner, 16x16 pixels: what a decoder makes of it names the decoder.
+_KNOWN_JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+    "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+    "pKSkpKSkpKT/wAARCAAQABADASIAAhEBAxEB/8QAFgABAQEAAAAAAAAAAAAAAAAABAAD/8QAFRABAQAAAAAAAAAAAAAAAAAAAgD/"
+    "xAAVAQEBAAAAAAAAAAAAAAAAAAABA//EABkRAAIDAQAAAAAAAAAAAAAAAAADBBETIf/aAAwDAQACEQMRAD8ASlESpKxSosZpXAix"
+    "aP/Z"
+)
+
+
+@dataclass(frozen=True)
+class PhotographViews:
+    """Photographs that are decoded as they are needed.
+
+    Attributes:
+        folder: of the data, which their names in the listing leave out.
+    """
+
+    images: Streamed
+    folder: Path
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.images.photographs.labels[self.images.rows]
+
+    def transform(self) -> dict[str, Any]:
+        colours = self.images.reading.colours._asdict()
+        return {
+            "cut": "torchvision's RandomResizedCrop and flip",
+            "size": [3, self.images.reading.size, self.images.reading.size],
+            "scale": list(crops.SCALE),
+            "ratio": list(crops.RATIO),
+            "resize": "bilinear, antialias",
+            "normalisation": {"scale": 255, **{name: list(values) for name, values in colours.items()}},
+        }
+
+    def hashes(self) -> dict[str, str]:
+        names, prefix = self.images.photographs.files, f"{self.folder}/"
+        data = hashlib.sha256()
+        for row in self.images.rows.tolist():
+            data.update(f"{names.name(row).removeprefix(prefix)}\n".encode())
+        data.update(self.labels.astype(np.int64).tobytes())
+        return {"transform": hash_json(self.transform()), "decoder": _decoder_hash(), "data": data.hexdigest()}
+
+    def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See :meth:`ViewedImages.draw`; a photograph's boxes are those that an epoch of the number would draw."""
+        for images, labels, boxes, *_ in self.images.draw_views(
+            [crops.Views(row, seed, views) for row in self.images.rows[rows].tolist()] for rows in batches
+        ):
+            yield images, labels, boxes
+
+    def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
+        """See :meth:`ViewedImages.cut`."""
+        return self.images.cut_boxes(
+            [
+                crops.Cut(row, crops.Box(top, left, height, width, flip=bool(flip)))
+                for row, (top, left, height, width, flip) in zip(
+                    self.images.rows[rows].tolist(), boxes.tolist(), strict=True
+                )
+            ]
+            for rows, boxes in batches
+        )
+
+    def at(self, rows: np.ndarray) -> Streamed:
+        return self.images.at(self.images.rows[rows])
+
+
+def _decoder_hash() -> str:
+    """Of the pixels that a known file becomes, so that a new version of the same decoder changes nothing."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    content = torch.frombuffer(bytearray(_KNOWN_JPEG), dtype=torch.uint8)
+    return hashlib.sha256(decode_image(content, ImageReadMode.RGB).numpy().tobytes()).hexdigest()
+
+
+def viewed(images: Images, folder: Path | None) -> ViewedImages:
+    """The training images of a data set, to be cut by boxes.
+
+    Args:
+        folder: of photographs.
+
+    Raises:
+        StoreError: images that are not drawn as boxes.
+    """
+    if isinstance(images, Split):
+        return SmallImages(images)
+    if not isinstance(images, Streamed):
+        raise StoreError(
+            "loader is 'synthetic', whose images are noise; a factor store takes --loader folder or webdataset."
+        )
+    if images.reading.on_device:
+        raise StoreError(
+            "loader is 'gpu', whose decoder differs from device to device; a factor store takes --loader folder or "
+            "webdataset."
+        )
+    if images.reading.rand_augment:
+        raise StoreError(
+            "rand_augment is given, and a stored view is a box and a flip alone; leave --rand-augment out."
+        )
+    assert folder is not None
+    return PhotographViews(images, folder)

@@ -1,0 +1,92 @@
+"""Other projects' names for the tensors of the same networks, so that their checkpoints can be teachers here."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ftfast.distill.models.resnet import ResNet
+from ftfast.distill.models.vgg import VGG
+from ftfast.distill.models.wide_resnet import WideResNet
+from ftfast.errors import CheckpointError
+
+# What is common to the authors' code and the CIFAR networks that most projects share. The first rule that fits a place
+# is the one that counts.
+_RESNET_RULES = (
+    (r"^conv1\.", "stem."),
+    (r"^bn1\.", "norm."),
+    (r"^layer(\d)\.", r"stage\1."),
+    (r"\.bn(\d)\.", r".norm\1."),
+    (r"\.(?:shortcut|downsample)\.", ".projection."),
+    (r"^(?:linear|fc)\.", "classifier."),
+)
+_WIDE_RESNET_RULES = (
+    (r"^conv1\.", "stem."),
+    (r"^bn1\.", "norm."),
+    (r"^(?:layer|block)(\d)\.(?:layer\.)?", r"stage\1."),
+    (r"\.bn(\d)\.", r".norm\1."),
+    (r"\.(?:shortcut\.0|convShortcut)\.", ".projection."),
+    (r"^(?:linear|fc)\.", "classifier."),
+)
+
+
+def to_own_layout(tensors: dict[str, Tensor], model: nn.Module, path: Path, data: str) -> dict[str, Tensor]:
+    """The tensors under the names that ``model`` has for them; names that nothing is known of stay.
+
+    Known are DataParallel's and compiled modules' prefixes, the layout of the authors' code and of the CIFAR ResNets,
+    WRNs and VGGs that most projects share, and for models of torchvision and timm those libraries' own.
+
+    Args:
+        path, data: what an error is about.
+
+    Raises:
+        CheckpointError: a classifier for another number of classes than the data have.
+    """
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    own = model.state_dict()
+    if not own.keys() <= tensors.keys():
+        tensors = _renamed(tensors, model)
+    for name, value in own.items():  # checkpoints of torch before 0.4.1 lack these counters
+        if name.endswith("num_batches_tracked") and name not in tensors:
+            tensors[name] = torch.zeros_like(value)
+    _check_classes(tensors, own, path, data)
+    return tensors
+
+
+def _renamed(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, VGG):
+        return _in_order(tensors, model)
+    rules = {ResNet: _RESNET_RULES, WideResNet: _WIDE_RESNET_RULES}.get(type(model), ())
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _in_order(tensors: dict[str, Tensor], model: VGG) -> dict[str, Tensor]:
+    """VGGs number their layers in many ways, but all in one order; where a shape differs, nothing is renamed."""
+    counter = "num_batches_tracked"
+    own = {name: value for name, value in model.state_dict().items() if not name.endswith(counter)}
+    theirs = {name: value for name, value in tensors.items() if not name.endswith(counter)}
+    pairs = list(zip(own.items(), theirs.items(), strict=False))
+    fits = len(own) == len(theirs) and all(
+        name.rsplit(".")[-1] == other.rsplit(".")[-1] and (value.shape == given.shape or name.startswith("classifier"))
+        for (name, value), (other, given) in pairs
+    )
+    return {name: given for (name, _), (_, given) in pairs} if fits else dict(tensors)
+
+
+def _check_classes(tensors: dict[str, Tensor], own: dict[str, Tensor], path: Path, data: str) -> None:
+    last = [name for name, value in own.items() if value.dim() == 2][-1:]
+    for name in last:
+        given = tensors.get(name)
+        if given is not None and given.dim() == 2 and len(given) != len(own[name]):
+            raise CheckpointError(
+                f"{path} is of a teacher for {len(given)} classes, and {data} has {len(own[name])}; "
+                "give one that was trained on these data."
+            )

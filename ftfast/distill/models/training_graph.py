@@ -1,0 +1,135 @@
+"""A model's graph with each convolution, its batch norm, residual and ReLU as one call, for training on the CPU."""
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ftfast.distill.models import inference_graph
+from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
+
+
+class ConvolutionNorm(nn.Module):
+    """``relu(norm(convolution(x)) + residual)`` of two modules that stay their model's own.
+
+    Returns ``y``, or ``(y, x)`` with ``passes_input``.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d, *, relu: bool) -> None:
+        super().__init__()
+        self.convolution, self.norm, self.relu = convolution, norm, relu
+        self.passes_input = False
+        self._layer = Layer(convolution, norm, relu)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """``[N, C, H, W]`` to ``[N, K, H', W']``."""
+        if can_run(self._layer, x, residual):
+            y, x = convolution_norm(self._layer, x, residual)
+        else:
+            y = self.norm(self.convolution(x))
+            if residual is not None:
+                y = y + residual
+            if self.relu:
+                y = F.relu(y)
+        return (y, x) if self.passes_input else y
+
+
+class _Subsample(torch.autograd.Function):
+    """``x[:, :, ::s, ::s]``, whose gradient is channels_last as ``x`` is; torch's own is not, and adds up slowly."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: tuple[slice, ...]) -> Tensor:
+        ctx.like, ctx.index = torch.empty_like(x, device="meta"), index
+        return x[index].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        for_x = torch.zeros_like(ctx.like, device=gradient.device)
+        for_x[ctx.index] = gradient
+        return for_x, None
+
+
+def _subsample(x: Tensor, index: tuple[slice, ...]) -> Tensor:
+    return _Subsample.apply(x, index) if isinstance(x, Tensor) and x.dim() == 4 else x[index]
+
+
+def fused(model: nn.Module, layer: str) -> fx.GraphModule:
+    """The model as a graph from images to ``(features of the layer, logits)``.
+
+    Raises:
+        Exception: whatever torch.fx raises on a model that cannot be traced.
+    """
+    module = inference_graph.trace(model, layer, classifier=True).module
+    count = 0
+    for node, convolution in inference_graph.called_modules(module):
+        following = inference_graph.only_user(node)
+        if following is None or following.op != "call_module":
+            continue
+        norm = module.get_submodule(str(following.target))
+        if not fits(convolution, norm):
+            continue
+        last, residual = following, None
+        following = inference_graph.only_user(last)
+        if following is not None and (other := inference_graph.summand(following, last)) is not None:
+            last, residual = following, other
+            following = inference_graph.only_user(last)
+        has_relu = following is not None and inference_graph.is_relu(module, following)
+        if has_relu:
+            assert following is not None
+            last = following
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        name = f"convolution_norm_{count}"
+        module.add_submodule(name, ConvolutionNorm(convolution, norm, relu=has_relu))
+        with module.graph.inserting_after(last):
+            arguments = (node.args[0],) if residual is None else (node.args[0], residual)
+            replacement = module.graph.call_module(name, arguments)
+        last.replace_all_uses_with(replacement)
+        count += 1
+    module.graph.eliminate_dead_code()
+    _pass_inputs(module)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is operator.getitem and _is_subsampling(node.args[1]):
+            node.target = _subsample
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _is_subsampling(index: Any) -> bool:
+    return (
+        isinstance(index, tuple)
+        and len(index) == 4
+        and all(isinstance(part, slice) and part.start is None and part.stop is None for part in index)
+        and [part.step for part in index[:2]] == [None, None]
+        and any(isinstance(part.step, int) for part in index[2:])
+    )
+
+
+def _pass_inputs(module: fx.GraphModule) -> None:
+    """Later readers of a fused convolution's input take it from there, so that its backward adds their gradients."""
+    for node, called in inference_graph.called_modules(module):
+        source = node.args[0]
+        if not isinstance(called, ConvolutionNorm) or not isinstance(source, fx.Node) or len(source.users) < 2:
+            continue
+        later = _after(node)
+        readers = [reader for reader in source.users if reader in later and reader.op != "output"]
+        if not readers:
+            continue
+        called.passes_input = True
+        with module.graph.inserting_after(node):
+            passed = module.graph.call_function(operator.getitem, (node, 1))
+            result = module.graph.call_function(operator.getitem, (node, 0))
+        own = (passed, result)
+        for reader in list(node.users):
+            if reader not in own:
+                reader.replace_input_with(node, result)
+        for reader in readers:
+            reader.replace_input_with(source, passed)
+
+
+def _after(node: fx.Node) -> set[fx.Node]:
+    nodes = list(node.graph.nodes)
+    return set(nodes[nodes.index(node) + 1 :])

@@ -1,0 +1,173 @@
+"""The paraphraser's phase: trained without labels to reconstruct the teacher's features, then judged before it is used.
+
+A paraphraser that learned nothing still gives factors, and students learn from them without a complaint; so its
+explained variance and the spread of its factors are measured on images that it was not trained on.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ftfast.distill.data.images import Images
+from ftfast.distill.models.registry import place, seeded
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.training.schedule import cosine
+from ftfast.distill.training.step import Precision
+from ftfast.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError
+from ftfast.modules import Paraphraser
+
+LEAST_EXPLAINED_VARIANCE = 0.5
+LEAST_SPREAD = 0.1
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "mse": F.mse_loss}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a paraphraser is worth, on images that it was not trained on.
+
+    Attributes:
+        explained_variance: 1 less the squared error of the reconstruction over the features' variance between images;
+            1 is perfect, 0 is what the mean feature map reaches.
+        spread: root mean square distance of the normalised factors from their mean, over that of random directions;
+            0 means one factor for every image.
+    """
+
+    explained_variance: float
+    spread: float
+
+    @property
+    def warning(self) -> str | None:
+        """The sentence to show where the paraphraser is poor, though it can be used."""
+        if self.explained_variance >= LEAST_EXPLAINED_VARIANCE:
+            return None
+        return (
+            f"the paraphraser explains {self.explained_variance:.2f} of the variance of held-out features, less than "
+            f"{LEAST_EXPLAINED_VARIANCE}: give it more steps (--paraphraser-steps) or another "
+            f"learning rate, {IN_A_NEW_RUN}."
+        )
+
+
+def build_paraphraser(settings: Settings) -> Paraphraser:
+    """An untrained paraphraser, its weights drawn from ``settings.seed``."""
+    with seeded(settings.seed):
+        paraphraser = Paraphraser(settings.teacher_features().channels, settings.rate)
+    return place(paraphraser, torch.device(settings.device))
+
+
+def paraphraser_images(settings: Settings) -> int:
+    """How many images the paraphraser draws."""
+    if settings.paraphraser_checkpoint is not None:
+        return 0
+    if settings.paraphraser_epochs:
+        return settings.paraphraser_epochs * (settings.dataset().train_images - settings.paraphraser_held_out)
+    return settings.paraphraser_steps * settings.paraphraser_batch_size
+
+
+def read_paraphraser(settings: Settings) -> dict[str, Tensor]:
+    """The tensors of the paraphraser that ``settings.paraphraser_checkpoint`` names, checked against the settings'.
+
+    Raises:
+        CheckpointError: not readable, not plain tensors, or not of such a paraphraser.
+    """
+    assert settings.paraphraser_checkpoint is not None
+    path = Path(settings.paraphraser_checkpoint)
+    tensors, description = checkpoint.load_tensors(path)
+    if (kind := description.get("kind", "paraphraser")) != "paraphraser":
+        raise CheckpointError(f"{path} is the checkpoint of a {kind}; paraphraser_checkpoint takes a paraphraser's.")
+    channels = settings.teacher_features().channels
+    title = f"a paraphraser of {channels} channels at a rate of {settings.rate:g}"
+    checkpoint.fill(Paraphraser(channels, settings.rate), tensors, path, title)
+    return tensors
+
+
+@torch.no_grad()
+def teacher_features(teacher: nn.Module, images: Images, precision: Precision) -> Tensor:
+    """The teacher's last feature maps ``[N, C, H, W]`` in its own dtype, channels_last; no image is augmented."""
+    with precision.autocast():
+        features = torch.cat([teacher(batch).features for batch, _ in images.in_order(images.test_batch_size)])
+    return features.contiguous(memory_format=torch.channels_last)
+
+
+def train_paraphraser(
+    paraphraser: Paraphraser,
+    features: Tensor,
+    settings: Settings,
+    precision: Precision,
+    after_step: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Trains a paraphraser in place on feature maps ``[N, C, H, W]``, section 3.1 of the paper.
+
+    ``after_step`` is called with the size of the batch after every step.
+
+    The paper's own recipe (SGD at 0.1 for a few epochs) suits large data sets; a small one has too few steps for it.
+    """
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.paraphraser_optimiser]
+    options: dict[str, float] = {"weight_decay": settings.paraphraser_weight_decay}
+    if kind is torch.optim.SGD:
+        options["momentum"] = settings.momentum
+    peak = settings.paraphraser_learning_rate
+    optimiser = kind(paraphraser.parameters(), lr=peak, **options)
+    distance = DISTANCES[settings.paraphraser_loss]
+    generator = torch.Generator().manual_seed(settings.seed)
+    paraphraser.train()
+    for step in range(settings.paraphraser_steps):
+        if settings.paraphraser_learning_rate_schedule == "cosine":
+            for group in optimiser.param_groups:
+                group["lr"] = cosine(peak, step, settings.paraphraser_steps)
+        rows = torch.randint(len(features), (settings.paraphraser_batch_size,), generator=generator)
+        batch = features[rows.to(features.device)].float().contiguous(memory_format=torch.channels_last)
+        with precision.autocast():
+            reconstruction = paraphraser(batch)
+        loss = distance(reconstruction.float(), batch)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        after_step(len(batch))
+    paraphraser.eval()
+
+
+def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision, *, of_noise: bool = False) -> Diagnosis:
+    """Judges a paraphraser on feature maps ``[N, C, H, W]`` that it was not trained on.
+
+    Args:
+        of_noise: of images that show nothing, whose factors may be alike.
+
+    Raises:
+        ParaphraserError: its factors are not finite, or nearly the same for every image; the message has the remedy.
+    """
+    features = features.float()
+    with torch.no_grad(), precision.autocast():
+        factors = paraphraser.encode(features).float()
+        reconstruction = paraphraser.decode(factors).float()
+    remedy = (
+        "lower --paraphraser-learning-rate, raise --paraphraser-steps, or take --paraphraser-optimiser adam, "
+        f"{IN_A_NEW_RUN}."
+    )
+    if not bool(torch.isfinite(factors).all() & torch.isfinite(reconstruction).all()):
+        raise ParaphraserError(f"the paraphraser's factors are not finite; {remedy}")
+    diagnosis = Diagnosis(_explained_variance(features, reconstruction), _spread(factors))
+    if diagnosis.spread < LEAST_SPREAD and not of_noise:
+        raise ParaphraserError(
+            f"the paraphraser gives nearly the same factor for every image (spread {diagnosis.spread:.3f} of that of "
+            f"random factors, at least {LEAST_SPREAD} is taken); {remedy}"
+        )
+    return diagnosis
+
+
+def _explained_variance(features: Tensor, reconstruction: Tensor) -> float:
+    variance = (features - features.mean(0)).double().square().sum()
+    error = (features - reconstruction).double().square().sum()
+    return float(1 - error / variance) if variance > 0 else 0.0
+
+
+def _spread(factors: Tensor) -> float:
+    directions = F.normalize(factors.flatten(1), dim=1)
+    distance = (directions - directions.mean(0)).square().sum(1).mean().sqrt()
+    of_random = math.sqrt(1 - 1 / len(factors))  # independent directions: their mean has squared length 1/N
+    return float(distance) / of_random

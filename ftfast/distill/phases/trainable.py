@@ -1,0 +1,141 @@
+"""One student: its model, its translator where the method has one, and its training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ftfast.distill.data.images import Images
+from ftfast.distill.data.mixing import Mixing
+from ftfast.distill.models.registry import place, seeded
+from ftfast.distill.models.resized import resized
+from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.monitor.step_clock import part
+from ftfast.distill.phases.teacher import build, student_description
+from ftfast.distill.runtime.processes import ALONE, Processes
+from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.training.evaluate import evaluate
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.methods import METHODS, Regressor, Stored, Taught, Terms, Weights
+from ftfast.distill.training.schedule import schedule_of
+from ftfast.distill.training.step import BesideStudent, Precision
+from ftfast.head import FactorTransfer
+from ftfast.modules import Paraphraser, Translator
+
+
+@dataclass(frozen=True)
+class Guides:
+    """What students learn from beside the labels, all of it frozen; a teacher is called for its ``Outputs``."""
+
+    teacher: nn.Module
+    paraphraser: Paraphraser | None
+
+
+def build_student(settings: Settings, seed: int) -> nn.Module:
+    """A student's model; one seed gives the same weights whatever the method, so methods compare in pairs."""
+    return build(
+        student_description(settings),
+        settings.dataset(),
+        seed=seed,
+        device=torch.device(settings.device),
+        pretrained=settings.student_pretrained,
+    )
+
+
+def student_training(
+    settings: Settings,
+    precision: Precision,
+    guides: Guides,
+    images: Images,
+    *,
+    method: str,
+    weights: Weights,
+    seed: int,
+    epochs: int | None = None,
+    watched: Images | None = None,
+    processes: Processes = ALONE,
+) -> Training:
+    """The training of one student, ready to run; its learner has the student as ``model``.
+
+    Args:
+        images: to learn from, in an order that ``seed`` decides, the same for every method.
+        epochs: in place of the settings' ``student_epochs``.
+        watched: images on which the accuracy is recorded after every epoch; nothing is decided by it.
+        processes: those that train it together.
+    """
+    student = with_batch_norms(build_student(settings, seed), settings)
+    learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=seed)
+    schedule = schedule_of(settings, epochs or settings.student_epochs)
+    judge = None if watched is None else lambda stop: evaluate(student, watched, precision, processes, stop)
+    mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
+    return Training(
+        learner,
+        terms,
+        images,
+        schedule,
+        precision,
+        seed=seed,
+        judge=judge,
+        processes=processes,
+        mixing=mixing if mixing else None,
+    )
+
+
+def with_batch_norms(model: nn.Module, settings: Settings) -> nn.Module:
+    """The model, its batch norms over all processes where the settings want that."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings.sync_batch_norm else model
+
+
+def learner_of(
+    settings: Settings, guides: Guides, student: nn.Module, *, method: str, weights: Weights, seed: int
+) -> tuple[nn.ModuleDict, Callable[..., Terms]]:
+    """What learns, the student as ``model`` and beside it what its method adds, and the terms of its loss.
+
+    The terms take images, labels and, where a factor store stands in for the teacher, what :class:`Stored` holds.
+    """
+    chosen = METHODS[method]
+    learner = nn.ModuleDict({"model": student})
+    guide: nn.Module | None = None
+    if chosen.uses_factors:
+        guide = _head(settings, guides, weights, seed)
+        learner["translator"] = guide.translator
+    elif chosen.uses_hints:
+        guide = learner["regressor"] = _regressor(settings, seed)
+    features = settings.student_features()
+    forward = training_forward(student, features.layer, compiled=settings.compile == "on", fused=settings.is_fused)
+    forward = resized(forward, features, settings.map_size())
+    both = BesideStudent(guides.teacher, forward)
+
+    def terms(images: Tensor, labels: Tensor, *stored: Tensor) -> Terms:
+        taught: Taught | None = None
+        if chosen.uses_teacher and not stored:
+            found, taught = both(images)
+        else:
+            with part("student"):
+                found = forward(images)
+            if chosen.uses_teacher:
+                taught = Stored(*stored)
+        with part("head"):
+            return chosen.terms(found, taught, labels, guide, weights)
+
+    return learner, terms
+
+
+def _head(settings: Settings, guides: Guides, weights: Weights, seed: int) -> FactorTransfer:
+    assert guides.paraphraser is not None
+    assert weights.beta is not None
+    with seeded(seed):
+        translator = Translator(settings.student_features().channels, guides.paraphraser.factor_channels)
+    return FactorTransfer(
+        guides.paraphraser,
+        place(translator, torch.device(settings.device)),
+        weight=weights.beta,
+        backend="reference" if settings.engine == "plain" else "auto",
+    )
+
+
+def _regressor(settings: Settings, seed: int) -> Regressor:
+    with seeded(seed):
+        regressor = Regressor(settings.student_features().channels, settings.teacher_features().channels)
+    return place(regressor, torch.device(settings.device))

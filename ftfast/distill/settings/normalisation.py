@@ -1,0 +1,82 @@
+"""By which numbers the pixels of photographs are normalised: those that the networks' weights were trained with."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ftfast.distill.models import libraries
+from ftfast.distill.runtime import checkpoint
+from ftfast.distill.settings.recipe import Recipe
+from ftfast.errors import CheckpointError, SettingsError
+
+
+class Colours(NamedTuple):
+    """Mean and deviation of a photograph's three colours, of pixels from 0 to 1."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+# Of ImageNet's training images; torchvision's models and most of timm's were trained with these.
+IMAGENET = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def of_recipe(recipe: Recipe) -> Colours:
+    """The recipe's own, those of a teacher or student that is trained already, or else ImageNet's.
+
+    Raises:
+        SettingsError: teacher and student are both trained already, with unlike ones.
+    """
+    if recipe.mean:
+        return Colours(recipe.mean, recipe.deviation)
+    teacher = _of_teacher(recipe)
+    student = _of_library(recipe.student) if recipe.student_pretrained else None
+    if teacher is not None and student is not None and teacher != student:
+        raise SettingsError(
+            f"teacher {recipe.teacher} was trained on images of mean {_shown(teacher.mean)} and deviation "
+            f"{_shown(teacher.deviation)}, and student {recipe.student} on {_shown(student.mean)} and "
+            f"{_shown(student.deviation)}; give --no-student-pretrained, or --mean and --deviation for both."
+        )
+    return teacher or student or IMAGENET
+
+
+def _of_teacher(recipe: Recipe) -> Colours | None:
+    if recipe.teacher_checkpoint is not None:
+        described = _described(Path(recipe.teacher_checkpoint))
+        if described is not None:
+            return of_photographs(described["photographs"]) if "photographs" in described else None
+        return _of_library(recipe.teacher)  # a file of others, trained further from the library's weights perhaps
+    return _of_library(recipe.teacher) if recipe.pretrained else None
+
+
+def _of_library(model: str) -> Colours | None:
+    found = libraries.pretrained_colours(model)
+    return None if found is None else Colours(*found)
+
+
+def _described(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint of ours says of itself; None where it is not ours, or cannot be read, which is said later."""
+    with suppress(CheckpointError, OSError, ValueError):
+        if path.is_dir():
+            return checkpoint.read_description(path)
+        if path.suffix == ".safetensors":
+            metadata = checkpoint.read_metadata(path)
+            return json.loads(metadata["ftfast"]) if "ftfast" in metadata else None
+    return None
+
+
+def of_photographs(described: dict[str, Any]) -> Colours:
+    """Those that a checkpoint's ``"photographs"`` name, or ImageNet's where they name none."""
+    if "mean" not in described:
+        return IMAGENET
+    return Colours(tuple(described["mean"]), tuple(described["deviation"]))
+
+
+def to_photographs(colours: Colours) -> dict[str, Any]:
+    """What :func:`of_photographs` reads; nothing of ImageNet's, as checkpoints had it before there were others."""
+    return {} if colours == IMAGENET else {name: list(values) for name, values in colours._asdict().items()}
+
+
+def _shown(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)

@@ -1,0 +1,155 @@
+"""Shards: safetensors files of consecutive images, written whole or not at all, read row by row.
+
+A shard's head holds the checksums of its tensors, and ``store.json`` those of the heads, so every byte is covered.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ftfast.distill.runtime import files
+from ftfast.distill.store.header import Header
+from ftfast.errors import StoreError
+
+FACTORS, VIEWS, LABELS, LOGITS = "factors", "views", "labels", "logits"
+_LENGTH = struct.Struct("<Q")
+_LONGEST_HEAD = 1 << 20
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in its file: the first byte and how many, and the shape."""
+
+    first: int
+    bytes: int
+    shape: tuple[int, ...]
+
+
+class Head(NamedTuple):
+    """The head of a shard: places and checksums by the tensors' names, the file's size, the head's own checksum."""
+
+    places: dict[str, Place]
+    checksums: dict[str, str]
+    bytes: int
+    checksum: str
+
+
+def shard_path(store: Path, shard: int) -> Path:
+    return store / f"shard-{shard:05}.safetensors"
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Replaces a shard; a kill on the way leaves none, or the one before.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; its ``filename`` says where.
+    """
+    checksums = {name: hashlib.sha256(_bytes_of(tensor).data).hexdigest() for name, tensor in tensors.items()}
+    # One entry alone: safetensors writes several in an order of chance.
+    files.write_bytes(path, save(tensors, metadata={"sha256": json.dumps(checksums, sort_keys=True)}))
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def read_head(path: Path) -> Head:
+    """Reads no tensor.
+
+    Raises:
+        StoreError: not there, cut short or no shard.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_LENGTH.size)
+            length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
+            text = file.read(length) if length <= _LONGEST_HEAD else b""
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror}).") from None
+    try:
+        content = json.loads(text)
+        checksums = json.loads(content.pop("__metadata__")["sha256"])
+        base = _LENGTH.size + length
+        places = {
+            name: Place(base + entry["data_offsets"][0], _span(entry), tuple(entry["shape"]))
+            for name, entry in content.items()
+        }
+        end = max(place.first + place.bytes for place in places.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StoreError(f"{path} is cut short or no shard of a factor store.") from None
+    if end != size:
+        raise StoreError(f"{path} is cut short or has grown: it has {size} bytes, and its head speaks of {end}.")
+    return Head(places, checksums, size, hashlib.sha256(start + text).hexdigest())
+
+
+def _span(entry: dict[str, Any]) -> int:
+    first, end = entry["data_offsets"]
+    return int(end) - int(first)
+
+
+def shape_of(header: Header, name: str, images: int) -> tuple[int, ...]:
+    """The shape of one of a shard's tensors."""
+    channels, height, width = header.factor
+    return {
+        FACTORS: (images, header.views, height, width, channels),
+        VIEWS: (images, header.views, 5),
+        LABELS: (images,),
+        LOGITS: (images, header.views, header.classes),
+    }[name]
+
+
+def names_of(header: Header) -> tuple[str, ...]:
+    """The tensors that every shard of a store has."""
+    return (FACTORS, VIEWS, LABELS, LOGITS) if header.classes else (FACTORS, VIEWS, LABELS)
+
+
+def check_head(path: Path, head: Head, header: Header, shard: int) -> None:
+    """Raises StoreError where a shard is not the one that the header speaks of."""
+    images = len(header.rows_of(shard))
+    expected = {name: shape_of(header, name, images) for name in names_of(header)}
+    found = {name: place.shape for name, place in head.places.items()}
+    if found != expected or head.checksums.keys() != expected.keys():
+        wrong = next((name for name in (*expected, *found) if found.get(name) != expected.get(name)), "its head")
+        raise StoreError(
+            f"{path}: {wrong} is {found.get(wrong)} there and {expected.get(wrong)} by store.json; bring the shard "
+            "back, or build the store anew."
+        )
+    if header.shards is not None and header.shards[shard] != {"bytes": head.bytes, "head": head.checksum}:
+        raise StoreError(f"{path}: its head is not as it was written; bring the shard back, or build the store anew.")
+
+
+def read_whole(path: Path, head: Head, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+    """One of a shard's tensors, in memory."""
+    place = head.places[name]
+    with open(path, "rb") as file:
+        file.seek(place.first)
+        content = file.read(place.bytes)
+    if len(content) != place.bytes:
+        raise StoreError(f"{path} is cut short.")
+    return np.frombuffer(content, dtype).reshape(place.shape)
+
+
+def check_content(path: Path, head: Head) -> None:
+    """Raises StoreError naming the first tensor that is not as it was written; reads the whole file."""
+    with open(path, "rb") as file:
+        for name, place in sorted(head.places.items(), key=lambda entry: entry[1].first):
+            file.seek(place.first)
+            digest, left = hashlib.sha256(), place.bytes
+            while left:
+                piece = file.read(min(left, 1 << 22))
+                if not piece:
+                    raise StoreError(f"{path} is cut short.")
+                digest.update(piece)
+                left -= len(piece)
+            if digest.hexdigest() != head.checksums[name]:
+                raise StoreError(
+                    f"{path}: {name} are not as they were written; bring the shard back, or build the store anew."
+                )

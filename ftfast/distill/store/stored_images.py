@@ -1,0 +1,109 @@
+"""Training images that come with what a store holds of them; see :class:`ftfast.distill.data.images.Images`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftfast.distill.data.cuts import cut_rows, fold_rows
+from ftfast.distill.data.images import WHOLE, Part, steps_of
+from ftfast.distill.data.photographs import crops
+from ftfast.distill.data.stored_views import ViewedImages
+from ftfast.distill.store.ahead import Ahead
+from ftfast.distill.store.read import Rows, Store, read_batches
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """The images of some rows of a store, in one of its views in each epoch, with factors and logits.
+
+    Attributes:
+        viewed: all the images that the store is of.
+        rows: which of them, in order.
+    """
+
+    viewed: ViewedImages
+    store: Store
+    rows: np.ndarray
+    device: torch.device
+
+    @classmethod
+    def of(cls, viewed: ViewedImages, store: Store, device: torch.device) -> Self:
+        """All of a store's images."""
+        return cls(viewed, store, np.arange(store.header.images), device)
+
+    @property
+    def test_batch_size(self) -> int:
+        return self.viewed.images.test_batch_size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def draw(
+        self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Images, labels, factors ``[N, C, H, W]`` and, where the store has them, logits ``[N, classes]``.
+
+        An image's first view follows from seed and image; every epoch takes the next one, so that as many epochs as
+        there are views see each once. The factors are read ahead of the step by a thread, which has ended when this
+        has.
+
+        Raises:
+            StoreError: a shard that cannot be read.
+        """
+        # In the order of images without a store.
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        wholes = order.tensor_split(steps_of(len(self), batch_size))[first_step:]
+        own = [self.rows[whole.tensor_split(part.ranks)[part.rank].numpy()] for whole in wholes]
+
+        def batches() -> Iterator[Rows]:
+            return (Rows(images, self._views(images, seed, epoch)) for images in own)
+
+        boxes = ((rows.images, self.store.boxes[rows.images, rows.views]) for rows in batches())
+        with Ahead(read_batches(self.store, batches(), pinned=self.device.type == "cuda")) as ahead:
+            for images, stored in zip(self.viewed.cut(boxes), ahead, strict=True):
+                yield *images, *(_sent(tensor, self.device) for tensor in stored)
+
+    def _views(self, images: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        views = np.uint64(self.store.header.views)
+        return ((crops.sample_seeds(seed, 0, images) % views + np.uint64(epoch)) % views).astype(np.int64)
+
+    def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images as they are tested, without what is stored."""
+        return self.viewed.at(self.rows).in_order(batch_size, part)
+
+    def damaged(self) -> int:
+        """See :meth:`ftfast.distill.data.images.Images.damaged`."""
+        return self.viewed.images.damaged()
+
+    def bear_damage(self, count: int) -> None:
+        """See :meth:`ftfast.distill.data.images.Images.bear_damage`."""
+        self.viewed.images.bear_damage(count)
+
+    def close(self) -> None:
+        """Ends what reads images ahead and closes the store's files."""
+        self.viewed.images.close()
+        self.store.close()
+
+    def cut(self, count: int) -> tuple[Self, Self]:
+        """``count`` images with every class in proportion, the same ones as without a store, and the rest."""
+        if count == len(self):
+            return self, self._at(np.arange(0))
+        chosen, rest = cut_rows(self.viewed.labels[self.rows], count)
+        return self._at(chosen), self._at(rest)
+
+    def folds(self, count: int) -> list[tuple[Self, Self]]:
+        """See :meth:`ftfast.distill.data.images.Foldable.folds`."""
+        cuts = fold_rows(self.viewed.labels[self.rows], count)
+        return [(self._at(fitted), self._at(validated)) for fitted, validated in cuts]
+
+    def _at(self, places: np.ndarray) -> Self:
+        return replace(self, rows=self.rows[places])
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for the copy."""
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)

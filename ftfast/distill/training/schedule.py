@@ -1,0 +1,85 @@
+"""How long and how fast to train."""
+
+import math
+from dataclasses import dataclass
+
+from ftfast.distill.settings.run_settings import Settings
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a training and its descent.
+
+    Attributes:
+        epochs, batch_size, momentum, weight_decay, nesterov: as SGD and its loop take them.
+        learning_rate: the first one.
+        kind: ``"cosine"`` falls to 0 step by step; ``"steps"`` is multiplied by ``gamma`` at the start of each of the
+            ``milestones``, epochs counted from 0.
+        decay_vectors: False spares biases and norms, which are vectors, from the weight decay.
+        clip_gradient: the largest L2 norm of all gradients together; None leaves them.
+        accumulate: parts in which a batch goes through the networks, for memory's sake; one step for all of them.
+        ema: decay of the average of the weights over steps, which is what is kept in the end; None keeps the last.
+        optimiser: ``"sgd"``, or ``"adam"`` in its customary form.
+        warm_up: epochs over which the rate rises in equal steps to the first one; the cosine falls over the rest.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool = True
+    kind: str = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    decay_vectors: bool = True
+    clip_gradient: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    optimiser: str = "sgd"
+    warm_up: float = 0.0
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0 over all epochs."""
+        rising = min(round(self.warm_up * steps_per_epoch), self.epochs * steps_per_epoch)
+        if step < rising:
+            return self.learning_rate * (step + 1) / (rising + 1)
+        if self.kind == "cosine":
+            return cosine(self.learning_rate, step - rising, self.epochs * steps_per_epoch - rising)
+        passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
+        return self.learning_rate * self.gamma**passed
+
+    @property
+    def warning(self) -> str | None:
+        """The sentence to show where the rate never falls, though it was meant to."""
+        if self.kind == "cosine" or not self.milestones or min(self.milestones) < self.epochs:
+            return None
+        return (
+            f"the learning rate never falls, since every milestone ({', '.join(map(str, self.milestones))}) lies past "
+            f"the {self.epochs} epochs: give --milestones that lie before them."
+        )
+
+
+def cosine(peak: float, step: int, steps: int) -> float:
+    """``peak`` at step 0, falling to 0 at ``steps``."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def schedule_of(settings: Settings, epochs: int) -> Schedule:
+    """The settings' schedule, over that many epochs."""
+    return Schedule(
+        epochs,
+        settings.batch_size,
+        settings.learning_rate,
+        settings.momentum,
+        settings.weight_decay,
+        nesterov=settings.nesterov,
+        kind=settings.learning_rate_schedule,
+        milestones=settings.milestones,
+        gamma=settings.gamma,
+        decay_vectors=settings.decayed == "all",
+        clip_gradient=settings.clip_gradient,
+        accumulate=settings.accumulate,
+        ema=settings.ema,
+        warm_up=settings.warm_up,
+    )
