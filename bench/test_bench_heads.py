@@ -1,4 +1,4 @@
-"""What the figures of bench/kernels/ft_head.py and bench/kernels/conv3x3.py rest on: gates, counts, and the text made from records."""
+"""What the figures of the benches ft_head and conv3x3 rest on: gates, counts, and the text made from records."""
 
 from collections.abc import Callable
 from typing import Any

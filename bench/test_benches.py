@@ -4,7 +4,6 @@ A bench whose module yields groups has a case for each candidate; of another the
 """
 
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from bench.harness.candidates import Candidate
 from bench.harness.measuring import QUICK_PLAN
-from bench.harness.registry import Bench, Settings, discover
+from bench.harness.registry import Bench, Settings, bench_modules
 from bench.shapes import HEADS, QUICK_HEADS, QUICK_SHAPES, SHAPES
 
 SETTINGS = Settings(
@@ -26,14 +25,14 @@ SETTINGS = Settings(
     head_dtypes=(torch.float32, torch.bfloat16),
     quick=True,
 )
-BENCHES = {name: bench for name, bench in discover().items() if not bench.refuses(SETTINGS)}
-GROUPED = [name for name in BENCHES if hasattr(import_module(f"bench.{name}"), "groups")]
-WHOLE = [name for name in BENCHES if name not in GROUPED]
+MODULES = {name: module for name, module in bench_modules().items() if not module.BENCH.refuses(SETTINGS)}
+GROUPED = [name for name in MODULES if hasattr(MODULES[name], "groups")]
+WHOLE = [name for name in MODULES if name not in GROUPED]
 
 
 def cases() -> Iterator[Any]:
     for name in GROUPED:
-        for group in import_module(f"bench.{name}").groups(SETTINGS):
+        for group in MODULES[name].groups(SETTINGS):
             for candidate in group.build():
                 yield pytest.param(
                     group.name, candidate, id=f"{name}: {group.name}, {candidate.name}, {candidate.work}"
@@ -52,7 +51,7 @@ def test_candidate(benchmark: Any, group: str, candidate: Candidate) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_bench(benchmark: Any, name: str) -> None:
-    bench: Bench = BENCHES[name]
+    bench: Bench = MODULES[name].BENCH
     benchmark.group = name
     rows = benchmark.pedantic(bench.run, args=(SETTINGS, lambda _: None), rounds=1)
     assert rows

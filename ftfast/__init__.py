@@ -28,8 +28,8 @@ _HOMES = {
     "Translator": "modules",
     "FeatureTap": "features",
     "FeatureTaps": "taps",
-    "convert_state_dict": "conversion",
-    "doctor": "distill.doctor",
+    "convert_state_dict": "conversion.state_dicts",
+    "doctor": "diagnosis.doctor",
     "explain": "dispatch",
     "reference": "",
 }

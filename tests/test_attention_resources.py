@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("ftfast.kernels.attention")
 
 from bench.machine_code.compiling import ARCHITECTURES, Machine, compile_launch, recorded  # noqa: E402
+from bench.machine_code.shipped import ShippedLaunch  # noqa: E402
 from bench.machine_code.shipped.attention import shipped_launches  # noqa: E402
-from bench.shipped import ShippedLaunch  # noqa: E402
 
 
 def assert_wide(machine: Machine, element_bytes: int, piece_bytes: int, forward: bool) -> None:

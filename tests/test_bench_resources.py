@@ -34,15 +34,11 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 
 from triton import language as tl  # noqa: E402
 
-from bench import shipped
 from bench.__main__ import main  # noqa: E402
-from bench.harness import records
-from bench.machine_code import (
-    compiling,
-    resources,
-)
+from bench.harness import records  # noqa: E402
+from bench.machine_code import compiling, resources, shipped  # noqa: E402
 from bench.machine_code.compiling import Machine, cache_key, compile_launch, kernel_names, recorded  # noqa: E402
-from bench.shipped import ShippedLaunch  # noqa: E402
+from bench.machine_code.shipped import ShippedLaunch  # noqa: E402
 
 
 @triton.jit

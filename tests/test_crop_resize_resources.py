@@ -9,8 +9,8 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from bench.machine_code.compiling import ARCHITECTURES, compile_launch
+from bench.machine_code.shipped import ShippedLaunch
 from bench.machine_code.shipped.crop_resize import shipped_launches
-from bench.shipped import ShippedLaunch
 
 REGISTERS = 64  # 1,024 threads of a multiprocessor hide the latency of loads that all depend on a table's row
 

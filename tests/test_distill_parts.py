@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ftfast import FactorTransfer, Paraphraser, Translator, reference
 from ftfast.distill.data import in_memory
+from ftfast.distill.data.in_memory import Split
 from ftfast.distill.models import registry
 from ftfast.distill.monitor.epochs import Epoch
 from ftfast.distill.monitor.plots import curve_rows
@@ -47,11 +48,11 @@ def small_settings(**changes: object) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[in_memory.Split, in_memory.Split]:
+def digits() -> tuple[Split, Split]:
     return in_memory.load("digits", CPU)
 
 
-def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
+def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[Split, Split]) -> None:
     train, test = digits
     assert (len(train), len(test)) == (1000, 797)
     shares = [torch.bincount(part.labels, minlength=10) / len(part) for part in (train, test)]
@@ -61,7 +62,7 @@ def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[in_mem
     assert repeated < 5  # the data set itself may hold equal drawings
 
 
-def test_folds_use_every_image_once_to_validate(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
+def test_folds_use_every_image_once_to_validate(digits: tuple[Split, Split]) -> None:
     split, _ = digits[0].cut(300)
     folds = split.folds(4)
     validated = torch.cat([part.images for _, part in folds]).flatten(1).sum(1).sort().values
@@ -70,7 +71,7 @@ def test_folds_use_every_image_once_to_validate(digits: tuple[in_memory.Split, i
 
 
 def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(
-    digits: tuple[in_memory.Split, in_memory.Split],
+    digits: tuple[Split, Split],
 ) -> None:
     split, _ = digits[0].cut(97)
     first, again, next_epoch = (
@@ -81,7 +82,7 @@ def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(
     assert torch.equal(first.sort().values, split.labels.sort().values)
 
 
-def test_batches_are_of_nearly_equal_size(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
+def test_batches_are_of_nearly_equal_size(digits: tuple[Split, Split]) -> None:
     split, _ = digits[0].cut(97)  # 97 = 3 * 32 + 1: cut plainly, the last batch would hold one image
     sizes = [len(labels) for _, labels in split.draw(32, seed=0, epoch=0)]
     assert max(sizes) <= 32
@@ -162,7 +163,7 @@ def test_selection_students_take_as_many_steps_as_final_ones() -> None:
     assert steps == pytest.approx(settings.student_epochs * settings.student_images, rel=0.05)
 
 
-def test_weights_are_judged_on_images_that_were_not_learned(digits: tuple[in_memory.Split, in_memory.Split]) -> None:
+def test_weights_are_judged_on_images_that_were_not_learned(digits: tuple[Split, Split]) -> None:
     """Labels without a meaning can be learned by heart, and then say nothing about other images."""
     split, _ = digits[0].cut(100)
     labels = torch.randint(10, (100,), generator=torch.Generator().manual_seed(0))
@@ -225,9 +226,7 @@ def test_few_images_suffice_where_nothing_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("folds", [2, 4, 10])
-def test_the_fewest_images_that_are_taken_fill_every_fold(
-    digits: tuple[in_memory.Split, in_memory.Split], folds: int
-) -> None:
+def test_the_fewest_images_that_are_taken_fill_every_fold(digits: tuple[Split, Split], folds: int) -> None:
     fewest = 10 * folds
     settings = small_settings(student_images=fewest, validation_folds=folds, batch_size=10)
     assert settings.student_images == fewest
@@ -369,7 +368,7 @@ def test_curves_have_the_likeliest_five_where_every_epoch_has() -> None:
 
 
 def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(
-    digits: tuple[in_memory.Split, in_memory.Split],
+    digits: tuple[Split, Split],
 ) -> None:
     split, _ = digits[0].cut(20)
     model = torch.nn.Linear(1, 1)
@@ -382,7 +381,7 @@ def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(
 
 
 def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(
-    digits: tuple[in_memory.Split, in_memory.Split],
+    digits: tuple[Split, Split],
 ) -> None:
     split, _ = digits[0].cut(64)
     drawn: list[torch.Tensor] = []
@@ -418,7 +417,7 @@ def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(
 
 
 def test_evaluate_leaves_the_models_mode_and_counts_right_answers(
-    digits: tuple[in_memory.Split, in_memory.Split],
+    digits: tuple[Split, Split],
 ) -> None:
     split, _ = digits[0].cut(50)
     model = registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0).train()

@@ -62,33 +62,33 @@ def what_counts(results: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """An uninterrupted run and its results."""
-    run_folder = tmp_path_factory.mktemp("runs") / "whole"
-    results = run(SMALL, run_folder)
-    write_report(run_folder, results)
-    return run_folder, results
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    results = run(SMALL, folder)
+    write_report(folder, results)
+    return folder, results
 
 
 def test_a_run_leaves_everything_it_promises(whole: tuple[Path, dict[str, Any]]) -> None:
-    run_folder, results = whole
-    assert json.loads((run_folder / "results.json").read_text()) == results
-    assert Settings.from_json(json.loads((run_folder / "settings.json").read_text())) == SMALL.resolved()
+    folder, results = whole
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert Settings.from_json(json.loads((folder / "settings.json").read_text())) == SMALL.resolved()
     for name in ("teacher", "paraphraser", "students/ft/seed0", "students/kd/seed1"):
-        checkpoint.load(run_folder / name)
-        assert name == "paraphraser" or list((run_folder / "tensorboard" / name).glob("events*"))
-    assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (run_folder / "curves.svg").read_text()
-    assert "](curves.png)" in (run_folder / "report.md").read_text()
-    assert not [path for path in run_folder.rglob("*") if "partial" in path.name or "unfinished" in path.name]
+        checkpoint.load(folder / name)
+        assert name == "paraphraser" or list((folder / "tensorboard" / name).glob("events*"))
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "curves.svg").read_text()
+    assert "](curves.png)" in (folder / "report.md").read_text()
+    assert not [path for path in folder.rglob("*") if "partial" in path.name or "unfinished" in path.name]
 
 
 def test_the_table_beside_the_curves_has_their_numbers(whole: tuple[Path, dict[str, Any]]) -> None:
-    run_folder, results = whole
-    rows = list(csv.DictReader((run_folder / "curves.csv").open()))
+    folder, results = whole
+    rows = list(csv.DictReader((folder / "curves.csv").open()))
     assert len(rows) == len(SMALL.methods) * SMALL.student_epochs
     for name, method in results["methods"].items():
         last = [row for row in rows if row["method"] == name][-1]
         assert float(last["accuracy_mean"]) == pytest.approx(method["mean"], rel=1e-4)
-        assert f"{method['mean']:.2f}" in (run_folder / "report.md").read_text()
+        assert f"{method['mean']:.2f}" in (folder / "report.md").read_text()
 
 
 def test_every_method_has_a_style_of_its_own() -> None:
@@ -197,8 +197,8 @@ def test_a_killed_run_resumes_to_the_results_of_an_uninterrupted_one(
 def test_a_run_killed_by_the_system_resumes_to_the_same_results(
     tmp_path: Path, whole: tuple[Path, dict[str, Any]]
 ) -> None:
-    run_folder = tmp_path / "run"
-    words = ["--output", str(run_folder), "--checkpoint-seconds", "0"]
+    folder = tmp_path / "run"
+    words = ["--output", str(folder), "--checkpoint-seconds", "0"]
     for name, value in SMALL.to_json().items():
         if name not in ("format", "version") and value is not None:
             words += [
@@ -207,13 +207,13 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_results(
             ]
     process = subprocess.Popen([sys.executable, "-m", "ftfast", "distill", *words], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
-    while not list(run_folder.glob("students/ft/seed0*/epoch*")) and process.poll() is None:
+    while not list(folder.glob("students/ft/seed0*/epoch*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (run_folder / "results.json").exists()
-    assert what_counts(run(SMALL, run_folder, resume=True)) == what_counts(whole[1])
+    assert not (folder / "results.json").exists()
+    assert what_counts(run(SMALL, folder, resume=True)) == what_counts(whole[1])
 
 
 def test_a_finished_run_resumes_at_once_and_changes_no_number(

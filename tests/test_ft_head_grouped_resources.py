@@ -14,9 +14,9 @@ tiles = pytest.importorskip("ftfast.kernels.ft_head_tiles")
 tables = pytest.importorskip("ftfast.kernels.conv3x3_tiles")
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, cache_key, compile_launch  # noqa: E402
+from bench.machine_code.shipped import ShippedLaunch  # noqa: E402
 from bench.machine_code.shipped.ft_head_grouped import launches_of, shipped_launches  # noqa: E402
 from bench.shapes import HEADS, HeadShape  # noqa: E402
-from bench.shipped import ShippedLaunch  # noqa: E402
 
 QUICK = [
     ("grouped forward 512->512 of 256x512->256x7x7 bfloat16", 90),

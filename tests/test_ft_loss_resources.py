@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("ftfast.kernels.ft_loss")
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, Machine, cache_key, compile_launch, recorded  # noqa: E402
+from bench.machine_code.shipped import ShippedLaunch  # noqa: E402
 from bench.machine_code.shipped.ft_loss import run_launchers, shipped_launches  # noqa: E402
-from bench.shipped import ShippedLaunch  # noqa: E402
 
 BUCKETS = [2**power for power in range(7, 15)]
 

@@ -15,6 +15,7 @@ import torch
 from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.photographs import listing, readers, shard_index, streamed, tar_shards
 from ftfast.distill.data.photographs.readers import Reader
+from ftfast.distill.data.photographs.tar_shards import ShardFiles
 from tests.launching import ROOT
 from tests.photograph_folder import make_folder, make_shards
 from tests.test_streamed import jpeg, on_device, one_shard
@@ -164,9 +165,7 @@ def two_shards(path: Path) -> Path:
     return path / "shards"
 
 
-def assert_same(
-    ours: tuple[tar_shards.ShardFiles, np.ndarray], theirs: tuple[tar_shards.ShardFiles, np.ndarray]
-) -> None:
+def assert_same(ours: tuple[ShardFiles, np.ndarray], theirs: tuple[tar_shards.ShardFiles, np.ndarray]) -> None:
     assert ours[1].tolist() == theirs[1].tolist()
     for index in range(len(ours[1])):
         assert ours[0].read(index) == theirs[0].read(index)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""How benches measure: clocks, correctness gates, the machine, records."""

@@ -16,7 +16,7 @@ from bench.harness.quiet import load_average, usable_cores
 from ftfast import dispatch
 from ftfast.distill.monitor import gpu_meter
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 CPU_FLAGS: tuple[str, ...] = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
 CPU_FLAGS += (
     "avx512_vnni",

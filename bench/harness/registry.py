@@ -1,17 +1,19 @@
-"""Which benches there are: every module of this package that defines ``BENCH``."""
+"""Which benches there are: every module of the packages below that defines ``BENCH``."""
 
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from rich.table import Table
 
-import bench
 from bench.harness.measuring import Plan
 from bench.harness.records import Record, Row
 from bench.shapes import FactorShape, HeadShape
+
+PACKAGES = ("bench", "bench.kernels", "bench.machine_code", "bench.training")
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ class Bench:
     refuses: Callable[[Settings], str] = runs_anywhere
 
 
+def bench_modules() -> dict[str, ModuleType]:
+    """The modules of benches by their own name, in its order."""
+    found = {}
+    for package in PACKAGES:
+        for module_info in pkgutil.iter_modules(import_module(package).__path__):
+            if module_info.ispkg or module_info.name.startswith(("_", "test_")):
+                continue
+            module = import_module(f"{package}.{module_info.name}")
+            if isinstance(getattr(module, "BENCH", None), Bench):
+                found[module_info.name] = module
+    return dict(sorted(found.items()))
+
+
 def discover() -> dict[str, Bench]:
     """The benches by their module's name."""
-    benches = {}
-    for module_info in pkgutil.iter_modules(bench.__path__):
-        if module_info.name.startswith(("_", "test_")):
-            continue
-        registered = getattr(import_module(f"bench.{module_info.name}"), "BENCH", None)
-        if isinstance(registered, Bench):
-            benches[module_info.name] = registered
-    return benches
+    return {name: module.BENCH for name, module in bench_modules().items()}

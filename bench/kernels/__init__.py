@@ -1,1 +1,1 @@
-"""TODO."""
+"""Benches of kernels: loss, head, convolutions, drop-ins."""

@@ -1,4 +1,4 @@
-"""What :mod:`bench.kernels.compat` compares: each peer's loss and its drop-in, and each drop-in class beside the bare call."""
+"""What :mod:`bench.kernels.compat` compares: peers' losses and drop-ins, drop-in classes and the bare call."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

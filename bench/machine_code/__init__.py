@@ -1,1 +1,1 @@
-"""TODO."""
+"""What the compiled kernels need: registers, shared memory, instructions."""

@@ -7,14 +7,13 @@ from itertools import islice
 from rich.table import Table
 from rich.text import Text
 
-from bench import shipped
 from bench.harness.measuring import raised
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
-from bench.machine_code import compiling
+from bench.machine_code import compiling, shipped
 from bench.machine_code.compiling import Machine
+from bench.machine_code.shipped import ShippedLaunch
 from bench.results import tables
-from bench.shipped import ShippedLaunch
 
 STEM = "resources"
 QUICK_LAUNCHES = 1

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What is made of records: tables, pictures, comparisons, the README's blocks."""

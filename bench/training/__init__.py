@@ -1,1 +1,1 @@
-"""TODO."""
+"""Benches of steps, loaders, stores and whole runs."""

@@ -12,9 +12,7 @@ from ftfast.distill.settings.presets import settings_of
 
 def main(given: dict[str, Any]) -> None:
     """``ftfast distill`` with a preset; results.json and telemetry.jsonl are left in the output folder."""
-    paraphraser.LEAST_SPREAD = (
-        0.0  # a teacher of random weights may see all pictures alike, and costs what another does
-    )
+    paraphraser.LEAST_SPREAD = 0.0  # random teachers may see all pictures alike, and cost the same
     run(
         settings_of(given["preset"], **given["settings"]),
         Path(given["output"]),

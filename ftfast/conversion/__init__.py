@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoints of paraphrasers and translators under other projects' names."""

@@ -98,7 +98,7 @@ def _mode(teacher: nn.Module) -> list[Finding]:
         Finding(
             f"the teacher's {names[0]} and {len(names) - 1} more are in train mode, so its features change from batch "
             "to batch and its running statistics drift",
-            "call teacher.eval() after every student.train(), or wrap it in ftfast.distill.models.frozen_teacher.FrozenTeacher",
+            "call teacher.eval() after every student.train(), or wrap it in ftfast's FrozenTeacher",
             "",
             wrong=True,
         )

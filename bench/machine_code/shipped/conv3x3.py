@@ -6,8 +6,8 @@ import torch
 
 from bench.kernels.layers import WORKS, Layer, layers_of
 from bench.machine_code.compiling import ARCHITECTURES, cache_key, recorded, replaced
+from bench.machine_code.shipped import ShippedLaunch
 from bench.shapes import HEADS
-from bench.shipped import ShippedLaunch
 from ftfast.kernels import activation, conv3x3, conv3x3_tiles, conv3x3_weight_gradient, pack_weights
 
 DTYPES = (torch.bfloat16, torch.float32)

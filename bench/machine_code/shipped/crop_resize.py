@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.machine_code.compiling import recorded
-from bench.shipped import ShippedLaunch
+from bench.machine_code.shipped import ShippedLaunch
 from ftfast.kernels import crop_resize
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, cache_key, recorded, replaced
+from bench.machine_code.shipped import ShippedLaunch
 from bench.shapes import HEADS, HeadShape
-from bench.shipped import ShippedLaunch
 from ftfast.kernels import (
     conv3x3_tiles,
     ft_head_gradient_sums,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, recorded, replaced
-from bench.shipped import ShippedLaunch
+from bench.machine_code.shipped import ShippedLaunch
 from ftfast.kernels import conv3x3_tiles, ft_head_small, ft_head_small_backward
 from ftfast.kernels.pack_weights import padded_channels
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.machine_code.compiling import Launch, recorded
-from bench.shipped import ShippedLaunch
+from bench.machine_code.shipped import ShippedLaunch
 from ftfast.kernels import ft_loss
 
 FACTORS = [

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Networks by name, and how they run: teachers frozen, students with their layers fused."""

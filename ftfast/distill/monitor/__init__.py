@@ -1,1 +1,1 @@
-"""TODO."""
+"""What a run says of itself: bars, telemetry, logs, pictures and the report."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The phases of a run: teacher, paraphraser, choice of weights, students, results."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What every training stands on: files, checkpoints, processes, signals."""

@@ -1,6 +1,7 @@
 """Recipes by name: the paper's pairs of networks on CIFAR, and one for each other data set.
 
-A preset's values are defaults of :class:`ftfast.distill.settings.run_settings.Settings`; what is given beside it overrides them.
+A preset's values are defaults of :class:`ftfast.distill.settings.run_settings.Settings`; what is given beside it
+overrides them.
 """
 
 from pathlib import Path

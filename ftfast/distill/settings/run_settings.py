@@ -82,13 +82,13 @@ class Settings(Recipe):
 
     def dataset(self) -> Dataset:
         """The data set; of photographs, what is known of them."""
-        listing = {
+        photographs = {
             "classes": self.classes,
             "size": self.image_size,
             "train": self.train_images,
             "test": self.test_images,
         }
-        return described_dataset(self.data, listing)
+        return described_dataset(self.data, photographs)
 
     def image_source(self) -> Source:
         """Where the images come from, and how those that are trained on are augmented."""

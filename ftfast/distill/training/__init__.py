@@ -1,1 +1,1 @@
-"""TODO."""
+"""How a student learns: methods, the step, the loop, the schedule."""
