@@ -16,8 +16,8 @@ from torch import Tensor
 from ftfast.distill.data import datasets, in_memory
 from ftfast.distill.data.augment import Augmentation, Draws
 from ftfast.distill.data.datasets import DataError
-from ftfast.distill.data.images import Part
 from ftfast.distill.data.in_memory import Source, Split
+from ftfast.distill.runtime.processes import Part
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.errors import SettingsError
 from tests.cifar_files import write_cifar

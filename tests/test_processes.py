@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ftfast.commands.evaluate import evaluate_checkpoint
-from ftfast.distill.data.images import Part, size_of, steps_of
-from ftfast.distill.runtime.processes import ALONE, Agreement
+from ftfast.distill.data.images import size_of, steps_of
+from ftfast.distill.runtime.processes import ALONE, Agreement, Part
 from ftfast.errors import SettingsError
 from tests import data_parallel_worker
 from tests.launching import finished, results_of, torchrun, wait_for, worker_of

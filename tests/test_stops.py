@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from ftfast.distill.data.datasets import DataError
-from ftfast.distill.data.images import Part
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.runtime.checkpoint import Checkpoint
-from ftfast.distill.runtime.processes import ALONE, Agreement, Processes
+from ftfast.distill.runtime.processes import ALONE, Agreement, Part, Processes
 from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
 from ftfast.distill.training import resumable
 from ftfast.distill.training.evaluate import Judged, evaluate

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ftfast.cli import main
-from ftfast.distill.data.images import WHOLE, Part
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.phases.setup import load_images, precision_of
 from ftfast.distill.phases.trainable import Guides, student_training
 from ftfast.distill.run import run
+from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.runtime.signals import Stopped
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import Settings

@@ -1,19 +1,11 @@
 """What a training draws its batches from: small images in memory, files read as they are needed, or a factor store."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
-
-class Part(NamedTuple):
-    """Which share of every batch a process takes: that of ``rank`` among ``ranks``."""
-
-    rank: int = 0
-    ranks: int = 1
-
-
-WHOLE = Part()
+from ftfast.distill.runtime.processes import WHOLE, Part
 
 
 class Images(Protocol):

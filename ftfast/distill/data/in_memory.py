@@ -12,7 +12,8 @@ from torch import Tensor
 from ftfast.distill.data import datasets
 from ftfast.distill.data.augment import Augmentation
 from ftfast.distill.data.cuts import cut_rows, fold_rows
-from ftfast.distill.data.images import WHOLE, Part, size_of, steps_of
+from ftfast.distill.data.images import size_of, steps_of
+from ftfast.distill.runtime.processes import WHOLE, Part
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ftfast.distill.data.images import Images
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.streamed import Streamed
-from ftfast.distill.store.header import hash_json
+from ftfast.distill.runtime.files import hash_json
 from ftfast.errors import StoreError
 
 Batch = tuple[np.ndarray, np.ndarray]

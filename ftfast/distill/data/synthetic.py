@@ -7,7 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ftfast.distill.data.images import WHOLE, Part, size_of, steps_of
+from ftfast.distill.data.images import size_of, steps_of
+from ftfast.distill.runtime.processes import WHOLE, Part
 
 POOL = 64
 

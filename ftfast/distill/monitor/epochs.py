@@ -25,3 +25,14 @@ def images_per_second(history: Iterable[Epoch]) -> float | None:
     measured = list(history)[1:]
     seconds = sum(record.seconds for record in measured)
     return sum(record.images for record in measured) / seconds if seconds else None
+
+
+LEFT_OUT = "images left out"
+
+
+def means_of(totals: dict[str, float], images: int) -> dict[str, float]:
+    """Means by term of sums over images, those left out not among them; empty where none is left."""
+    counted = images - totals.get(LEFT_OUT, 0.0)
+    if counted < 0.5:  # of an image
+        return {}
+    return {name: total / counted for name, total in totals.items() if name != LEFT_OUT}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from ftfast.distill.training.losses import means_of
+from ftfast.distill.monitor.epochs import means_of
 
 # Of these each process has its own time; backward is where all wait for the slowest.
 BEFORE_GRADIENTS_MEET = ("data", "teacher", "student", "head")

@@ -9,15 +9,25 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ftfast.distill.data.images import Part
 from ftfast.errors import DistillError, LostProcessError, SettingsError
+
+
+class Part(NamedTuple):
+    """Which share of every batch a process takes: that of ``rank`` among ``ranks``."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+WHOLE = Part()
+
 
 Value = TypeVar("Value")
 # A paraphraser is judged and a checkpoint written by one process, while the others wait.

@@ -184,8 +184,8 @@ def header_of(
     classes = settings.dataset().classes if request.logits else 0
     count = len(images.labels)
     hashes = {
-        "teacher": headers.hash_tensors(teacher.tensors),
-        "paraphraser": headers.hash_tensors(paraphraser.tensors),
+        "teacher": files.hash_tensors(teacher.tensors),
+        "paraphraser": files.hash_tensors(paraphraser.tensors),
         **images.hashes(),
     }
     return Header(

@@ -1,14 +1,10 @@
 """``store.json``: what a store was made from and how, and the comparison with what it is to be used for."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
-
-import torch
-from torch import Tensor
 
 from ftfast.distill.data.in_memory import DATASETS
 from ftfast.distill.runtime import files
@@ -172,18 +168,3 @@ def check_same_build(path: Path, begun: Header, asked: Header) -> None:
                     f"{name} is {value!r}, and the store {path} was begun with {part_before.get(name)!r}; go on as it "
                     "was begun, or build another one."
                 )
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors and their names, whatever file they come from."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def hash_json(content: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

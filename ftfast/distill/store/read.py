@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill.runtime import checkpoint
+from ftfast.distill.runtime import checkpoint, files
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.quantise import DTYPES, as_factors
@@ -66,7 +66,7 @@ class Store:
             found = checkpoint.load(self.path / name)
         except CheckpointError as error:
             raise StoreError(f"the store's {name} cannot be used: {error}") from None
-        headers.check_hashes(self.path, self.header, {name: headers.hash_tensors(found.tensors)})
+        headers.check_hashes(self.path, self.header, {name: files.hash_tensors(found.tensors)})
         return found
 
     def read(self, rows: Rows, *, pinned: bool = False) -> tuple[Tensor, ...]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ftfast.distill.data.cuts import cut_rows, fold_rows
-from ftfast.distill.data.images import WHOLE, Part, steps_of
+from ftfast.distill.data.images import steps_of
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.stored_views import ViewedImages
+from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.store.ahead import Ahead
 from ftfast.distill.store.read import Rows, Store, read_batches
 

@@ -11,6 +11,7 @@ from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.phases.setup import Setup, load_images
 from ftfast.distill.phases.teacher import read_teacher
 from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.runtime import files
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
@@ -27,7 +28,7 @@ def check(settings: Settings) -> None:
     for name in (TEACHER, PARAPHRASER):
         store.guide(name)
     if settings.teacher_checkpoint is not None:
-        headers.check_hashes(store.path, store.header, {"teacher": headers.hash_tensors(read_teacher(settings))})
+        headers.check_hashes(store.path, store.header, {"teacher": files.hash_tensors(read_teacher(settings))})
     train, _ = load_images(settings)
     try:
         images = viewed(train, _data_folder(settings))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ftfast.distill.monitor.epochs import LEFT_OUT, means_of
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.training.methods import Terms
 from ftfast.errors import IN_A_NEW_RUN, DistillError
@@ -14,7 +15,6 @@ from ftfast.errors import IN_A_NEW_RUN, DistillError
 STEPS_BETWEEN_LOOKS = 50
 # Steps in a row: the scaler halves its factor at each, and has come to 1 long before.
 MOST_LEFT_OUT = 50
-LEFT_OUT = "images left out"
 
 
 class DivergedError(DistillError):
@@ -99,14 +99,6 @@ class LossRecord:
         if not means:
             raise _diverged(math.nan, 0)
         return means
-
-
-def means_of(totals: dict[str, float], images: int) -> dict[str, float]:
-    """Means by term of sums over images, those left out not among them; empty where none is left."""
-    counted = images - totals.get(LEFT_OUT, 0.0)
-    if counted < 0.5:  # of an image
-        return {}
-    return {name: total / counted for name, total in totals.items() if name != LEFT_OUT}
 
 
 def _diverged(loss: float, step: int) -> DivergedError:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ftfast.distill.data.cuts import cut_rows
 from ftfast.distill.data.datasets import DataError, default_folder
-from ftfast.distill.data.images import WHOLE, Images, Part, steps_of
+from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import normalise
 from ftfast.distill.data.photographs.gpu_pipeline import decoded_ahead
 from ftfast.distill.data.photographs.listing import TEST, TRAIN, Photographs, list_photographs
 from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, in_words, loader_of
 from ftfast.distill.data.synthetic import Synthetic
+from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.settings.normalisation import IMAGENET, Colours
 from ftfast.distill.settings.recipe import WITHOUT_RAND_AUGMENT
 from ftfast.errors import SettingsError
