@@ -13,9 +13,9 @@ from ftfast.cli import main
 from ftfast.commands.trained import read_trained
 from ftfast.distill.data.images import Images
 from ftfast.distill.data.photographs import listing, streamed
+from ftfast.distill.data.photographs.decoding import IMAGENET, Colours
 from ftfast.distill.data.photographs.streamed import Streamed
 from ftfast.distill.models import libraries, registry
-from ftfast.distill.settings.normalisation import IMAGENET, Colours
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header

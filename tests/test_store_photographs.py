@@ -8,8 +8,8 @@ import torch
 
 from ftfast.cli import main
 from ftfast.distill.data.photographs import crops, decoding, listing, streamed
+from ftfast.distill.data.photographs.decoding import IMAGENET
 from ftfast.distill.data.stored_views import PhotographViews, viewed
-from ftfast.distill.settings.normalisation import IMAGENET
 from ftfast.distill.store.read import Store
 from ftfast.errors import StoreError
 from tests.launching import results_of

@@ -75,7 +75,7 @@ def stores(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def settings_for(store: Path, **given: Any) -> Settings:
-    return settings_of(store=str(store), **{**STUDENTS, **given}).resolved()
+    return settings_of(**headers.with_store({"store": str(store), **STUDENTS, **given})).resolved()
 
 
 def images_of(settings: Settings) -> StoredImages:
@@ -354,7 +354,7 @@ def test_settings_take_what_is_open_from_the_store(stores: dict[str, Path]) -> N
     with pytest.raises(SettingsError, match="mixup"):
         settings_for(stores["int8"], mixup=0.1)
     with pytest.raises(StoreError, match="is no factor store"):
-        settings_of(store="/nowhere")
+        headers.with_store({"store": "/nowhere"})
 
 
 def test_views_of_images_that_are_not_augmented(run_folder: Path) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.images import Images
 from ftfast.distill.data.photographs import crops, decoding, listing, readers, streamed
+from ftfast.distill.data.photographs.decoding import IMAGENET
 from ftfast.distill.data.photographs.streamed import Streamed
 from ftfast.distill.runtime.processes import WHOLE, Part
-from ftfast.distill.settings.normalisation import IMAGENET
 from ftfast.distill.settings.presets import settings_of
 from ftfast.errors import SettingsError
 from tests.launching import ROOT

@@ -24,7 +24,7 @@ from bench.training.loaders_parts import gpu_parts
 from bench.training.step_cost import STEP, step_group
 from bench.training.step_peers import CIFAR, IMAGENET, Pair
 from ftfast.distill.data.photographs import streamed
-from ftfast.distill.settings.normalisation import IMAGENET as COLOURS
+from ftfast.distill.data.photographs.decoding import IMAGENET as COLOURS
 
 STEM = "loaders"
 WORK = "batch"

@@ -19,9 +19,8 @@ from ftfast.distill.models.frozen_teacher import FrozenTeacher
 from ftfast.distill.phases.setup import precision_of
 from ftfast.distill.phases.trainable import Guides, learner_of
 from ftfast.distill.runtime.processes import ALONE, Processes
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.settings.run_settings import Settings, schedule_of
 from ftfast.distill.training.methods import Weights
-from ftfast.distill.training.schedule import schedule_of
 from ftfast.distill.training.step import LearningStep
 
 BETA = 500.0

@@ -9,6 +9,8 @@ from pathlib import Path
 from ftfast.distill.runtime import torchrun
 from ftfast.distill.runtime.signals import Interrupted, signals_interrupt
 from ftfast.distill.settings import options
+from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.store.header import with_store
 from ftfast.errors import DistillError, SettingsError
 
 
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = options.from_arguments(args)
+    settings = settings_of(args.preset, **with_store(options.given_settings(args)))
     if args.print_settings:
         print(json.dumps(settings.resolved().to_json(), indent=2))
         return 0

@@ -25,10 +25,9 @@ from ftfast.distill.phases.trainable import Guides
 from ftfast.distill.run_doctor import examine_step
 from ftfast.distill.runtime import files, torchrun
 from ftfast.distill.runtime.processes import Processes, joined, lost_in_words
-from ftfast.distill.settings.run_settings import DTYPES, Settings
+from ftfast.distill.settings.run_settings import DTYPES, Settings, schedule_of
 from ftfast.distill.store import training as store_training
 from ftfast.distill.training.methods import METHODS
-from ftfast.distill.training.schedule import schedule_of
 from ftfast.errors import RunFolderError, SettingsError
 
 

@@ -10,8 +10,8 @@ from ftfast.diagnosis.doctor import doctor
 from ftfast.distill.phases.selection import candidates
 from ftfast.distill.phases.setup import Setup
 from ftfast.distill.phases.trainable import Guides, build_student, learner_of
+from ftfast.distill.settings.run_settings import schedule_of
 from ftfast.distill.training.methods import METHODS
-from ftfast.distill.training.schedule import schedule_of
 from ftfast.distill.training.step import LearningStep
 
 

@@ -29,11 +29,11 @@ from ftfast.distill.phases.teacher import Teacher, build, read_teacher, teacher_
 from ftfast.distill.phases.trainable import with_batch_norms
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.runtime.checkpoint import Checkpoint
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.settings.run_settings import Settings, schedule_of
 from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import METHODS, Terms
-from ftfast.distill.training.schedule import Schedule, schedule_of
+from ftfast.distill.training.schedule import Schedule
 from ftfast.distill.training.step import Precision
 from ftfast.modules import Paraphraser
 

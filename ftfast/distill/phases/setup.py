@@ -11,6 +11,7 @@ import torch
 
 from ftfast.distill.data import in_memory
 from ftfast.distill.data.images import Images
+from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, to_photographs
 from ftfast.distill.monitor.gpu_meter import gpu_of, why_there_is_none
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.monitor.telemetry import SECONDS_BETWEEN_LINES, RunLog
@@ -18,7 +19,6 @@ from ftfast.distill.monitor.tensorboard import EpochLog
 from ftfast.distill.phases.run_folder import RunFolder
 from ftfast.distill.runtime.checkpoint import Checkpoint, save
 from ftfast.distill.runtime.processes import Processes
-from ftfast.distill.settings.normalisation import IMAGENET, Colours, to_photographs
 from ftfast.distill.settings.run_settings import DTYPES, Settings
 from ftfast.distill.training import resumable
 from ftfast.distill.training.loop import Training

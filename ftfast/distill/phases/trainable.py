@@ -14,11 +14,10 @@ from ftfast.distill.models.training_forward import training_forward
 from ftfast.distill.monitor.step_clock import part
 from ftfast.distill.phases.teacher import build, student_description
 from ftfast.distill.runtime.processes import ALONE, Processes
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.settings.run_settings import Settings, schedule_of
 from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import METHODS, Regressor, Stored, Taught, Terms, Weights
-from ftfast.distill.training.schedule import schedule_of
 from ftfast.distill.training.step import BesideStudent, Precision
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator

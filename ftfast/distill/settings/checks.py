@@ -1,8 +1,9 @@
 """What the fields of a recipe may be together, as far as the fields alone tell."""
 
 from ftfast.distill.data.in_memory import DATASETS
+from ftfast.distill.data.photographs.listing import WITHOUT_RAND_AUGMENT
 from ftfast.distill.models import registry
-from ftfast.distill.settings.recipe import WITHOUT_RAND_AUGMENT, Recipe
+from ftfast.distill.settings.recipe import Recipe
 from ftfast.distill.training.methods import METHODS, WEIGHTS
 from ftfast.errors import SettingsError
 

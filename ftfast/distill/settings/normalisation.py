@@ -3,23 +3,13 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, of_photographs
 from ftfast.distill.models import libraries
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.settings.recipe import Recipe
 from ftfast.errors import CheckpointError, SettingsError
-
-
-class Colours(NamedTuple):
-    """Mean and deviation of a photograph's three colours, of pixels from 0 to 1."""
-
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-
-
-# Of ImageNet's training images; torchvision's models and most of timm's were trained with these.
-IMAGENET = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def of_recipe(recipe: Recipe) -> Colours:
@@ -64,18 +54,6 @@ def _described(path: Path) -> dict[str, Any] | None:
             metadata = checkpoint.read_metadata(path)
             return json.loads(metadata["ftfast"]) if "ftfast" in metadata else None
     return None
-
-
-def of_photographs(described: dict[str, Any]) -> Colours:
-    """Those that a checkpoint's ``"photographs"`` name, or ImageNet's where they name none."""
-    if "mean" not in described:
-        return IMAGENET
-    return Colours(tuple(described["mean"]), tuple(described["deviation"]))
-
-
-def to_photographs(colours: Colours) -> dict[str, Any]:
-    """What :func:`of_photographs` reads; nothing of ImageNet's, as checkpoints had it before there were others."""
-    return {} if colours == IMAGENET else {name: list(values) for name, values in colours._asdict().items()}
 
 
 def _shown(values: tuple[float, ...]) -> str:

@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from ftfast.distill.settings.fields import plain_type
-from ftfast.distill.settings.presets import PRESETS, settings_of
+from ftfast.distill.settings.presets import PRESETS
 from ftfast.distill.settings.run_settings import HINTS, Settings
 from ftfast.errors import SettingsError
 
@@ -14,7 +14,7 @@ _TRUTHS = {"yes": True, "true": True, "no": False, "false": False}
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """``--preset``, and one option for every setting; the values stay text until :func:`from_arguments` reads them."""
+    """``--preset``, and one option for every setting; the values stay text until :func:`given_settings` reads them."""
     parser.add_argument(
         "--preset", metavar="NAME", help=f"where the other values come from (one of {', '.join(PRESETS)}) [the data's]"
     )
@@ -51,14 +51,14 @@ class _YesOrNo(argparse.Action):
         setattr(namespace, self.dest, ("no" if meant else "yes") if values is None else f"{'not ' * meant}{values}")
 
 
-def from_arguments(arguments: argparse.Namespace) -> Settings:
-    """The settings that the command line gives, the preset's where it gives none.
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gives, by name; those that it leaves out are not among them.
 
     Raises:
-        SettingsError: an unknown preset, or a value that its field does not take.
+        SettingsError: a text that is no value of its setting.
     """
     given = {name: getattr(arguments, name) for name in HINTS if getattr(arguments, name) is not None}
-    return settings_of(arguments.preset, **{name: _parse(name, HINTS[name], text) for name, text in given.items()})
+    return {name: _parse(name, HINTS[name], text) for name, text in given.items()}
 
 
 def _metavar(hint: Any) -> str:

@@ -4,7 +4,6 @@ A preset's values are defaults of :class:`ftfast.distill.settings.run_settings.S
 overrides them.
 """
 
-from pathlib import Path
 from typing import Any
 
 from ftfast.distill.settings.run_settings import Settings
@@ -141,19 +140,12 @@ def preset_for(data: str) -> str | None:
 def settings_of(preset: str | None = None, **given: Any) -> Settings:
     """The settings of a preset, overridden by those given.
 
-    With ``store`` among them, what they leave open about images, teacher and paraphraser is that of the store.
-
     Args:
         preset: one of :data:`PRESETS`; that of the given ``data`` by default, ``digits`` where that is not given.
 
     Raises:
-        StoreError: no store, or one of a newer version.
         SettingsError: an unknown preset, one for other data than those given, or a value that its field does not take.
     """
-    if given.get("store") is not None:
-        from ftfast.distill.store import header
-
-        given = {**header.read(Path(given["store"])).read_settings(), **given}
     if preset is None:
         preset = preset_for(given.get("data", "digits"))
     elif preset not in PRESETS:

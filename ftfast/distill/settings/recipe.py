@@ -17,7 +17,6 @@ OPTIMISERS = ("adam", "sgd")
 RECONSTRUCTION_LOSSES = ("l1", "mse")
 SCHEDULES = ("cosine", "steps")
 LOADERS = ("folder", "gpu", "webdataset", "synthetic")
-WITHOUT_RAND_AUGMENT = ("gpu", "synthetic")
 PARAPHRASER_SCHEDULES = ("cosine", "constant")
 
 

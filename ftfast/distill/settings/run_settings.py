@@ -14,12 +14,14 @@ from ftfast.distill.data import datasets
 from ftfast.distill.data.augment import Augmentation
 from ftfast.distill.data.images import steps_of
 from ftfast.distill.data.in_memory import DATASETS, Dataset, Source, described_dataset
+from ftfast.distill.data.photographs import decoding
 from ftfast.distill.models import registry
 from ftfast.distill.settings import normalisation
 from ftfast.distill.settings.checks import check_recipe
 from ftfast.distill.settings.fields import check
 from ftfast.distill.settings.recipe import DTYPES, Recipe
 from ftfast.distill.training.methods import METHODS, WEIGHTS
+from ftfast.distill.training.schedule import Schedule
 from ftfast.errors import SettingsError
 
 __all__ = ["DTYPES", "HINTS", "Settings"]
@@ -274,7 +276,7 @@ class Settings(Recipe):
         if unknown:
             raise SettingsError(f"the settings have an unknown field, {unknown[0]!r}; it takes {', '.join(HINTS)}.")
         if DATASETS.keys() >= {values.get("data")} and DATASETS[values["data"]].is_streamed:
-            values = {**normalisation.IMAGENET._asdict(), **values}  # which had no name when there were no others
+            values = {**decoding.IMAGENET._asdict(), **values}  # which had no name when there were no others
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -294,3 +296,23 @@ def _has_bfloat16(device: str) -> bool:
     # Emulated bfloat16 is slower than float32, so only processors with instructions of their own count.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(value is True for name, value in capabilities.items() if name.endswith("bf16"))
+
+
+def schedule_of(settings: Settings, epochs: int) -> Schedule:
+    """The settings' schedule, over that many epochs."""
+    return Schedule(
+        epochs,
+        settings.batch_size,
+        settings.learning_rate,
+        settings.momentum,
+        settings.weight_decay,
+        nesterov=settings.nesterov,
+        kind=settings.learning_rate_schedule,
+        milestones=settings.milestones,
+        gamma=settings.gamma,
+        decay_vectors=settings.decayed == "all",
+        clip_gradient=settings.clip_gradient,
+        accumulate=settings.accumulate,
+        ema=settings.ema,
+        warm_up=settings.warm_up,
+    )

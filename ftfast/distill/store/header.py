@@ -124,6 +124,15 @@ def read(path: Path) -> Header:
     return Header.from_json(content, path)
 
 
+def with_store(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are given; where a ``store`` is among them, with its images, teacher and paraphraser.
+
+    Raises:
+        StoreError: no store, or one of a newer version.
+    """
+    return given if given.get("store") is None else {**read(Path(given["store"])).read_settings(), **given}
+
+
 def is_finished(path: Path) -> bool:
     """Whether there is a finished store; one of another version, or none, is not."""
     try:

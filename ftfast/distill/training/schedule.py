@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from ftfast.distill.settings.run_settings import Settings
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -63,23 +61,3 @@ class Schedule:
 def cosine(peak: float, step: int, steps: int) -> float:
     """``peak`` at step 0, falling to 0 at ``steps``."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def schedule_of(settings: Settings, epochs: int) -> Schedule:
-    """The settings' schedule, over that many epochs."""
-    return Schedule(
-        epochs,
-        settings.batch_size,
-        settings.learning_rate,
-        settings.momentum,
-        settings.weight_decay,
-        nesterov=settings.nesterov,
-        kind=settings.learning_rate_schedule,
-        milestones=settings.milestones,
-        gamma=settings.gamma,
-        decay_vectors=settings.decayed == "all",
-        clip_gradient=settings.clip_gradient,
-        accumulate=settings.accumulate,
-        ema=settings.ema,
-        warm_up=settings.warm_up,
-    )

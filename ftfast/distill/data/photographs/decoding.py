@@ -5,7 +5,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from io import BytesIO
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,8 +13,31 @@ from torch import Tensor
 from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.in_memory import Normalisation
 from ftfast.distill.data.photographs import crops
-from ftfast.distill.settings.normalisation import IMAGENET, Colours
 from ftfast.ops.crop_resize import can_crop, crop_resize
+
+
+class Colours(NamedTuple):
+    """Mean and deviation of a photograph's three colours, of pixels from 0 to 1."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+# Of ImageNet's training images; torchvision's models and most of timm's were trained with these.
+IMAGENET = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def of_photographs(described: dict[str, Any]) -> Colours:
+    """Those that a checkpoint's ``"photographs"`` name, or ImageNet's where they name none."""
+    if "mean" not in described:
+        return IMAGENET
+    return Colours(tuple(described["mean"]), tuple(described["deviation"]))
+
+
+def to_photographs(colours: Colours) -> dict[str, Any]:
+    """What :func:`of_photographs` reads; nothing of ImageNet's, as checkpoints had it before there were others."""
+    return {} if colours == IMAGENET else {name: list(values) for name, values in colours._asdict().items()}
+
 
 _log = logging.getLogger("ftfast")
 _JPEG = b"\xff\xd8"

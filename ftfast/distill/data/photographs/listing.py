@@ -99,3 +99,6 @@ def describe(folder: Path, loader: str) -> Counts:
             f"{folder} has {train.classes} classes in {TRAIN} and {test.classes} in {TEST}; it takes the same in both."
         )
     return Counts(train.classes, len(train.labels), len(test.labels))
+
+
+WITHOUT_RAND_AUGMENT = ("gpu", "synthetic")

@@ -21,10 +21,9 @@ from torch.utils.data._utils import signal_handling
 
 from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.photographs import crops
-from ftfast.distill.data.photographs.decoding import Encoded, Read
+from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, Encoded, Read
 from ftfast.distill.data.photographs.listing import Files
 from ftfast.distill.runtime.signals import SIGNALS
-from ftfast.distill.settings.normalisation import IMAGENET, Colours
 
 _TRIES = 20
 _SECONDS_TO_ANOTHER_TRY = 0.2

@@ -19,14 +19,12 @@ from ftfast.distill.data.cuts import cut_rows
 from ftfast.distill.data.datasets import DataError, default_folder
 from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
-from ftfast.distill.data.photographs.decoding import normalise
+from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distill.data.photographs.gpu_pipeline import decoded_ahead
-from ftfast.distill.data.photographs.listing import TEST, TRAIN, Photographs, list_photographs
+from ftfast.distill.data.photographs.listing import TEST, TRAIN, WITHOUT_RAND_AUGMENT, Photographs, list_photographs
 from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, in_words, loader_of
 from ftfast.distill.data.synthetic import Synthetic
 from ftfast.distill.runtime.processes import WHOLE, Part
-from ftfast.distill.settings.normalisation import IMAGENET, Colours
-from ftfast.distill.settings.recipe import WITHOUT_RAND_AUGMENT
 from ftfast.errors import SettingsError
 
 # As many are borne with, the larger of the two: of a process's share of a pass, and of all processes' together.
