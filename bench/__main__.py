@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import guard
+from bench import guard, readme
 from bench.arguments import ALL, build_parser, check_out, settings_from
 from bench.harness.records import RecordError, Row, load, save
 from bench.harness.registry import discover
 from bench.harness.running import Work, measure, prepare
-from bench.results import compare, plots, readme
+from bench.results import compare, plots
 from bench.training import prediction
 
 

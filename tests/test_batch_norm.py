@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ftfast.dispatch import load_extension
 from ftfast.distill.models import registry, training_graph
-from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.models.training_graph import training_forward
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench import import_time, peers
+from bench import import_time, peers, readme
 from bench.__main__ import main
 from bench.harness import records
 from bench.harness.candidates import Candidate, Group
@@ -25,7 +25,7 @@ from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
 from bench.harness.records import Record, RecordError, Row, Timing
 from bench.harness.registry import Settings
 from bench.kernels import ft_loss, loss_cases
-from bench.results import plots, readme
+from bench.results import plots
 from bench.results.figures import derive
 from bench.shapes import parse_shape
 from ftfast.dispatch import interpreting

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import readme
 from bench.__main__ import main
 from bench.harness import newest, records
 from bench.harness.measuring import Plan
@@ -14,7 +15,7 @@ from bench.harness.records import Record, Row, Timing
 from bench.harness.registry import Settings
 from bench.kernels import ceilings, ft_loss, scaling
 from bench.peers import COPY, EAGER, YARDSTICK
-from bench.results import curves, plots, readme, roofline
+from bench.results import curves, plots, roofline
 from bench.results.throughput import MATMUL
 
 BOTH = "forward+backward"

@@ -13,7 +13,7 @@ from ftfast.commands.evaluate import evaluate_checkpoint
 from ftfast.commands.export import export_checkpoint
 from ftfast.distill.data import in_memory
 from ftfast.distill.models import registry
-from ftfast.distill.monitor.confusion import confusion_counts
+from ftfast.distill.monitor.plots import confusion_counts
 from ftfast.distill.runtime import checkpoint
 from ftfast.errors import DistillError
 

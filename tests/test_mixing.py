@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast import FeatureTap, Paraphraser
+from ftfast.distill.data.augment import Mixing
 from ftfast.distill.data.in_memory import Split
-from ftfast.distill.data.mixing import Mixing
 from ftfast.distill.models import registry
 from ftfast.distill.phases.trainable import Guides, student_training
 from ftfast.distill.settings.presets import settings_of

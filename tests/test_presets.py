@@ -64,7 +64,7 @@ def test_a_paper_preset_runs_from_cifar_files_to_a_report(
 
 def test_maps_of_unlike_size_are_pooled_and_compared() -> None:
     """The student of the pair whose maps differ learns from features of the teacher's that have its own size."""
-    from ftfast.distill.models.resized import Resized, resized
+    from ftfast.distill.models.registry import Resized, resized
     from ftfast.distill.training.methods import Outputs
 
     settings = settings_of("cifar10-wrn46-4-vgg13", device="cpu")

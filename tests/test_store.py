@@ -17,10 +17,10 @@ from ftfast import FactorTransfer, FTLoss, Paraphraser, Translator
 from ftfast.cli import main
 from ftfast.distill.store import header as headers
 from ftfast.distill.store import shard_files
-from ftfast.distill.store.ahead import Ahead
 from ftfast.distill.store.build import Request
-from ftfast.distill.store.quantise import DTYPES, as_factors, quantise
 from ftfast.distill.store.read import Rows, Store
+from ftfast.distill.store.shard_files import DTYPES, as_factors, quantise
+from ftfast.distill.store.stored_images import Ahead
 from ftfast.distill.store.verify import verify
 from ftfast.errors import StoreError
 from tests.store_folder import REQUEST, contents, make_run, make_store
@@ -304,7 +304,7 @@ def test_an_estimate_writes_nothing(run_folder: Path, tmp_path: Path, capfd: pyt
 
 
 def test_the_predicted_size_is_the_size(built: Path) -> None:
-    from ftfast.distill.store.estimate import image_bytes
+    from ftfast.distill.store.compute import image_bytes
 
     found = sum(path.stat().st_size for path in built.glob("shard-*"))
     predicted = 1000 * image_bytes(headers.read(built))

@@ -26,8 +26,8 @@ from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.build import Request
 from ftfast.distill.store.guides import NoTeacher, factors_of, filled_paraphraser, frozen_guides, read_run
-from ftfast.distill.store.quantise import DTYPES, as_factors, quantise
 from ftfast.distill.store.read import PARAPHRASER, Store
+from ftfast.distill.store.shard_files import DTYPES, as_factors, quantise
 from ftfast.distill.store.stored_images import StoredImages
 from ftfast.distill.store.training import check, stored_images
 from ftfast.distill.training.loop import Training

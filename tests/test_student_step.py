@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ftfast.distill.data import in_memory
 from ftfast.distill.models import registry
-from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.runtime import signals
 from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
 from ftfast.distill.training import resumable

@@ -28,8 +28,8 @@ from bench.training.store_files import (
     shuffled,
     write_store,
 )
-from ftfast.distill.store.ahead import Ahead
 from ftfast.distill.store.read import Store, read_batches
+from ftfast.distill.store.stored_images import Ahead
 
 STEM = "store"
 STEP, READ = "step", "read"

@@ -16,8 +16,8 @@ from ftfast.distill.models.frozen_teacher import FrozenTeacher
 from ftfast.distill.store import header as headers
 from ftfast.distill.store import shard_files
 from ftfast.distill.store.header import Header
-from ftfast.distill.store.quantise import DTYPES, quantise
 from ftfast.distill.store.read import Rows, Store
+from ftfast.distill.store.shard_files import DTYPES, quantise
 
 DTYPE = "int8"
 IMAGENET_FACTOR = (256, 7, 7)

@@ -12,7 +12,7 @@ import torch
 from ftfast.commands.trained import describe_trained, read_trained
 from ftfast.distill.data.in_memory import DATASETS
 from ftfast.distill.data.photographs.decoding import of_photographs
-from ftfast.distill.monitor.confusion import confusion_counts, draw_confusion
+from ftfast.distill.monitor.plots import confusion_counts, draw_confusion
 from ftfast.distill.runtime import files
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import DTYPES

@@ -100,7 +100,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from ftfast.distill.store import header as headers
-    from ftfast.distill.store.estimate import describe
+    from ftfast.distill.store.compute import describe
 
     path = Path(args.store)
     header = headers.read(path)

@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.models.resnet import ResNet
-from ftfast.distill.models.vgg import VGG
-from ftfast.distill.models.wide_resnet import WideResNet
+from ftfast.distill.models.cifar import VGG, ResNet, WideResNet
 from ftfast.errors import CheckpointError
 
 # What is common to the authors' code and the CIFAR networks that most projects share. The first rule that fits a place

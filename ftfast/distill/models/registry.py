@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.distill.models import libraries
-from ftfast.distill.models.resnet import SHORTCUTS, ResNet
-from ftfast.distill.models.vgg import STAGES as VGG_STAGES
-from ftfast.distill.models.vgg import VGG
-from ftfast.distill.models.wide_resnet import WideResNet
+from ftfast.distill.models.cifar import SHORTCUTS, VGG, VGG_STAGES, ResNet, WideResNet
+from ftfast.distill.training.methods import Outputs
 from ftfast.errors import SettingsError
 from ftfast.features import FeatureTap
 
@@ -213,3 +211,30 @@ def _probed(name: str, channels: int, shortcut: str, in_channels: int) -> nn.Mod
 def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Feature maps ``[N, C, H, W]`` pooled to ``size`` (height, width), or themselves where they have it."""
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
+
+
+Network = TypeVar("Network", bound=Callable[[Tensor], Outputs])
+
+
+class Resized(nn.Module):
+    """A network's outputs with its features ``[N, C, H, W]`` pooled to ``size`` (height, width).
+
+    Args:
+        network: images to :class:`~ftfast.distill.training.methods.Outputs`.
+        size: at most that of the features.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Outputs], size: tuple[int, int]) -> None:
+        super().__init__()
+        self.network = network
+        self.size = size
+
+    def forward(self, images: Tensor) -> Outputs:
+        """``[N, C, H, W]`` to logits and pooled features."""
+        logits, features = self.network(images)
+        return Outputs(logits, resize(features, self.size))
+
+
+def resized(network: Network, features: FeatureMap, size: tuple[int, int]) -> "Network | Resized":
+    """The network itself where its features have that size, else with them pooled."""
+    return network if (features.height, features.width) == size else Resized(network, size)

@@ -1,6 +1,8 @@
-"""A model's graph with each convolution, its batch norm, residual and ReLU as one call, for training on the CPU."""
+"""A model's graph with each convolution, its batch norm, residual and ReLU as one call, for training on the CPU;
+and a model's forward in training, through its graph where it has one."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ftfast.distill.models import inference_graph
+from ftfast.distill.training.methods import Outputs
+from ftfast.features import FeatureTap
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 
 
@@ -133,3 +137,34 @@ def _pass_inputs(module: fx.GraphModule) -> None:
 def _after(node: fx.Node) -> set[fx.Node]:
     nodes = list(node.graph.nodes)
     return set(nodes[nodes.index(node) + 1 :])
+
+
+def training_forward(
+    model: nn.Module, layer: str, *, compiled: bool, fused: bool = False
+) -> Callable[[Tensor], Outputs]:
+    """Images to the outputs of a model and of one of its layers; parameters and modes stay the model's own.
+
+    Args:
+        compiled: through torch.compile, at the first call; a model that torch.fx cannot trace is compiled in the
+            pieces that torch finds.
+        fused: on the CPU, each convolution with what follows it as one call; where torch.fx cannot trace the model,
+            as its own modules. Not together with ``compiled``.
+    """
+    graph: Callable[[Tensor], Any] | None = None
+    try:
+        if compiled:
+            graph = torch.compile(inference_graph.trace(model, layer, classifier=True).module, dynamic=False)
+        elif fused:
+            graph = fused(model, layer)
+    except Exception:  # torch.fx gives up on data-dependent forwards in many ways; the hook serves them all
+        if compiled:
+            model.compile(dynamic=False)
+    if graph is not None:
+
+        def run(images: Tensor) -> Outputs:
+            features, logits = graph(images)
+            return Outputs(logits, features)
+
+        return run
+    tap = FeatureTap(model, layer)
+    return lambda images: Outputs(*tap(images))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ftfast.distill.monitor.appended import LineFile
 from ftfast.distill.monitor.gpu_meter import BUSY, Gpu
-from ftfast.distill.monitor.rank_figures import Told, gpus_of, losses_of, slowest_of, summed
+from ftfast.distill.monitor.rank_metrics import Told, gpus_of, losses_of, slowest_of, summed
 from ftfast.distill.monitor.step_clock import StepClock
 from ftfast.distill.monitor.tensorboard import STEPS, Scalars
 from ftfast.distill.runtime.processes import ALONE, Processes

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftfast.distill.data.augment import Mixing
 from ftfast.distill.data.images import Images
-from ftfast.distill.data.mixing import Mixing
 from ftfast.distill.models.frozen_teacher import FrozenTeacher
-from ftfast.distill.models.resized import resized
-from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.models.registry import resized
+from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.phases.paraphraser import (
     DISTANCES,
     build_paraphraser,

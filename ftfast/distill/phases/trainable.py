@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ftfast.distill.data.augment import Mixing
 from ftfast.distill.data.images import Images
-from ftfast.distill.data.mixing import Mixing
-from ftfast.distill.models.registry import place, seeded
-from ftfast.distill.models.resized import resized
-from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.models.registry import place, resized, seeded
+from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.monitor.step_clock import part
 from ftfast.distill.phases.teacher import build, student_description
 from ftfast.distill.runtime.processes import ALONE, Processes

@@ -27,12 +27,11 @@ from ftfast.distill.runtime.processes import joined, lost_in_words
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store import shard_files
-from ftfast.distill.store.compute import ShardMaker
-from ftfast.distill.store.estimate import describe, describe_work, estimate, size
+from ftfast.distill.store.compute import ShardMaker, describe, describe_work, estimate, size
 from ftfast.distill.store.guides import frozen_guides, read_run
 from ftfast.distill.store.header import Header
-from ftfast.distill.store.quantise import DTYPES
 from ftfast.distill.store.read import PARAPHRASER, TEACHER
+from ftfast.distill.store.shard_files import DTYPES
 from ftfast.errors import StoreError
 
 MOST_VIEWS = 1000
@@ -48,7 +47,7 @@ class Request:
 
     Attributes:
         views: of each image; None for :data:`DEFAULT_VIEWS`, or for one where images are not augmented.
-        dtype: of the factors, one of :data:`ftfast.distill.store.quantise.DTYPES`.
+        dtype: of the factors, one of :data:`ftfast.distill.store.shard_files.DTYPES`.
         logits: keep the teacher's too.
         seed: of the views.
         batch_size: images that go through the teacher at once, with all their views.

@@ -1,7 +1,13 @@
-"""The content of shards: the frozen teacher and paraphraser on the views of each shard's images."""
+"""The content of shards: the frozen teacher and paraphraser on the views of each shard's images; and, before it
+is begun, how large the store will be and how long it takes.
+"""
 
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +17,8 @@ from ftfast.distill.data.stored_views import ViewedImages
 from ftfast.distill.phases.trainable import Guides
 from ftfast.distill.store.guides import factors_of
 from ftfast.distill.store.header import Header
-from ftfast.distill.store.quantise import DTYPES, quantise
 from ftfast.distill.store.read import LOGITS_DTYPE
-from ftfast.distill.store.shard_files import FACTORS, LABELS, LOGITS, VIEWS
+from ftfast.distill.store.shard_files import DTYPES, FACTORS, LABELS, LOGITS, VIEWS, quantise
 from ftfast.distill.training.step import Precision
 from ftfast.errors import StoreError
 
@@ -63,3 +68,80 @@ class ShardMaker:
             count = -(-len(self.header.rows_of(shard)) // self.header.batch_size)
             parts = [next(computed) for _ in range(count)]
             yield shard, {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+
+
+_TRIAL_BATCHES, _TRIAL_SECONDS = 8, 2.0
+
+
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+class Estimate(NamedTuple):
+    """What is left to do: images, bytes, seconds; and the bytes that are free."""
+
+    images: int
+    bytes: int
+    seconds: float
+    free: int
+
+
+def image_bytes(header: Header) -> int:
+    """Bytes of an image in a store, all views together."""
+    channels, height, width = header.factor
+    factor = channels * height * width * DTYPES[header.dtype].itemsize
+    return header.views * (factor + 5 * 4 + header.classes * LOGITS_DTYPE.itemsize) + 8
+
+
+def estimate(path: Path, maker: ShardMaker, left: list[int], processes: int) -> Estimate:
+    """Measures a few batches of the shards that are left."""
+    images = sum(len(maker.header.rows_of(shard)) for shard in left)
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    seconds = _seconds_for_an_image(maker, left) * images / processes if left else 0.0
+    return Estimate(images, images * image_bytes(maker.header), seconds, shutil.disk_usage(nearest).free)
+
+
+def _seconds_for_an_image(maker: ShardMaker, left: list[int]) -> float:
+    """The first batch warms up, and counts only where there is no other."""
+    batches = list(maker.batches(left[:1]))[:_TRIAL_BATCHES]
+    start = warm = time.perf_counter()
+    count = 0
+    for place, _ in enumerate(maker.compute(iter(batches))):
+        now = time.perf_counter()
+        if place:
+            count += len(batches[place])
+        else:
+            warm = now
+        if now - warm > _TRIAL_SECONDS:
+            break
+    now = time.perf_counter()
+    return (now - warm) / count if count else (now - start) / len(batches[0])
+
+
+def describe(header: Header) -> str:
+    """What a store holds, in a line."""
+    logits = f" and {header.classes} logits" if header.classes else ""
+    whole = size(header.images * image_bytes(header))
+    return (
+        f"{header.images:,} images x {header.views} view{'s' * (header.views > 1)}, factors "
+        f"{'x'.join(map(str, header.factor))} in {header.dtype}{logits}: {whole} in "
+        f"{header.shard_count} shard{'s' * (header.shard_count > 1)}"
+    )
+
+
+def describe_work(found: Estimate) -> str:
+    """What is left to do, in a line."""
+    return f"to do: {found.images:,} images, {size(found.bytes)}, about {_time(found.seconds)}; {size(found.free)} free"
+
+
+def size(count: float) -> str:
+    """Bytes in words, three digits."""
+    power = 0
+    while count >= 999.5 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_UNITS[power]}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -13,8 +13,18 @@ from torch import Tensor
 from ftfast.distill.runtime import checkpoint, files
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.store import header as headers
-from ftfast.distill.store.quantise import DTYPES, as_factors
-from ftfast.distill.store.shard_files import FACTORS, LOGITS, VIEWS, Head, check_head, read_head, read_whole, shard_path
+from ftfast.distill.store.shard_files import (
+    DTYPES,
+    FACTORS,
+    LOGITS,
+    VIEWS,
+    Head,
+    as_factors,
+    check_head,
+    read_head,
+    read_whole,
+    shard_path,
+)
 from ftfast.errors import CheckpointError, StoreError
 from ftfast.ops.read_rows import RowError, read_rows
 

@@ -19,9 +19,8 @@ from ftfast.distill.runtime.signals import Stopped
 from ftfast.distill.training.evaluate import Judged
 from ftfast.distill.training.losses import LossRecord
 from ftfast.distill.training.methods import Terms
-from ftfast.distill.training.running_statistics import RunningStatistics
 from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import LearningStep, Precision
+from ftfast.distill.training.step import LearningStep, Precision, RunningStatistics
 
 
 class Training:

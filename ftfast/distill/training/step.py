@@ -1,6 +1,6 @@
 """One step of training: forward, backward and SGD over everything that learns, with nothing waited for on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -183,3 +183,25 @@ class BesideStudent:
         for tensor in taught:
             tensor.record_stream(current)
         return found, taught
+
+
+class RunningStatistics:
+    """Those of some modules, which one batch with infinities would make NaN for good.
+
+    The scaler leaves the step of such a batch out, but its forward has been through the batch norms.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        buffers = (buffer for module in modules for buffer in module.buffers())
+        self._running = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._kept = self._copies()
+
+    def _copies(self) -> list[Tensor]:
+        return [buffer.detach().clone() for buffer in self._running]
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        """What is not finite goes back to what it was at the call before; nothing is waited for."""
+        for buffer, kept in zip(self._running, self._kept, strict=True):
+            buffer.copy_(torch.where(buffer.isfinite(), buffer, kept))
+        self._kept = self._copies()
