@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bench import regression
 from bench.arguments import positive
-from bench.harness import machine, newest
+from bench.harness import machine, records
 from bench.harness.records import Record, RecordError, load, other_device
 from bench.harness.running import prepare
 from bench.regression import MARGIN, GuardError
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         "device, only the latter is checked. A candidate that is wrong fails, without any figure.",
     )
     parser.add_argument("record", nargs="?", type=Path, metavar="RECORD", help="default: the newest of this device")
-    parser.add_argument("--records", type=Path, default=newest.RECORDS, help="where to look, default: bench/records")
+    parser.add_argument("--records", type=Path, default=records.RECORDS, help="where to look, default: bench/records")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where it is")
     parser.add_argument("--threads", type=positive, help="torch's threads, default: the cores that may be used")
     parser.add_argument(

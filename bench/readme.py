@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.harness.machine import CHECKOUT
-from bench.harness.newest import RECORDS, newest_alone, newest_records
-from bench.harness.records import Record, RecordError, write_whole
+from bench.harness.records import RECORDS, Record, RecordError, newest_alone, newest_records, write_whole
 from bench.harness.registry import discover
 from bench.results import plots
 from bench.training import prediction

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.harness.candidates import Candidate
+from bench.harness.gate import Candidate
 from bench.harness.measuring import QUICK_PLAN
 from bench.harness.registry import Bench, Settings, bench_modules
 from bench.shapes import HEADS, QUICK_HEADS, QUICK_SHAPES, SHAPES

@@ -204,7 +204,7 @@ def test_a_students_graph_trains_as_its_modules_do(name: str) -> None:
     student, layer = student_of(name)
     student = student.to(memory_format=torch.channels_last).train()
     twin = copy.deepcopy(student)
-    graph = training_graph.fused(student, layer)
+    graph = training_graph.fused_graph(student, layer)
     count = sum(isinstance(module, training_graph.ConvolutionNorm) for module in graph.modules())
     assert count >= 3
     images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))

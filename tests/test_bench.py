@@ -18,15 +18,14 @@ import ftfast
 from bench import import_time, peers, readme
 from bench.__main__ import main
 from bench.harness import records
-from bench.harness.candidates import Candidate, Group
 from bench.harness.clocks import CpuClock
-from bench.harness.gate import Judge
+from bench.harness.gate import Candidate, Group, Judge
 from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
 from bench.harness.records import Record, RecordError, Row, Timing
 from bench.harness.registry import Settings
 from bench.kernels import ft_loss, loss_cases
 from bench.results import plots
-from bench.results.figures import derive
+from bench.results.tables import derive
 from bench.shapes import parse_shape
 from ftfast.dispatch import interpreting
 from ftfast.distill.settings.run_settings import Settings as DistillSettings

@@ -9,7 +9,7 @@ from bench.__main__ import main
 from bench.harness.records import Record, Row, Timing
 from bench.training import loaders, photographs
 from bench.training.loaders import SYNTHETIC, WORK, Rates, rates, verdict
-from bench.training.step_cost import STEP
+from bench.training.loaders_parts import STEP
 from ftfast.distill.data.photographs.listing import list_photographs
 
 

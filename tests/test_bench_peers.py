@@ -11,18 +11,16 @@ from rich.console import Console
 from torch import Tensor
 
 import ftfast
-from bench import peer_losses, peers
+from bench import peers
 from bench.__main__ import main
 from bench.harness import records
-from bench.harness.candidates import BACKWARD, FORWARD, FORWARD_BACKWARD
 from bench.harness.clocks import CpuClock
-from bench.harness.gate import Judge
+from bench.harness.gate import BACKWARD, FORWARD, FORWARD_BACKWARD, Judge
 from bench.harness.measuring import Plan, measure_group
 from bench.harness.records import Row, Timing
 from bench.harness.registry import Settings
 from bench.kernels import ft_loss
-from bench.kernels.loss_cases import LossCases, factors
-from bench.kernels.saved import saved_for_backward
+from bench.kernels.loss_cases import LossCases, factors, saved_for_backward
 from bench.results import tables
 from bench.shapes import parse_shape
 
@@ -73,7 +71,7 @@ def test_every_peer_passes_the_gate_of_its_own_formula(name: str, layout: str, d
 def test_only_another_formula_fails_the_official_gate(name: str) -> None:
     peer = peers.PEERS[name]
     student, teacher = factors(TINY, torch.float32, "nchw", CPU, seed=1)
-    loss = peer_losses.official_formula if name == "autocast" else built(name)
+    loss = peers.official_formula if name == "autocast" else built(name)
     is_official = Judge(student, teacher, 0)(loss, student, teacher).passed
     assert is_official == ("other_formula" not in peer.details())
 
@@ -81,10 +79,10 @@ def test_only_another_formula_fails_the_official_gate(name: str) -> None:
 def test_the_attention_form_ignores_channels_and_the_official_does_not() -> None:
     student, teacher = (factor.detach().double() for factor in factors(TINY, torch.float64, "nchw", CPU, seed=1))
     shuffled = student.roll(1, dims=1)
-    attention = peer_losses.repdistiller_formula(student, teacher)
-    assert (peer_losses.repdistiller_formula(shuffled, teacher) / attention - 1).abs() < 1e-12
-    official = peer_losses.official_formula(student, teacher)
-    assert (peer_losses.official_formula(shuffled, teacher) / official - 1).abs() > 1e-4
+    attention = peers.repdistiller_formula(student, teacher)
+    assert (peers.repdistiller_formula(shuffled, teacher) / attention - 1).abs() < 1e-12
+    official = peers.official_formula(student, teacher)
+    assert (peers.official_formula(shuffled, teacher) / official - 1).abs() > 1e-4
     by_hand = torch.stack([(factor**2).mean(1).flatten(1) for factor in (student, teacher)])
     by_hand = by_hand / by_hand.square().sum(2, keepdim=True).sqrt()
     assert (attention / (by_hand[0] - by_hand[1]).abs().mean() - 1).abs() < 1e-12

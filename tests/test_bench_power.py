@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench.harness import machine, power
-from bench.harness.candidates import Candidate, Group
 from bench.harness.clocks import CpuClock
+from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
 from bench.harness.power import Energy, Watch, measure_energy
 from ftfast.distill.monitor.gpu_meter import Gpu, gpu_of

@@ -9,7 +9,7 @@ import torch
 
 from bench import readme
 from bench.__main__ import main
-from bench.harness import newest, records
+from bench.harness import records
 from bench.harness.measuring import Plan
 from bench.harness.records import Record, Row, Timing
 from bench.harness.registry import Settings
@@ -183,7 +183,7 @@ def test_roofline_places_whole_steps_under_the_measured_ceilings(tmp_path: Path)
 
 
 def test_committed_heads_have_a_roofline(tmp_path: Path) -> None:
-    path = newest.RECORDS / "cpu-amd-epyc.json"
+    path = records.RECORDS / "cpu-amd-epyc.json"
     record = records.load(path)
     assert len(roofline.points(record.of("ft_head"))) >= 6
     names = [picture.name for picture in plots.plot(record, "ft_head", tmp_path / path.name)]

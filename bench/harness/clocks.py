@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from bench.harness import power
-from bench.harness.candidates import Candidate, nothing
+from bench.harness.gate import Candidate, nothing
 from bench.harness.power import Energy
 from ftfast.distill.monitor import gpu_meter
 

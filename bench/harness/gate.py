@@ -1,13 +1,14 @@
 """The correctness gate: a candidate that is wrong gets no figure."""
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.peer_losses import OFFICIAL, Formula, Loss
+from bench.peers import OFFICIAL, Formula, Loss
 
 LARGEST_FLOAT16_UPSTREAM = 2.0**15
 
@@ -151,3 +152,49 @@ class Judge:
             if not error <= limit
         ]
         return Gate(not wrong, loss_error, scale_error, gradient_error, "; ".join(wrong))
+
+
+FORWARD = "forward"
+
+
+BACKWARD = "backward"
+
+
+FORWARD_BACKWARD = "forward+backward"
+
+
+def nothing() -> None:
+    """The preparation of a step that needs none."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to time.
+
+    Attributes:
+        name: as tables show it.
+        work: what a step does, ``"forward"``, ``"backward"`` of a forward in ``prepare``, or ``"forward+backward"``.
+        step: on the clock.
+        prepare: before every step, off the clock.
+        least_bytes: the fewest bytes of memory traffic that the step's result needs; GB/s are counted from these.
+        gate: judges the candidate, or None where nothing is computed that could be wrong.
+        details: further fields of its record row.
+    """
+
+    name: str
+    work: str
+    step: Callable[[], object]
+    prepare: Callable[[], object] = nothing
+    least_bytes: int | None = None
+    gate: Callable[[], Gate | Errors] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Candidates that are compared with each other in one table; built when their turn comes, for memory's sake."""
+
+    bench: str
+    name: str
+    details: Mapping[str, Any]
+    build: Callable[[], list[Candidate]]

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.harness.candidates import BACKWARD, Candidate, Group
 from bench.harness.clocks import Clock
-from bench.harness.gate import Errors, Gate
+from bench.harness.gate import BACKWARD, Candidate, Errors, Gate, Group
 from bench.harness.records import Row, Timing
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.harness.machine import CHECKOUT
 from bench.harness.power import FAULTS
 
 SCHEMA = "ftfast-bench"
@@ -220,3 +221,26 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(aside)
         raise
+
+
+RECORDS = CHECKOUT / "bench" / "records"
+
+
+def newest_records(folder: Path) -> dict[str, dict[str, tuple[Path, Record]]]:
+    """The newest record of every bench on each device type: ``[bench][device]``."""
+    found: dict[str, dict[str, tuple[Path, Record]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = load(path)
+        for bench in {row.bench for row in record.rows}:
+            held = found.setdefault(bench, {}).get(record.hardware["device"])
+            if held is None or held[1].created < record.created:
+                found[bench][record.hardware["device"]] = (path, record)
+    return found
+
+
+def newest_alone(folder: Path) -> dict[str, dict[str, Record]]:
+    """:func:`newest_records` without their paths."""
+    return {
+        bench: {device: record for device, (_, record) in devices.items()}
+        for bench, devices in newest_records(folder).items()
+    }

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench.harness import machine, power, quiet
+from bench.harness import machine, power
 from bench.harness.clocks import own_stream
 from bench.harness.records import Record
 from bench.harness.registry import Bench, Settings
@@ -35,7 +35,7 @@ class Work(NamedTuple):
 
 def prepare(threads: int | None) -> None:
     """Set torch's threads, None for all cores, and keep torch.compile from starting processes that stay."""
-    torch.set_num_threads(threads or quiet.usable_cores())
+    torch.set_num_threads(threads or machine.usable_cores())
     # Idle compile workers would share the cores with what is measured.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
@@ -50,7 +50,7 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
         notes: further ones for the record.
     """
     hardware = machine.hardware(device)
-    kept = [note for note in (quiet.busy_note(), *notes) if note]
+    kept = [note for note in (machine.busy_note(), *notes) if note]
     for note in kept:
         print(f"python -m bench: {note}.", file=sys.stderr)
     columns = (
@@ -62,14 +62,14 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
     )
     errors = Console(stderr=True)
     silent = not (errors.is_terminal and sys.stderr.isatty())
-    others = quiet.Others()
+    others = machine.Others()
     threads = torch.get_num_threads()
     rows = []
     with (
         Progress(*columns, console=errors, disable=silent, transient=True) as bar,
         power.Watch(gpu_meter.gpu_of(device)) as watch,
         # A GPU's kernels are launched by one thread, which is better left where the scheduler has it.
-        quiet.pinned(threads if device.type == "cpu" else quiet.usable_cores()) as cores,
+        machine.pinned(threads if device.type == "cpu" else machine.usable_cores()) as cores,
         own_stream(device),
     ):
         task = bar.add_task("", total=sum(work.bench.size(work.settings) for work in works))

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from rich.table import Table
 
-from bench.harness.candidates import FORWARD_BACKWARD, Candidate, Group
 from bench.harness.clocks import clock_for
+from bench.harness.gate import FORWARD_BACKWARD, Candidate, Group
 from bench.harness.measuring import measure_group
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings

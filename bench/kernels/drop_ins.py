@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import ftfast
 from bench import peers
-from bench.peer_losses import ATTENTION, OFFICIAL, Formula, Loss, NotInstalledError, attention, official_formula
+from bench.peers import ATTENTION, OFFICIAL, Formula, Loss, NotInstalledError, attention, official_formula
 from bench.shapes import FactorShape
 from ftfast.compat import mmrazor, official, repdistiller, zoo
 from ftfast.ops.attention import attention_difference

@@ -10,8 +10,8 @@ from rich.table import Table
 import ftfast
 from bench import peers
 from bench.harness import gate
-from bench.harness.candidates import FORWARD, FORWARD_BACKWARD, Candidate, Group
 from bench.harness.clocks import clock_for, graph_replay
+from bench.harness.gate import FORWARD, FORWARD_BACKWARD, Candidate, Group
 from bench.harness.measuring import measure_group
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings

@@ -6,14 +6,14 @@ import torch
 
 import ftfast
 from bench import peers
-from bench.harness.candidates import FORWARD, FORWARD_BACKWARD, Candidate, Group
 from bench.harness.clocks import clock_for, graph_replay
+from bench.harness.gate import FORWARD, FORWARD_BACKWARD, Candidate, Group
 from bench.harness.measuring import measure_group
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.kernels.ceilings import copy_candidate
 from bench.kernels.loss_cases import FORMULA, LAYOUTS, WORKS, LossCases
-from bench.peer_losses import NotInstalledError
+from bench.peers import NotInstalledError
 from bench.results import tables
 from bench.shapes import DEFAULT_SHAPES, SHAPES, FactorShape
 

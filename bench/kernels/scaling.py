@@ -10,8 +10,8 @@ from rich.table import Table
 
 import ftfast
 from bench import peers
-from bench.harness.candidates import FORWARD_BACKWARD, Candidate, Group
 from bench.harness.clocks import clock_for
+from bench.harness.gate import FORWARD_BACKWARD, Candidate, Group
 from bench.harness.measuring import Plan, measure_group
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from bench.harness.candidates import Candidate
 from bench.harness.clocks import Clock, clock_for
+from bench.harness.gate import Candidate
 
 WARMUPS = 5
 

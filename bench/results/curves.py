@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.harness.records import Record, Row
-from bench.results import drawing, figures, throughput
+from bench.results import drawing, tables, throughput
 from bench.results.drawing import OURS, STYLES
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def sweeps(rows: Sequence[Row]) -> dict[str, dict[str, list[Point]]]:
         if found.row.details.get("ceiling") == throughput.MATMUL
     }
     by_sweep: dict[str, dict[str, list[Point]]] = {}
-    for found in figures.derive(swept):
+    for found in tables.derive(swept):
         row = found.row
         if row.work not in STEPS:
             continue

@@ -8,7 +8,7 @@ from bench.harness.records import Record
 from bench.peers import COMPILED, EAGER, YARDSTICK
 from bench.results import curves, drawing, roofline
 from bench.results.drawing import OURS, STYLES, digest_in, picture_paths
-from bench.results.figures import Figures, groups
+from bench.results.tables import Figures, groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ from dataclasses import replace
 from rich.table import Table
 
 from bench.harness import gate
-from bench.harness.candidates import Candidate, Group
 from bench.harness.clocks import clock_for
+from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import Plan, measure_group, raised
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings

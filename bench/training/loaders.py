@@ -20,8 +20,7 @@ from bench.harness.registry import Bench, Settings
 from bench.results import tables
 from bench.training import photographs
 from bench.training.distill_step import LARGE_BATCH
-from bench.training.loaders_parts import gpu_parts
-from bench.training.step_cost import STEP, step_group
+from bench.training.loaders_parts import STEP, gpu_parts, step_group
 from bench.training.step_peers import CIFAR, IMAGENET, Pair
 from ftfast.distill.data.photographs import streamed
 from ftfast.distill.data.photographs.decoding import IMAGENET as COLOURS

@@ -4,13 +4,17 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.harness.measuring import raised, summarise
+from bench.harness.gate import Candidate, Group
+from bench.harness.measuring import Plan, raised, summarise
 from bench.harness.records import Row
 from bench.harness.registry import Settings
+from bench.training.distill_step import LARGE_BATCH, QUICK_BATCH
+from bench.training.step_peers import IMAGENET, Operands, Pair, ours
 from ftfast.distill.data.photographs import crops, streamed
 from ftfast.distill.data.photographs.decoding import Encoded, cut_batch, decode_or_none
 
@@ -62,3 +66,20 @@ def _row(name: str, part: Callable[[], object], batch: int) -> Row:
     except Exception as error:  # the others are still to be measured
         return Row("loaders", GROUP, name, "part", None, reason=raised(error), details={"images": batch})
     return Row("loaders", GROUP, name, "part", summarise([elapsed[2:]]), details={"images": batch})
+
+
+STEP = "step"
+
+
+def step_group(settings: Settings, pair: Pair) -> tuple[Plan, Group]:
+    """How long to measure the step on synthetic images, and what."""
+    batch = LARGE_BATCH[settings.device.type] if pair == IMAGENET else QUICK_BATCH
+    on_gpu = settings.device.type == "cuda"
+    plan = replace(settings.plan, blocks=2, warmups=5 if on_gpu else 1, calls=10 if on_gpu else 2, most_calls=20)
+    details = {"teacher": pair.teacher, "student": pair.student, "dims": [batch, 3, pair.size, pair.size]}
+
+    def build() -> list[Candidate]:
+        step = ours(Operands(pair, batch, settings.device, settings.plan.seed), "ft")
+        return [Candidate(f"{pair.title}, batch {batch}", STEP, step.run)]
+
+    return plan, Group("loaders", f"the step of {pair.title}", details, build)

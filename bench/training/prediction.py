@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ftfast
-from bench.harness.newest import RECORDS, newest_alone
-from bench.harness.records import Record, Row
+from bench.harness.records import RECORDS, Record, Row, newest_alone
 from bench.results import tables
 from bench.training import distill_step, loaders, preset_run, store
 from bench.training.step_peers import IMAGENET, Pair

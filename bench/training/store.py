@@ -12,8 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.harness import gate
-from bench.harness.candidates import Candidate, Group
 from bench.harness.clocks import clock_for
+from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import measure_group, summarise
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings

@@ -1,5 +1,5 @@
-"""Random crop, flip and cutout of a whole batch of uint8 images on its device, one draw for each image; and mixup, cutmix
-and label smoothing of the batch as a whole, which teacher and student see alike.
+"""Random crop, flip and cutout of a whole batch of uint8 images on its device, one draw for each image; and mixup,
+cutmix and label smoothing of the batch as a whole, which teacher and student see alike.
 
 Libraries draw once for a batch, or image by image in a loader's processes, for which a fast step has to wait.
 """

@@ -59,7 +59,7 @@ def _subsample(x: Tensor, index: tuple[slice, ...]) -> Tensor:
     return _Subsample.apply(x, index) if isinstance(x, Tensor) and x.dim() == 4 else x[index]
 
 
-def fused(model: nn.Module, layer: str) -> fx.GraphModule:
+def fused_graph(model: nn.Module, layer: str) -> fx.GraphModule:
     """The model as a graph from images to ``(features of the layer, logits)``.
 
     Raises:
@@ -155,7 +155,7 @@ def training_forward(
         if compiled:
             graph = torch.compile(inference_graph.trace(model, layer, classifier=True).module, dynamic=False)
         elif fused:
-            graph = fused(model, layer)
+            graph = fused_graph(model, layer)
     except Exception:  # torch.fx gives up on data-dependent forwards in many ways; the hook serves them all
         if compiled:
             model.compile(dynamic=False)

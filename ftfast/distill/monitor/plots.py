@@ -1,4 +1,4 @@
-"""Pictures of a run that every common colour vision can read: accuracy over epochs, and which classes are taken for which.
+"""Pictures of a run that every common colour vision can read: accuracy over epochs, and which classes a model confuses.
 
 A file's bytes depend on nothing but what it shows.
 """
