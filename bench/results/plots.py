@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.harness.candidates import FORWARD_BACKWARD
+from bench.harness.gate import FORWARD_BACKWARD
 from bench.harness.records import Record
 from bench.peers import COMPILED, EAGER, YARDSTICK
 from bench.results import curves, drawing, roofline

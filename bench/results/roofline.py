@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness.candidates import BACKWARD, FORWARD
+from bench.harness.gate import BACKWARD, FORWARD
 from bench.harness.records import Record, Row
 from bench.peers import COPY
 from bench.results import drawing
