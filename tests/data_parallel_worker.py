@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from ftfast import FactorTransfer, Paraphraser, Translator
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.models import registry
+from ftfast.distill.models.registry import Outputs
 from ftfast.distill.runtime.processes import ALONE, Processes, joined
 from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
-from ftfast.distill.training.methods import Outputs, Terms
+from ftfast.distill.training.methods import Terms
 from ftfast.distill.training.schedule import Schedule
 from ftfast.distill.training.step import Precision
 

@@ -19,6 +19,8 @@ from ftfast import FactorTransfer, Paraphraser, Translator, reference
 from ftfast.distill.data import in_memory
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.models import registry
+from ftfast.distill.models.frozen_teacher import Teacher
+from ftfast.distill.models.registry import Outputs
 from ftfast.distill.monitor.epochs import Epoch
 from ftfast.distill.monitor.plots import curve_rows
 from ftfast.distill.monitor.progress import Progress
@@ -27,14 +29,13 @@ from ftfast.distill.phases.paraphraser import build_paraphraser, diagnose, train
 from ftfast.distill.phases.results import collect, paired_gain, student_result
 from ftfast.distill.phases.selection import Trial, best, candidates, selection_epochs, try_weights
 from ftfast.distill.phases.setup import algorithms
-from ftfast.distill.phases.teacher import Teacher
 from ftfast.distill.phases.trainable import Guides
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.losses import DivergedError
-from ftfast.distill.training.methods import METHODS, Outputs, Regressor, Weights
+from ftfast.distill.training.methods import METHODS, Regressor, Weights
 from ftfast.distill.training.schedule import Schedule
 from ftfast.distill.training.step import Precision
 from ftfast.errors import ParaphraserError, SettingsError

@@ -11,11 +11,12 @@ from ftfast import FeatureTap, Paraphraser
 from ftfast.distill.data.augment import Mixing
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.models import registry
+from ftfast.distill.models.registry import Outputs
 from ftfast.distill.phases.trainable import Guides, student_training
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training.loop import Training, step_seed
-from ftfast.distill.training.methods import Outputs, Weights
+from ftfast.distill.training.methods import Weights
 from ftfast.distill.training.schedule import Schedule
 from ftfast.distill.training.step import Precision
 

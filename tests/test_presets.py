@@ -64,8 +64,7 @@ def test_a_paper_preset_runs_from_cifar_files_to_a_report(
 
 def test_maps_of_unlike_size_are_pooled_and_compared() -> None:
     """The student of the pair whose maps differ learns from features of the teacher's that have its own size."""
-    from ftfast.distill.models.registry import Resized, resized
-    from ftfast.distill.training.methods import Outputs
+    from ftfast.distill.models.registry import Outputs, Resized, resized
 
     settings = settings_of("cifar10-wrn46-4-vgg13", device="cpu")
     features = torch.randn(2, 6, 8, 8)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ftfast.distill.data import in_memory
 from ftfast.distill.models import registry
+from ftfast.distill.models.registry import Outputs
 from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.runtime import signals
 from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
@@ -24,7 +25,7 @@ from ftfast.distill.training import resumable
 from ftfast.distill.training.evaluate import Judged
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.losses import DivergedError, LossRecord
-from ftfast.distill.training.methods import Outputs, Terms
+from ftfast.distill.training.methods import Terms
 from ftfast.distill.training.schedule import Schedule
 from ftfast.distill.training.step import BesideStudent, LearningStep, Precision
 

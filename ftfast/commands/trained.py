@@ -64,7 +64,7 @@ def read_trained(folder: Path, device: torch.device) -> Trained:
     Raises:
         CheckpointError: not a whole checkpoint of a teacher or student.
     """
-    from ftfast.distill.phases.teacher import build
+    from ftfast.distill.phases.setup import build
 
     description = describe_trained(folder)
     found = load(folder)

@@ -13,14 +13,13 @@ from ftfast.distill.data import in_memory
 from ftfast.distill.data.photographs.readers import lost_readers_in_words
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.monitor.telemetry import SECONDS_BETWEEN_LINES
-from ftfast.distill.phases.guide_phases import prepare_paraphraser, prepare_teacher
-from ftfast.distill.phases.paraphraser import paraphraser_images, read_paraphraser
+from ftfast.distill.phases.paraphraser import paraphraser_images, prepare_paraphraser, read_paraphraser
 from ftfast.distill.phases.results import collect
 from ftfast.distill.phases.run_folder import RunFolder, check_run_folder, is_of_one, open_run_folder
 from ftfast.distill.phases.selection import candidates, trial_images
 from ftfast.distill.phases.setup import Setup, algorithms, load_images, precision_of
 from ftfast.distill.phases.students import select_weights, train_students
-from ftfast.distill.phases.teacher import read_teacher
+from ftfast.distill.phases.teacher import prepare_teacher, read_teacher
 from ftfast.distill.phases.trainable import Guides
 from ftfast.distill.run_doctor import examine_step
 from ftfast.distill.runtime import files, torchrun

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from ftfast.distill.models import libraries
 from ftfast.distill.models.cifar import SHORTCUTS, VGG, VGG_STAGES, ResNet, WideResNet
-from ftfast.distill.training.methods import Outputs
 from ftfast.errors import SettingsError
 from ftfast.features import FeatureTap
+
+
+class Outputs(NamedTuple):
+    """What a network says about a batch: logits ``[N, classes]`` and last feature map ``[N, C, H, W]``."""
+
+    logits: Tensor
+    features: Tensor
+
 
 __all__ = ["SHORTCUTS", "FeatureMap", "ResNet", "build_model", "feature_map", "place", "resize", "seeded"]
 LAST_STAGE = "stage3"  # of a ResNet
@@ -220,7 +227,7 @@ class Resized(nn.Module):
     """A network's outputs with its features ``[N, C, H, W]`` pooled to ``size`` (height, width).
 
     Args:
-        network: images to :class:`~ftfast.distill.training.methods.Outputs`.
+        network: images to :class:`~ftfast.distill.models.registry.Outputs`.
         size: at most that of the features.
     """
 

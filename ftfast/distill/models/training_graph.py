@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ftfast.distill.models import inference_graph
-from ftfast.distill.training.methods import Outputs
+from ftfast.distill.models.registry import Outputs
 from ftfast.features import FeatureTap
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 

@@ -5,9 +5,12 @@ explained variance and the spread of its factors are measured on images that it 
 """
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +18,13 @@ from torch import Tensor, nn
 
 from ftfast.distill.data.images import Images
 from ftfast.distill.models.registry import place, seeded
+from ftfast.distill.phases.setup import Setup
 from ftfast.distill.runtime import checkpoint
+from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.training.schedule import cosine
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.methods import METHODS, Terms
+from ftfast.distill.training.schedule import Schedule, cosine
 from ftfast.distill.training.step import Precision
 from ftfast.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError
 from ftfast.modules import Paraphraser
@@ -171,3 +178,93 @@ def _spread(factors: Tensor) -> float:
     distance = (directions - directions.mean(0)).square().sum(1).mean().sqrt()
     of_random = math.sqrt(1 - 1 / len(factors))  # independent directions: their mean has squared length 1/N
     return float(distance) / of_random
+
+
+def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphraser | None, dict[str, Any] | None]:
+    """The paraphraser, trained or read back or taken from ``paraphraser_checkpoint``, and its diagnosis.
+
+    Both are None where no method uses factors.
+
+    Raises:
+        ParaphraserError: it learned nothing.
+    """
+    settings, path, progress = setup.settings, setup.folder.paraphraser, setup.progress
+    if not any(METHODS[method].uses_factors for method in settings.methods):
+        return None, None
+    progress.begin("paraphraser", paraphraser_images(settings))
+    start = time.perf_counter()
+    paraphraser = build_paraphraser(settings)
+    model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
+    source = settings.paraphraser_checkpoint
+    description = setup.describe("paraphraser", model, **({} if source is None else {"source": source}))
+    finished = setup.read_finished(path, description)
+    if finished is None:
+        held_out, fitted = setup.train.cut(settings.paraphraser_held_out)
+        if source is not None:
+            paraphraser.load_state_dict(setup.processes.on_first(lambda: read_paraphraser(settings)))
+        elif settings.paraphraser_epochs:
+            with closing(fitted):
+                _train_on_the_way(setup, teacher, paraphraser, fitted, description)
+        else:
+            features = teacher_features(teacher, fitted, setup.precision)
+            train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
+        features = teacher_features(teacher, held_out, setup.precision)
+        is_noise = settings.loader == "synthetic"
+        diagnosis = setup.processes.on_first(
+            lambda: diagnose(paraphraser, features, setup.precision, of_noise=is_noise)
+        )
+        judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": diagnosis.warning}
+        setup.keep(path, Checkpoint(paraphraser.state_dict(), {}, {**description, "diagnosis": judged}))
+        setup.forget(_trained_on_the_way(setup))
+        finished = setup.read_finished(path, description)
+        assert finished is not None
+    checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
+    progress.end()
+    judged = finished.description["diagnosis"]
+    progress.say(
+        f"paraphraser: explains {judged['explained_variance']:.3f} of the variance of {judged['held_out_images']} "
+        f"held-out images, spread {judged['spread']:.2f} of that of random factors, {time.perf_counter() - start:.1f} s"
+    )
+    if judged["warning"]:
+        progress.say(f"warning: {judged['warning']}")
+    return paraphraser, judged
+
+
+def _trained_on_the_way(setup: Setup) -> Path:
+    """Where a paraphraser lies that is trained and not judged yet."""
+    return setup.folder.paraphraser.with_name("paraphraser.unjudged")
+
+
+def _train_on_the_way(
+    setup: Setup, teacher: torch.nn.Module, paraphraser: Paraphraser, images: Images, description: dict[str, Any]
+) -> None:
+    """Trains a paraphraser while the images pass by, as a student is trained; no feature map is kept."""
+    settings = setup.settings
+    distance = DISTANCES[settings.paraphraser_loss]
+
+    def terms(batch: Tensor, labels: Tensor) -> Terms:
+        features = teacher(batch).features.float()
+        return {"reconstruction": distance(paraphraser(features).float(), features)}
+
+    schedule = Schedule(
+        settings.paraphraser_epochs,
+        settings.paraphraser_batch_size,
+        settings.paraphraser_learning_rate,
+        settings.momentum,
+        settings.paraphraser_weight_decay,
+        nesterov=False,
+        kind="cosine" if settings.paraphraser_learning_rate_schedule == "cosine" else "steps",
+        optimiser=settings.paraphraser_optimiser,
+    )
+    learner = torch.nn.ModuleDict({"model": paraphraser})
+    training = Training(
+        learner, terms, images, schedule, setup.precision, seed=settings.seed, processes=setup.processes
+    )
+    path = _trained_on_the_way(setup)
+    unjudged = {**description, "kind": "unjudged paraphraser"}
+    finished = setup.read_finished(path, unjudged)
+    if finished is None:
+        setup.finish(training, path, unjudged)
+    else:
+        checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
+    paraphraser.eval()

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ftfast.distill.data import in_memory
 from ftfast.distill.data.images import Images
+from ftfast.distill.data.in_memory import Dataset
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, to_photographs
+from ftfast.distill.models import registry
 from ftfast.distill.monitor.gpu_meter import gpu_of, why_there_is_none
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.monitor.telemetry import SECONDS_BETWEEN_LINES, RunLog
@@ -23,6 +26,11 @@ from ftfast.distill.settings.run_settings import DTYPES, Settings
 from ftfast.distill.training import resumable
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.step import Precision
+
+
+def with_batch_norms(model: nn.Module, settings: Settings) -> nn.Module:
+    """The model, its batch norms over all processes where the settings want that."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings.sync_batch_norm else model
 
 
 @contextmanager
@@ -164,3 +172,17 @@ class Setup:
             paused=training.log.pause,
             kept=self.checkpoints_kept,
         )
+
+
+def build(
+    description: dict[str, Any], dataset: Dataset, *, seed: int, device: torch.device, pretrained: bool = False
+) -> nn.Module:
+    """The described model for the images of a data set, channels_last on the device."""
+    model = registry.build_model(
+        **description,
+        in_channels=dataset.image_shape[0],
+        classes=dataset.classes,
+        seed=seed,
+        pretrained=pretrained,
+    )
+    return registry.place(model, device)

@@ -11,8 +11,7 @@ from ftfast.distill.data.images import Foldable
 from ftfast.distill.phases import selection
 from ftfast.distill.phases.results import method_line, student_result
 from ftfast.distill.phases.setup import Setup
-from ftfast.distill.phases.teacher import student_description
-from ftfast.distill.phases.trainable import Guides, student_training
+from ftfast.distill.phases.trainable import Guides, student_description, student_training
 from ftfast.distill.runtime import files
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training import resumable

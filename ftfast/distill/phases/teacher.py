@@ -1,64 +1,33 @@
-"""The teacher: built from the settings, or read from a checkpoint that has to be of the same model."""
+"""The teacher's phase: trained, read back, or taken from a checkpoint that has to be of the same model; then frozen."""
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ftfast.distill.data.in_memory import Dataset
-from ftfast.distill.models import checkpoint_names, libraries, registry
+from ftfast.distill.data.augment import Mixing
+from ftfast.distill.models import checkpoint_names, libraries
+from ftfast.distill.models.frozen_teacher import FrozenTeacher, Teacher
+from ftfast.distill.models.registry import resized
+from ftfast.distill.models.training_graph import training_forward
+from ftfast.distill.phases.setup import Setup, build, with_batch_norms
 from ftfast.distill.runtime import checkpoint
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.training.methods import Outputs
+from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distill.settings.run_settings import Settings, schedule_of
+from ftfast.distill.training.evaluate import evaluate
+from ftfast.distill.training.loop import Training
+from ftfast.distill.training.methods import METHODS
+from ftfast.distill.training.step import Precision
 from ftfast.errors import CheckpointError
-from ftfast.features import FeatureTap
 
 
 def teacher_description(settings: Settings) -> dict[str, Any]:
     """What the settings say the teacher is, as its checkpoint keeps it."""
     return {"name": settings.teacher, "channels": settings.teacher_channels, "shortcut": settings.shortcut}
-
-
-def student_description(settings: Settings) -> dict[str, Any]:
-    """What the settings say a student is, as its checkpoint keeps it."""
-    return {"name": settings.student, "channels": settings.student_channels, "shortcut": settings.shortcut}
-
-
-def build(
-    description: dict[str, Any], dataset: Dataset, *, seed: int, device: torch.device, pretrained: bool = False
-) -> nn.Module:
-    """The described model for the images of a data set, channels_last on the device."""
-    model = registry.build_model(
-        **description,
-        in_channels=dataset.image_shape[0],
-        classes=dataset.classes,
-        seed=seed,
-        pretrained=pretrained,
-    )
-    return registry.place(model, device)
-
-
-class Teacher(nn.Module):
-    """A model in eval mode whatever is asked of it, without gradients or a graph, and otherwise as it is.
-
-    The plain engine's; :class:`ftfast.distill.models.frozen_teacher.FrozenTeacher` is faster and checked against it.
-    """
-
-    def __init__(self, model: nn.Module, layer: str = registry.LAST_STAGE) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
-        self._tap = FeatureTap(self.model, layer)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "Teacher":
-        """Stays in eval mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Outputs:
-        """``[N, C, H, W]`` to logits and last features."""
-        return Outputs(*self._tap(images))
 
 
 def read_teacher(settings: Settings) -> dict[str, Tensor]:
@@ -92,3 +61,98 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
     tensors = checkpoint_names.to_own_layout(tensors, model, path, settings.data)
     checkpoint.fill(model, tensors, path, title)
     return tensors
+
+
+def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
+    """The frozen teacher and its checkpoint, trained or read back or taken from ``teacher_checkpoint``."""
+    settings, path = setup.settings, setup.folder.teacher
+    setup.progress.begin("teacher", settings.teacher_epochs * len(setup.train))
+    source = settings.teacher_source()
+    origin: dict[str, Any] = {"seed": settings.seed} if source is None else {"source": source}
+    description = setup.describe("teacher", teacher_description(settings), **origin)
+    model = build(description["model"], settings.dataset(), seed=settings.seed, device=setup.precision.device)
+    start = time.perf_counter()
+    finished = setup.read_finished(path, description)
+    if finished is None and source is not None:
+        model.load_state_dict(setup.processes.on_first(lambda: read_teacher(settings)))
+        accuracy = evaluate(model, setup.test, setup.precision, setup.processes).accuracy
+        kept = {**description, "accuracy": accuracy}
+        setup.keep(path, Checkpoint(model.state_dict(), {"history": []}, kept))
+    elif finished is None:
+        model = with_batch_norms(model, settings)
+        _train_teacher(setup, model, description)
+        model = build(description["model"], settings.dataset(), seed=settings.seed, device=setup.precision.device)
+    finished = finished or setup.read_finished(path, description)
+    assert finished is not None
+    checkpoint.fill(model, finished.tensors, path, settings.teacher)
+    setup.progress.end()
+    accuracy, seconds = finished.description["accuracy"], time.perf_counter() - start
+    setup.progress.say(f"teacher: {settings.teacher}, {accuracy:.2f} % of the test images, {seconds:.1f} s")
+    return _freeze(setup, model), finished
+
+
+def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
+    """The teacher as students need it; whole and in float32 where none of them does."""
+    settings = setup.settings
+    if not any(METHODS[method].uses_teacher for method in settings.methods):
+        settings = replace(settings, engine="plain")
+    frozen, note = freeze(
+        settings,
+        setup.precision,
+        model,
+        lambda: next(setup.train.in_order(setup.part_size))[0],
+        size=settings.map_size(),
+        logits=any(METHODS[method].uses_teacher_logits for method in settings.methods),
+    )
+    if note:
+        setup.progress.say(f"frozen teacher: {note}")
+    return frozen
+
+
+def freeze(
+    settings: Settings,
+    precision: Precision,
+    model: torch.nn.Module,
+    example: Callable[[], Tensor],
+    *,
+    size: tuple[int, int],
+    logits: bool,
+) -> tuple[torch.nn.Module, str]:
+    """A trained teacher for inference alone, images to its ``Outputs``, and what was done to it.
+
+    Args:
+        example: gives images as they will come, on the device.
+        size: height and width to which its features are pooled where they are larger.
+        logits: are wanted too.
+    """
+    features = settings.teacher_features()
+    if settings.engine == "plain":
+        return resized(Teacher(model, features.layer), features, size), ""
+    frozen = FrozenTeacher(
+        model,
+        features.layer,
+        dtype=precision.dtype,
+        classifier=logits,
+        example=example(),
+        execution="compile" if precision.device.type == "cuda" and settings.compile == "on" else "eager",
+    )
+    return resized(frozen, features, size), frozen.explain()
+
+
+def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, Any]) -> None:
+    settings = setup.settings
+    learner = torch.nn.ModuleDict({"model": model})
+    forward = training_forward(model, settings.teacher_features().layer, compiled=False, fused=settings.is_fused)
+    mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
+    training = Training(
+        learner,
+        lambda images, labels: {"labels": torch.nn.functional.cross_entropy(forward(images).logits.float(), labels)},
+        setup.train,
+        schedule_of(settings, settings.teacher_epochs),
+        setup.precision,
+        seed=settings.seed,
+        judge=lambda stop: evaluate(model, setup.test, setup.precision, setup.processes, stop),
+        processes=setup.processes,
+        mixing=mixing if mixing else None,
+    )
+    setup.finish(training, setup.folder.teacher, description)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ftfast.distill.data.images import Images
 from ftfast.distill.models.registry import place, resized, seeded
 from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.monitor.step_clock import part
-from ftfast.distill.phases.teacher import build, student_description
+from ftfast.distill.phases.setup import build, with_batch_norms
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.settings.run_settings import Settings, schedule_of
 from ftfast.distill.training.evaluate import evaluate
@@ -20,6 +21,11 @@ from ftfast.distill.training.methods import METHODS, Regressor, Stored, Taught, 
 from ftfast.distill.training.step import BesideStudent, Precision
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
+
+
+def student_description(settings: Settings) -> dict[str, Any]:
+    """What the settings say a student is, as its checkpoint keeps it."""
+    return {"name": settings.student, "channels": settings.student_channels, "shortcut": settings.shortcut}
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,6 @@ def student_training(
         processes=processes,
         mixing=mixing if mixing else None,
     )
-
-
-def with_batch_norms(model: nn.Module, settings: Settings) -> nn.Module:
-    """The model, its batch norms over all processes where the settings want that."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if settings.sync_batch_norm else model
 
 
 def learner_of(

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.phases.guide_phases import freeze
+from ftfast.distill.models.registry import Outputs
 from ftfast.distill.phases.paraphraser import build_paraphraser
 from ftfast.distill.phases.run_folder import RunFolder
-from ftfast.distill.phases.teacher import build, teacher_description
+from ftfast.distill.phases.setup import build
+from ftfast.distill.phases.teacher import freeze, teacher_description
 from ftfast.distill.phases.trainable import Guides
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store.header import Header
-from ftfast.distill.training.methods import Outputs
 from ftfast.distill.training.step import Precision
 from ftfast.errors import DistillError, StoreError
 from ftfast.modules import Paraphraser
@@ -60,7 +60,7 @@ def frozen_guides(
     size: tuple[int, int],
     logits: bool,
 ) -> Guides:
-    """Both as they compute factors; for the arguments see :func:`ftfast.distill.phases.guide_phases.freeze`."""
+    """Both as they compute factors; for the arguments see :func:`ftfast.distill.phases.teacher.freeze`."""
     model = build(teacher_description(settings), settings.dataset(), seed=0, device=precision.device)
     checkpoint.fill(model, teacher.tensors, Path("the teacher"), settings.teacher)
     frozen, _ = freeze(settings, precision, model, example, size=size, logits=logits)

@@ -7,16 +7,10 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftfast.distill.models.registry import Outputs
 from ftfast.ops.attention import attention_difference
 
 Terms = dict[str, Tensor]
-
-
-class Outputs(NamedTuple):
-    """What a network says about a batch: logits ``[N, classes]`` and last feature map ``[N, C, H, W]``."""
-
-    logits: Tensor
-    features: Tensor
 
 
 class Stored(NamedTuple):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ftfast.distill.models.registry import Outputs
 from ftfast.distill.monitor.step_clock import part as timed_part
 from ftfast.distill.runtime.processes import ALONE, Processes, lost_in_words
-from ftfast.distill.training.methods import Outputs, Terms
+from ftfast.distill.training.methods import Terms
 from ftfast.distill.training.schedule import Schedule
 
 
