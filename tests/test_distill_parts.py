@@ -24,8 +24,8 @@ from ftfast.distill.models.registry import Outputs
 from ftfast.distill.monitor.epochs import Epoch
 from ftfast.distill.monitor.plots import curve_rows
 from ftfast.distill.monitor.progress import Progress
-from ftfast.distill.monitor.report import write_report
 from ftfast.distill.phases.paraphraser import build_paraphraser, diagnose, train_paraphraser
+from ftfast.distill.phases.report import write_report
 from ftfast.distill.phases.results import collect, paired_gain, student_result
 from ftfast.distill.phases.selection import Trial, best, candidates, selection_epochs, try_weights
 from ftfast.distill.phases.setup import algorithms
@@ -100,10 +100,10 @@ def test_methods_have_the_formulas_of_their_papers(name: str) -> None:
     beta, attention, hint, alpha, temperature = 70.0, 900.0, 5.0, 0.3, 3.0
     paraphraser, translator = Paraphraser(12).double(), Translator(8, 6).double()
     regressor = Regressor(8, 12).double()
-    guide = regressor if METHODS[name].uses_hints else FactorTransfer(paraphraser, translator, weight=beta)
+    between = regressor if name == "fitnet" else FactorTransfer(paraphraser, translator, weight=beta)
     weights = Weights(beta=beta, attention=attention, hint=hint, alpha=alpha, temperature=temperature)
 
-    terms = METHODS[name].terms(student, teacher, labels, guide, weights)
+    terms = METHODS[name].terms(student, teacher, labels, between, weights)
 
     cross_entropy = -(student.logits.softmax(1)[torch.arange(6), labels]).log().mean()
     soft_teacher, soft_student = (outputs.logits.div(temperature).softmax(1) for outputs in (teacher, student))
@@ -138,12 +138,12 @@ def test_the_weight_grid_has_one_size_for_every_method_and_is_centred_on_500_sqr
 def test_one_beta_leaves_nothing_to_choose_for_ft() -> None:
     settings = small_settings(beta=(125.0,)).resolved()
     assert candidates(settings, "ft") == [Weights(beta=125.0, temperature=settings.temperature)]
-    assert {weights.beta for weights in candidates(settings, "ft+kd")} == {125.0}
+    assert {weights["beta"] for weights in candidates(settings, "ft+kd")} == {125.0}
 
 
 def test_the_number_of_betas_is_free_where_no_method_has_an_alpha() -> None:
     settings = small_settings(methods=("none", "ft"), beta=(1.0, 2.0, 3.0, 4.0)).resolved()
-    assert [weights.beta for weights in candidates(settings, "ft")] == [1, 2, 3, 4]
+    assert [weights["beta"] for weights in candidates(settings, "ft")] == [1, 2, 3, 4]
 
 
 def test_selection_takes_the_highest_accuracy_then_the_lowest_loss_and_never_a_diverged_one() -> None:
@@ -306,7 +306,10 @@ def test_the_statistics_of_known_accuracies() -> None:
     """Every number by hand: over seeds, and between students of the same seed."""
     none, ft = (50.0, 80.0, 60.0, 71.0), (54.0, 81.0, 59.0, 77.0)
     methods = {
-        name: (Weights(), [student_of(seed, 10.0 * seed, value) for seed, value in enumerate(accuracies)])
+        name: (
+            Weights.fromkeys(METHODS[name].weights, 1.0),
+            [student_of(seed, 10.0 * seed, value) for seed, value in enumerate(accuracies)],
+        )
         for name, accuracies in (("none", none), ("ft", ft))
     }
     settings = small_settings(methods=("none", "ft"), seeds=4).resolved()

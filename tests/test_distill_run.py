@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from ftfast.distill.data import in_memory
-from ftfast.distill.monitor.plots import STYLES
-from ftfast.distill.monitor.report import write_report
 from ftfast.distill.phases import run_folder
+from ftfast.distill.phases.report import write_report
 from ftfast.distill.phases.run_folder import check_run_folder
 from ftfast.distill.phases.setup import precision_of
 from ftfast.distill.phases.trainable import build_student
@@ -92,8 +91,8 @@ def test_the_table_beside_the_curves_has_their_numbers(whole: tuple[Path, dict[s
 
 
 def test_every_method_has_a_style_of_its_own() -> None:
-    assert STYLES.keys() == METHODS.keys()
-    assert len({colour for colour, _ in STYLES.values()}) == len({line for _, line in STYLES.values()}) == len(METHODS)
+    methods = METHODS.values()
+    assert len({method.colour for method in methods}) == len({method.line for method in methods}) == len(methods)
 
 
 def test_gains_are_paired_by_seed(whole: tuple[Path, dict[str, Any]]) -> None:

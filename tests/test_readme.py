@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftfast.cli import COMMANDS
-from ftfast.distill.monitor.report import to_markdown
+from ftfast.distill.phases.report import to_markdown
 from ftfast.distill.settings.presets import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent

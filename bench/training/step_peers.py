@@ -226,7 +226,7 @@ def ours(
         with_.teacher(), with_.taught.layer, dtype=precision.dtype, example=images, execution=execution
     )
     student = registry.place(with_.student(), with_.device)
-    weights = Weights(beta=BETA if method == "ft" else None)
+    weights = Weights(beta=BETA) if method == "ft" else Weights()
     guides = Guides(teacher, registry.place(with_.paraphraser(), with_.device))
     learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=with_.seed)
     if "translator" in learner:

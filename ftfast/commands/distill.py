@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from ftfast.distill.monitor.report import print_table, write_report
+    from ftfast.distill.phases.report import print_table, write_report
     from ftfast.distill.run import run as run_distillation
 
     # Beside the run of the teacher, not on it.

@@ -4,6 +4,7 @@ A file's bytes depend on nothing but what it shows.
 """
 
 import io
+from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import Any
 
@@ -21,18 +22,6 @@ def drawn(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "ftfast"}):
         figure.savefig(buffer, format=kind, dpi=150, metadata=_METADATA[kind])
     return buffer.getvalue()
-
-
-# Okabe and Ito's colours, told apart with every common colour vision; line styles tell them apart without colour.
-STYLES: dict[str, tuple[str, Any]] = {
-    "none": ("#000000", "-"),
-    "ft": ("#D55E00", "--"),
-    "kd": ("#0072B2", "-."),
-    "ft+kd": ("#009E73", ":"),
-    "at": ("#E69F00", (0, (5, 1))),
-    "fitnet": ("#CC79A7", (0, (3, 1, 1, 1))),
-    "at+kd": ("#56B4E9", (0, (1, 2))),
-}
 
 
 def curve_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,8 +55,10 @@ def curve_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, bytes]:
-    """The picture's files by format: ``png`` and ``svg``."""
+def draw_curves(
+    results: dict[str, Any], rows: list[dict[str, Any]], styles: Mapping[str, tuple[str, Any]]
+) -> dict[str, bytes]:
+    """The picture's files by format, ``png`` and ``svg``; of each method by its colour and line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -75,7 +66,7 @@ def draw_curves(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str
     curves, finals = figure.subplots(1, 2, width_ratios=(3, 2))
     names = list(results["methods"])
     for position, name in enumerate(names):
-        colour, line = STYLES[name]
+        colour, line = styles[name]
         own = [row for row in rows if row["method"] == name]
         epochs = [row["epoch"] for row in own]
         low = [row["accuracy_mean"] - (row["accuracy_standard_deviation"] or 0) for row in own]

@@ -115,7 +115,7 @@ def _method_result(
     return {
         "title": METHODS[name].title,
         "source": METHODS[name].source,
-        "weights": {key: getattr(weights, key) for key in METHODS[name].weights},
+        "weights": {key: weights[key] for key in METHODS[name].weights},
         "trials": to_json(trials),
         "mean": mean,
         "standard_deviation": deviation,

@@ -46,7 +46,7 @@ def candidates(settings: Settings, method: str) -> list[Weights]:
 
 def named(method: str, weights: Weights) -> dict[str, float]:
     """The weights that a method has, by name."""
-    return {name: getattr(weights, name) for name in METHODS[method].weights}
+    return {name: weights[name] for name in METHODS[method].weights}
 
 
 def try_weights(

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,7 +114,7 @@ def train_students(
     results = []
     for seed in range(settings.seeds):
         path = setup.folder.student(method, seed)
-        named = {"method": method, "seed": seed, "weights": asdict(weights)}
+        named = {"method": method, "seed": seed, "weights": weights}
         description = setup.describe("student", student_description(settings), **named)
         finished = setup.read_finished(path, description)
         if finished is None:

@@ -17,10 +17,9 @@ from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.settings.run_settings import Settings, schedule_of
 from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
-from ftfast.distill.training.methods import METHODS, Regressor, Stored, Taught, Terms, Weights
+from ftfast.distill.training.methods import METHODS, Pair, Stored, Taught, Terms, Weights
 from ftfast.distill.training.step import BesideStudent, Precision
-from ftfast.head import FactorTransfer
-from ftfast.modules import Paraphraser, Translator
+from ftfast.modules import Paraphraser
 
 
 def student_description(settings: Settings) -> dict[str, Any]:
@@ -95,12 +94,19 @@ def learner_of(
     """
     chosen = METHODS[method]
     learner = nn.ModuleDict({"model": student})
-    guide: nn.Module | None = None
-    if chosen.uses_factors:
-        guide = _head(settings, guides, weights, seed)
-        learner["translator"] = guide.translator
-    elif chosen.uses_hints:
-        guide = learner["regressor"] = _regressor(settings, seed)
+    between: nn.Module | None = None
+    if chosen.between is not None:
+        pair = Pair(
+            settings.student_features().channels,
+            settings.teacher_features().channels,
+            guides.paraphraser,
+            weights,
+            backend="reference" if settings.engine == "plain" else "auto",
+        )
+        with seeded(seed):
+            made = chosen.between(pair)
+        between = place(made.module, torch.device(settings.device))
+        learner[made.name] = made.learns
     features = settings.student_features()
     forward = training_forward(student, features.layer, compiled=settings.compile == "on", fused=settings.is_fused)
     forward = resized(forward, features, settings.map_size())
@@ -116,25 +122,6 @@ def learner_of(
             if chosen.uses_teacher:
                 taught = Stored(*stored)
         with part("head"):
-            return chosen.terms(found, taught, labels, guide, weights)
+            return chosen.terms(found, taught, labels, between, weights)
 
     return learner, terms
-
-
-def _head(settings: Settings, guides: Guides, weights: Weights, seed: int) -> FactorTransfer:
-    assert guides.paraphraser is not None
-    assert weights.beta is not None
-    with seeded(seed):
-        translator = Translator(settings.student_features().channels, guides.paraphraser.factor_channels)
-    return FactorTransfer(
-        guides.paraphraser,
-        place(translator, torch.device(settings.device)),
-        weight=weights.beta,
-        backend="reference" if settings.engine == "plain" else "auto",
-    )
-
-
-def _regressor(settings: Settings, seed: int) -> Regressor:
-    with seeded(seed):
-        regressor = Regressor(settings.student_features().channels, settings.teacher_features().channels)
-    return place(regressor, torch.device(settings.device))

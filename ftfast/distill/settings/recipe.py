@@ -1,13 +1,14 @@
 """The fields of a distillation run's settings, each with its default for digits, what it takes and its help text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from typing import Any
 
 import torch
 
 from ftfast.distill.data.in_memory import DATASETS
 from ftfast.distill.models import registry
 from ftfast.distill.settings.fields import setting
-from ftfast.distill.training.methods import METHODS
+from ftfast.distill.training.methods import METHODS, TEMPERATURE, WEIGHTS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICES = ("auto", "cpu", "cuda")
@@ -21,8 +22,8 @@ PARAPHRASER_SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Fields alone; what they mean together is :class:`ftfast.distill.settings.run_settings.Settings`'s."""
+class RecipeFields:
+    """All fields but the methods' weights."""
 
     data: str = setting("digits", "data set", choices=tuple(DATASETS))
     data_dir: str | None = setting(
@@ -120,15 +121,7 @@ class Recipe:
     paraphraser_loss: str = setting("l1", "reconstruction loss of the paraphraser", choices=RECONSTRUCTION_LOSSES)
     paraphraser_held_out: int = setting(100, "training images on which the paraphraser is judged", least=2)
 
-    beta: tuple[float, ...] = setting(
-        (), "weight of the factor transfer loss; of several, one is chosen (default: round 500*sqrt(D/2048))", least=0
-    )
-    attention: tuple[float, ...] = setting((), "weight of attention transfer; of several, one is chosen", least=0)
-    hint: tuple[float, ...] = setting((), "weight of the hints; of several, one is chosen", least=0)
-    alpha: tuple[float, ...] = setting(
-        (), "weight of the soft labels, 0 to 1; of several, one is chosen", least=0, most=1
-    )
-    temperature: float = setting(4.0, "of the soft labels", positive=True, most=1e4)
+    temperature: float = setting(TEMPERATURE, "of the soft labels", positive=True, most=1e4)
     validation_folds: int = setting(
         4, "parts of the students' images, each in turn kept apart to judge weights on", least=2, most=10
     )
@@ -159,3 +152,17 @@ class Recipe:
         most=4096,
         free=True,
     )
+
+
+def _weight_field(name: str) -> tuple[str, object, object]:
+    weight = WEIGHTS[name]
+    explanation = f"weight of {weight.meaning}; of several, one is chosen"
+    return name, tuple[float, ...], setting((), explanation, least=0, most=weight.most)
+
+
+MethodWeights: Any = make_dataclass("MethodWeights", map(_weight_field, WEIGHTS), frozen=True)
+
+
+@dataclass(frozen=True)
+class Recipe(MethodWeights, RecipeFields):
+    """Fields alone; what they mean together is :class:`ftfast.distill.settings.run_settings.Settings`'s."""

@@ -30,8 +30,6 @@ VERSION = 1
 GRID_STEPS = (0.5, 1.0, 2.0)
 # Compiling takes a student seconds, and saves milliseconds a step.
 STEPS_WORTH_COMPILING = 2000
-# Of the weights whose unit does not depend on the factor's size: about what their papers and their papers' code use.
-GRIDS = {"attention": (500.0, 1000.0, 2000.0), "hint": (1.0, 10.0, 100.0), "alpha": (0.5, 0.7, 0.9)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Settings(Recipe):
         return min(teacher.height, student.height), min(teacher.width, student.width)
 
     def _check_map_sizes(self) -> None:
-        compares_maps = any(set(METHODS[method].weights) - {"alpha"} for method in self.methods)
+        compares_maps = any(METHODS[method].compares_maps for method in self.methods)
         teacher, student = self.teacher_features(), self.student_features()
         alike = (teacher.height, teacher.width) == (student.height, student.width)
         if compares_maps and not alike and not self.resize_features:
@@ -163,8 +161,7 @@ class Settings(Recipe):
     def _grid(self, name: str) -> tuple[float, ...]:
         if given := getattr(self, name):
             return given
-        if name != "beta":
-            grid = GRIDS[name]
+        if (grid := WEIGHTS[name].grid) is not None:
             return grid[1:2] if DATASETS[self.data].is_streamed else grid
         centre = 500 * math.sqrt(self.factor_size() / 2048)  # the mean form shrinks like 1/sqrt(D); 500 suits CIFAR
         if DATASETS[self.data].is_streamed:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ftfast.distill.monitor.plots import curve_rows, draw_curves
 from ftfast.distill.runtime import files
+from ftfast.distill.training.methods import METHODS
 
 _HEADINGS = ("method", "weights", "accuracy, %", "gain", "seeds up", "images/s")
 
@@ -23,7 +24,8 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     files.write_text(folder / "curves.csv", table.getvalue())
-    for kind, content in draw_curves(results, rows).items():
+    styles = {name: (METHODS[name].colour, METHODS[name].line) for name in results["methods"]}
+    for kind, content in draw_curves(results, rows, styles).items():
         files.write_bytes(folder / f"curves.{kind}", content)
     files.write_text(folder / "report.md", to_markdown(results))
 
