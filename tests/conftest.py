@@ -1,7 +1,5 @@
 """Which backends a test can name here, and outputs that start as NaN, so that an element nobody wrote is seen."""
 
-import os
-import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +10,7 @@ from ftfast.dispatch import interpreting, supports
 CPU = torch.device("cpu")
 # Begun first, or one process waits minutes at the end for what the other does.
 LONGEST = ("test_kills", "test_photograph_runs", "test_packaging", "test_on_gpu", "test_store_builds")
-# All slow tests of machine code take two cores a quarter of an hour.
-THINNED = os.environ.get("FTFAST_SOME_RESOURCES") == "1"
+pytest_plugins = ["tests.machine_code"]
 
 
 def kernel_backends() -> list[tuple[str, str]]:
@@ -37,9 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip("no CUDA device here"))
-        is_machine_code = item.get_closest_marker("slow") and item.path.stem.endswith("_resources")
-        if THINNED and is_machine_code and zlib.crc32(item.nodeid.encode()) % 4:
-            item.add_marker(pytest.mark.skip("FTFAST_SOME_RESOURCES is set, and this is none of them"))
 
 
 @pytest.fixture(autouse=True)
