@@ -9,10 +9,6 @@ from tests import machine_code
 
 RESOURCES = sorted(Path(__file__).parent.glob("test_*_resources.py"))
 FILES = [path for path in RESOURCES if machine_code.shipped_file(path).is_file()]
-    path
-    for path in sorted(Path(__file__).parent.glob("test_*_resources.py"))
-    if machine_code.shipped_file(path).is_file()
-]
 
 
 @pytest.mark.parametrize("test", FILES, ids=lambda path: path.stem)
