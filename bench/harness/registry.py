@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from bench.harness.measuring import Plan
-from bench.harness.records import Record, Row
+from bench.harness.records import Row
 from bench.shapes import FactorShape, HeadShape
 
 PACKAGES = ("bench", "bench.kernels", "bench.machine_code", "bench.training")
@@ -58,7 +58,8 @@ class Bench:
         size: how many times ``run`` calls ``advance``, for the progress bar.
         run: measures; ``advance`` takes what is being measured now.
         tables: the rows of this bench for the terminal.
-        markdown: the README's block from the newest record of each device type, ``"cpu"`` and ``"cuda"``.
+        markdown: the block of README and docs from a picture's link and the newest record by device type, ``"cpu"`` and
+            ``"cuda"``; many take ``brief`` too, for the first table alone.
         formula: what the rows' ``least_bytes`` counts.
         refuses: why it cannot run here, one sentence, or nothing.
     """
@@ -67,7 +68,7 @@ class Bench:
     size: Callable[[Settings], int]
     run: Callable[[Settings, Callable[[str], None]], list[Row]]
     tables: Callable[[list[Row]], Iterable[Table]]
-    markdown: Callable[[dict[str, tuple[str, Record]]], str]
+    markdown: Callable[..., str]
     formula: str = ""
     refuses: Callable[[Settings], str] = runs_anywhere
 

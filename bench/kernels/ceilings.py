@@ -117,20 +117,16 @@ def show(rows: list[Row]) -> Iterator[Table]:
     yield table
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         lines = [
             [row.candidate, row.group, tables.number(row.gbps), tables.number(rate(row))] for row in record.of(STEM)
         ]
-        blocks.append(f"{title}: {tables.provenance(record)}.")
-        blocks.append(tables.markdown_table(("ceiling", "of", "GB/s", "TFLOP/s"), lines, numbers_from=2))
-    return "\n\n".join(blocks)
+        return "", [tables.markdown_table(("ceiling", "of", "GB/s", "TFLOP/s"), lines, numbers_from=2)]
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

@@ -188,20 +188,18 @@ def show(rows: list[Row]) -> Iterator[Table]:
             yield table
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         rows = record.of(STEM)
-        notes = "".join(f" Note: {note}." for note in record.notes)
-        blocks.append(f"{title}: {tables.provenance(record)}. Medians of forward and backward.{notes}")
-        blocks.append(tables.markdown_table(LOSS_HEADINGS, _lines(rows), numbers_from=1))
-        blocks.append(tables.markdown_table(CALL_HEADINGS, _added_lines(rows), numbers_from=1))
-    return "\n\n".join(blocks)
+        losses = tables.markdown_table(LOSS_HEADINGS, _lines(rows), numbers_from=1)
+        return ". Medians of forward and backward", [
+            losses,
+            tables.markdown_table(CALL_HEADINGS, _added_lines(rows), numbers_from=1),
+        ]
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

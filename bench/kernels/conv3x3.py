@@ -188,23 +188,19 @@ def show(rows: list[Row]) -> Iterator[Table]:
     return throughput_tables(rows, {"over library": LIBRARY})
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         rows = record.of(STEM)
-        blocks.append(f"{title}: {tables.provenance(record)}.{''.join(f' Note: {note}.' for note in record.notes)}")
         if not any(row.candidate == OURS for row in rows):
-            blocks[-1] += " No kernel of ours here; the library's convolutions are the only candidate."
-            continue
-        for work in WORKS:
-            candidates = [LIBRARY, OURS, MATMUL]
-            blocks.append(throughput_markdown(rows, work, candidates, OURS, [LIBRARY], f"{work} of convolution, dtype"))
-    return "\n\n".join(blocks)
+            return ". No kernel of ours here; the library's convolutions are the only candidate", []
+        return "", [
+            throughput_markdown(rows, work, [LIBRARY, OURS, MATMUL], OURS, [LIBRARY], f"{work} of convolution, dtype")
+            for work in WORKS
+        ]
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

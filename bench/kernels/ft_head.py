@@ -183,27 +183,22 @@ def show(rows: list[Row]) -> Iterator[Table]:
     return throughput_tables(rows, {"over eager": peers.EAGER, "over compile": peers.COMPILED}, kept)
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         rows = record.of(STEM)
-        blocks.append(
-            f"{title}: {tables.provenance(record)}. Medians of forward and backward."
-            f"{''.join(f' Note: {note}.' for note in record.notes)}"
-        )
+        shown = []
         for suffix in ("", f", {GRAPHED}"):
             names = [name + suffix for name in (peers.EAGER, peers.COMPILED, LIBRARY, OURS)]
             if suffix and not any(row.candidate in names for row in rows):
                 continue
-            blocks.append(
+            shown.append(
                 throughput_markdown(rows, FORWARD_BACKWARD, names, OURS + suffix, [peers.EAGER, peers.COMPILED], "head")
             )
-    return "\n\n".join(blocks)
+        return ". Medians of forward and backward", shown
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

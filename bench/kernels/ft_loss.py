@@ -144,31 +144,26 @@ def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
     names = [
         group_name(SHAPES[shape], dtype, layout)
         for shape in DEFAULT_SHAPES
         for dtype in README_DTYPES
         for layout in LAYOUTS
     ]
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        picture, record = newest[device]
+
+    def found_in(picture: str, record: Record) -> tuple[str, list[str]]:
         rows = record.of(STEM)
         backends = {row.details.get("backend") for row in rows if row.candidate == OURS}
-        blocks.append(
-            f"{title}: {tables.provenance(record)}, backend {', '.join(sorted(map(str, backends)))}. "
-            f"Medians of forward and backward.{''.join(f' Note: {note}.' for note in record.notes)}"
-        )
-        blocks.append(tables.comparison_markdown(rows, OURS, names))
+        shown = [tables.comparison_markdown(rows, OURS, names)]
         if further := tables.peers_markdown(rows, OURS, names):
-            blocks.append(f"Further peers, and their times in multiples of {OURS}'s:\n\n{further}")
-        blocks.append(f"![Time of the loss against the yardstick and the official formula]({picture})")
-    return "\n\n".join(blocks)
+            shown.append(f"Further peers, and their times in multiples of {OURS}'s:\n\n{further}")
+        shown.append(f"![Time of the loss against the yardstick and the official formula]({picture})")
+        return f", backend {', '.join(sorted(map(str, backends)))}. Medians of forward and backward", shown
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

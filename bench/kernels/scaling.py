@@ -196,20 +196,16 @@ def show(rows: list[Row]) -> Iterator[Table]:
             yield Table(title=f"{row.group}, {row.candidate}: {row.reason}", title_justify="left", title_style="red")
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block: the picture, and a table for each sweep."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        picture, record = newest[device]
-        notes = "".join(f" Note: {note}." for note in record.notes)
-        blocks.append(f"{title}: {tables.provenance(record)}. Medians of forward and backward.{notes}")
-        blocks.append(f"![Time per sample and percent of the ceiling over N, C and map size]({picture})")
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(picture: str, record: Record) -> tuple[str, list[str]]:
+        shown = [f"![Time per sample and percent of the ceiling over N, C and map size]({picture})"]
         for sweep, points in curves.sweeps(record.of(STEM)).items():
-            blocks.append(tables.markdown_table(headings(sweep, points), list(_lines(points)), numbers_from=1))
-    return "\n\n".join(blocks)
+            shown.append(tables.markdown_table(headings(sweep, points), list(_lines(points)), numbers_from=1))
+        return ". Medians of forward and backward", shown
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

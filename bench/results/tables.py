@@ -1,6 +1,6 @@
 """Rows as tables, for the terminal and for Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -209,6 +209,30 @@ def peers_markdown(rows: list[Row], ours: str, group_names: Sequence[str]) -> st
         *(f"{title} ({OTHER_FORMULA})" if title in other else title for title in titles),
     )
     return markdown_table(headings, lines, numbers_from=1)
+
+
+def by_device(
+    newest: dict[str, tuple[str, Record]], found_in: Callable[[str, Record], tuple[str, list[str]]], brief: bool = False
+) -> str:
+    """A part of Markdown for the CPU and one for GPUs, with where each was measured and the record's notes.
+
+    Args:
+        newest: a picture's link and the record, by ``"cpu"`` and ``"cuda"``.
+        found_in: of a picture and a record, what its figures are, and the paragraphs that show them.
+        brief: no more than the first table, and nothing of devices that were not measured.
+    """
+    blocks = []
+    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
+        if device not in newest:
+            if not brief or not newest:
+                blocks.append(f"{title}: {NOT_MEASURED}.")
+            continue
+        figures, shown = found_in(*newest[device])
+        notes = "".join(f" Note: {note}." for note in newest[device][1].notes)
+        blocks.append(f"{title}: {provenance(newest[device][1])}{figures}.{notes}")
+        first_table = next((place for place, block in enumerate(shown) if block.startswith("|")), len(shown))
+        blocks += shown[: first_table + 1] if brief else shown
+    return "\n\n".join(blocks)
 
 
 def provenance(record: Record) -> str:

@@ -144,21 +144,17 @@ def show(rows: list[Row]) -> Iterator[Table]:
         yield table
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
-        notes = "".join(f" Note: {note}." for note in record.notes)
-        blocks.append(f"{title}: {tables.provenance(record)}. Medians of whole steps.{notes}")
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         rows = record.of(STEM)
+        shown = []
         for name in dict.fromkeys(row.group for row in rows):
-            blocks.append(f"{name}:")
-            blocks.append(_markdown_table([row for row in rows if row.group == name]))
-    return "\n\n".join(blocks)
+            shown += [f"{name}:", _markdown_table([row for row in rows if row.group == name])]
+        return ". Medians of whole steps", shown
+
+    return tables.by_device(newest, found_in, brief)
 
 
 def _markdown_table(rows: list[Row]) -> str:

@@ -246,20 +246,14 @@ def show(rows: list[Row]) -> Iterator[Table]:
         yield table
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         rows = [row for row in record.of(STEM) if row.work in (WORK, STEP)]
         found = rates(rows)
-        notes = "".join(f" Note: {note}." for note in record.notes)
         sizes = [row.details["file_bytes"] for row in rows if "file_bytes" in row.details]
         mean = f", {sizes[0] / 1024:.0f} KiB each" if sizes else ""
-        blocks.append(f"{title}: {tables.provenance(record)}. {rows[0].group}{mean}.{notes}")
         lines = []
         for row in rows:
             if row.candidate in found:
@@ -268,10 +262,11 @@ def markdown(newest: dict[str, tuple[str, Record]]) -> str:
                 lines.append((row.candidate, str(row.details["workers"]), f"{one.loader:,.0f}", of_core))
             elif row.work == WORK:
                 lines.append((row.candidate, str(row.details["workers"]), row.reason, ""))
-        head = ("loader", "workers", "images/s", "images/s a core")
-        blocks.append(tables.markdown_table(head, lines, numbers_from=1))
-        blocks.append("\n".join(f"- {verdict(name, one)}" for name, one in found.items()))
-    return "\n\n".join(blocks)
+        table = tables.markdown_table(("loader", "workers", "images/s", "images/s a core"), lines, numbers_from=1)
+        verdicts = "\n".join(f"- {verdict(name, one)}" for name, one in found.items())
+        return f". {rows[0].group}{mean}", [table, verdicts]
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

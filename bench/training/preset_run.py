@@ -218,23 +218,18 @@ def show(rows: list[Row]) -> Iterator[Table]:
         yield table
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         rows = record.of(STEM)
-        notes = "".join(f" Note: {note}." for note in record.notes)
-        blocks.append(f"{title}: {tables.provenance(record)}. {rows[0].group}.{notes}")
         measured = [row for row in rows if row.timing is not None]
         headings = [name for name in _cells(rows[0]) if any(_cells(row)[name] for row in measured)]
         lines = [[heading, *(_cells(row)[heading] for row in measured)] for heading in headings]
-        blocks.append(tables.markdown_table(("loader", *(row.candidate for row in measured)), lines, numbers_from=1))
-        blocks += [f"{row.candidate}: {row.reason}." for row in rows if row.timing is None]
-    return "\n\n".join(blocks)
+        table = tables.markdown_table(("loader", *(row.candidate for row in measured)), lines, numbers_from=1)
+        return f". {rows[0].group}", [table, *(f"{row.candidate}: {row.reason}." for row in rows if row.timing is None)]
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(

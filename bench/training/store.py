@@ -247,20 +247,17 @@ def show(rows: list[Row]) -> Iterator[Table]:
         yield table
 
 
-def markdown(newest: dict[str, tuple[str, Record]]) -> str:
-    """The README's block."""
-    blocks = []
-    for device, title in (("cpu", "CPU"), ("cuda", "CUDA GPU")):
-        if device not in newest:
-            blocks.append(f"{title}: {tables.NOT_MEASURED}.")
-            continue
-        _, record = newest[device]
-        notes = "".join(f" Note: {note}." for note in record.notes)
-        blocks.append(f"{title}: {tables.provenance(record)}. Medians.{notes}")
+def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
+    """The block of the README and of docs/benchmarks.md."""
+
+    def found_in(_: str, record: Record) -> tuple[str, list[str]]:
+        device = "cuda" if "gpu" in record.hardware else "cpu"
+        shown = []
         for name, members in _by_group(record.of(STEM)):
-            blocks.append(f"{name}:")
-            blocks.append(tables.markdown_table(HEADINGS, list(_lines(members, device)), numbers_from=1))
-    return "\n\n".join(blocks)
+            shown += [f"{name}:", tables.markdown_table(HEADINGS, list(_lines(members, device)), numbers_from=1)]
+        return ". Medians", shown
+
+    return tables.by_device(newest, found_in, brief)
 
 
 BENCH = Bench(
