@@ -37,7 +37,7 @@ QUICK_PEERS = ("eager", "compile")
 GPU_PEERS = ("compile-max-autotune",)
 EPILOG = """\
 further commands:
-  python -m bench readme [--check]   write the README's measured blocks and pictures from bench/records, or check them
+  python -m bench readme [--check]   write the measured blocks and pictures of README and docs, or check them
   python -m bench plot RECORD ...    draw records, as SVG and PNG beside each
   python -m bench compare A B        ratios of two records, where they can be compared
   python -m bench prediction         epoch times of many GPUs, predicted from the records

@@ -271,7 +271,7 @@ def test_readme_is_written_from_records_and_checked_against_them(tmp_path: Path)
     folder, page = tmp_path / "records", tmp_path / "README.md"
     folder.mkdir()
     page.write_text("# before\n<!-- bench:ft_loss -->\n<!-- /bench -->\nafter\n")
-    arguments = ["--readme", str(page), "--records", str(folder)]
+    arguments = ["--page", str(page), "--records", str(folder)]
 
     assert readme.main([*arguments, "--check"]) == 1
     assert readme.main(arguments) == 0
@@ -313,7 +313,7 @@ def test_a_readme_without_a_known_block_is_refused(
     page = tmp_path / "README.md"
     page.write_text(text)
     with pytest.raises(SystemExit) as stop:
-        readme.main(["--readme", str(page), "--records", str(tmp_path)])
+        readme.main(["--page", str(page), "--records", str(tmp_path)])
     assert stop.value.code == 2
     assert str(page) in capsys.readouterr().err
     assert page.read_text() == text
@@ -362,7 +362,7 @@ def test_quick_run_from_the_command_line_gives_a_valid_record(tmp_path: Path) ->
         (["--seed", "99999999999999999999"], "4294967296"),
         (["--out", "/no/such/folder/record.json"], "/no/such/folder"),
         (["plot", "/no/such/record.json"], "/no/such/record.json"),
-        (["readme", "--readme", "/no/such/README.md"], "/no/such/README.md"),
+        (["readme", "--page", "/no/such/README.md"], "/no/such/README.md"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

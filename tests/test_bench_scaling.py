@@ -139,7 +139,7 @@ def test_readme_has_a_block_of_scaling_with_its_picture(tmp_path: Path) -> None:
     folder.mkdir()
     page.write_text("<!-- bench:scaling -->\n<!-- /bench -->\n")
     records.save(sweep_record(), folder / "cpu.json")
-    arguments = ["--readme", str(page), "--records", str(folder)]
+    arguments = ["--page", str(page), "--records", str(folder)]
     assert readme.main([*arguments, "--check"]) == 1
     assert readme.main(arguments) == 0
     assert "(records/cpu.scaling.svg)" in page.read_text()

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench.harness.records import Record
+from bench.harness.machine import CHECKOUT
+from bench.harness.records import RECORDS, Record
 from bench.peers import COMPILED, EAGER, YARDSTICK
 from bench.results.tables import provenance
 
@@ -17,6 +18,7 @@ OURS = "ftfast"
 LIBRARY = "library"
 LIBRARY_HEAD = "library + FTLoss"
 DIGEST_LABEL = "ftfast bench record"
+PICTURES = CHECKOUT / "docs" / "pictures"
 
 
 class Style(NamedTuple):
@@ -53,6 +55,7 @@ def figure(width: float, height: float) -> Iterator["Figure"]:
 
 def save(drawn: "Figure", record: Record, title: str, paths: Sequence[Path]) -> list[Path]:
     """Write a figure with its title, where it was measured, and the record's digest."""
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     drawn.suptitle(f"{title}\n{provenance(record)}", x=0.01, ha="left", fontsize=9)
     for path in paths:
         metadata: dict[str, str | None] = {"Description": f"{DIGEST_LABEL} {record.digest}"}
@@ -70,8 +73,9 @@ def plain(axes: "Axes") -> None:
 
 
 def picture_paths(record_path: Path, bench: str) -> tuple[Path, Path]:
-    """Where the SVG and the PNG of a record go: beside it."""
-    return record_path.with_suffix(f".{bench}.svg"), record_path.with_suffix(f".{bench}.png")
+    """Where the SVG and the PNG of a record go: beside it; those of a committed record to the docs, which show them."""
+    folder = PICTURES if record_path.resolve().parent == RECORDS else record_path.parent
+    return folder / f"{record_path.stem}.{bench}.svg", folder / f"{record_path.stem}.{bench}.png"
 
 
 def digest_in(svg: Path) -> str:
