@@ -9,6 +9,7 @@
 #include "batch_norm.h"
 #include "conv3x3.h"
 #include "conv3x3_direct.h"
+#include "fingerprint.h"
 #include "ft_head.h"
 #include "ft_loss.h"
 #include "read_rows.h"
@@ -257,6 +258,16 @@ void norm_backward(const py::tuple& addresses, int dtype, int64_t rows, int64_t 
   batch_norm_backward(work);
 }
 
+// addresses and sizes in bytes, one after the other
+uint64_t fingerprint_of(const py::tuple& addresses_and_bytes, int threads) {
+  const auto given = numbers(addresses_and_bytes);
+  std::vector<Span> spans;
+  for (size_t i = 0; i + 1 < given.size(); i += 2)
+    spans.push_back({reinterpret_cast<const char*>(given[i]), given[i + 1]});
+  py::gil_scoped_release release;
+  return fingerprint(spans, threads);
+}
+
 std::pair<int64_t, int> rows_of_files(uintptr_t descriptors, uintptr_t offsets, int64_t rows, int64_t row_bytes, uintptr_t out) {
   py::gil_scoped_release release;
   const ReadFailure failure = read_rows(
@@ -283,6 +294,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention", &ftfast::attention);
   module.def("batch_norm_forward", &ftfast::norm_forward);
   module.def("batch_norm_backward", &ftfast::norm_backward);
+  module.def("fingerprint", &ftfast::fingerprint_of);
   module.def("read_rows", &ftfast::rows_of_files);
   module.def("unfold_3x3", &ftfast::unfold);
   module.def("weight_taps_first", &ftfast::taps_first);

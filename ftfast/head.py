@@ -34,6 +34,8 @@ class FactorTransfer(nn.Module):
         ValueError: unlike ``factor_channels``, or an argument that FTLoss refuses.
     """
 
+    _held: int | None = None
+
     def __init__(
         self,
         paraphraser: Paraphraser,
@@ -61,6 +63,22 @@ class FactorTransfer(nn.Module):
         self.translator = translator
         self.loss = FTLoss(p, reduction, eps, weight, backend)
 
+    def hold_weights(self) -> Self:
+        """Says that the frozen paraphraser is written to in ways that torch sees, if at all; returns the head.
+
+        Without it, its weights are looked at in every call: a CPU reads them, a GPU prepares them for the kernels
+        anew. With it they are prepared once, and again after what torch's version counters see: ``load_state_dict``,
+        an in-place operator, ``.to``. After a write through ``.data``, numpy or a collective, call
+        :meth:`weights_changed`.
+        """
+        self._held = self._held or 0
+        return self
+
+    def weights_changed(self) -> None:
+        """Has the paraphraser's weights prepared anew at the next call; needed after :meth:`hold_weights` alone."""
+        if self._held is not None:
+            self._held += 1
+
     def train(self, mode: bool = True) -> Self:
         """Sets the translator's mode; the paraphraser stays in eval."""
         super().train(mode)
@@ -83,7 +101,7 @@ class FactorTransfer(nn.Module):
         plan, translator, paraphraser = self._plan(student_features, teacher_features, teacher_factor)
         if plan.kernel != SEPARATE:
             assert isinstance(translator, Stack)
-            known = paraphraser if isinstance(paraphraser, Stack) else None
+            known = paraphraser._replace(held=self._held) if isinstance(paraphraser, Stack) else None
             return run(student_features, teacher_features, teacher_factor, plan, translator, known, self._options())
         if teacher_factor is None:
             assert teacher_features is not None

@@ -37,12 +37,32 @@ def _is_watched(layer: nn.Module) -> bool:
     return any(hooks)
 
 
+def _keeps_size(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Whether it still is the 3x3 convolution that it was built as."""
+    sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding)
+    return (*sizes, layer.groups, layer.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), (0, 0), 1, "zeros")
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "DTensor"  # its module takes long to import
+
+
+def _refuse_sharded(parameter: Tensor, x: Tensor) -> None:
+    if _is_sharded(parameter) and not _is_sharded(x):
+        raise TypeError(
+            "the network's parameters are DTensors and its input is none; leave the network out of fully_shard, or of "
+            "a Paraphraser call torch.distributed.fsdp.register_fsdp_forward_method(paraphraser, 'encode') after it."
+        )
+
+
 def _run_layers(x: Tensor, layers: nn.ModuleList, norm: nn.ModuleList | None, negative_slope: float) -> Tensor:
     for index, layer in enumerate(layers):
-        if norm is None and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not _is_watched(layer):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not _is_watched(layer):
+            _refuse_sharded(layer.weight, x)
             transposed = isinstance(layer, nn.ConvTranspose2d)
-            if layer.bias is not None and takes(x, layer.weight, negative_slope, transposed=transposed):
-                x = conv3x3_leaky_relu(x, layer.weight, layer.bias, negative_slope, transposed=transposed)
+            bias = layer.bias if norm is None and _keeps_size(layer) else None
+            if bias is not None and takes(x, layer.weight, negative_slope, transposed=transposed):
+                x = conv3x3_leaky_relu(x, layer.weight, bias, negative_slope, transposed=transposed)
                 continue
         x = layer(x)
         if norm is not None:
@@ -80,6 +100,10 @@ def convolution_stack(network: "Paraphraser | Translator") -> Stack | str:
         assert isinstance(layer, nn.Conv2d)
         if layer.bias is None:
             return f"a convolution of {side} has no bias"
+        if not _keeps_size(layer):
+            return f"a convolution of {side} is no longer 3x3 with stride 1 and padding 1"
+        if _is_sharded(layer.weight):
+            return f"the parameters of {side} are DTensors"
         weights.append(layer.weight)
         biases.append(layer.bias)
     for norm in network.norm or ():

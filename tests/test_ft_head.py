@@ -205,15 +205,49 @@ def changed_statistics(head):
     head.paraphraser.norm[1].running_mean.add_(1.0)
 
 
+def changed_eps(head):
+    for norm in head.paraphraser.norm:
+        norm.eps = 1.0
+
+
+def changed_through_data(head):
+    head.paraphraser.encoder[2].weight.data.mul_(-1)
+
+
+def changed_bias_through_data(head):
+    head.paraphraser.encoder[1].bias.data.copy_(torch.randn_like(head.paraphraser.encoder[1].bias))
+
+
+def changed_through_numpy(head):
+    numpy = pytest.importorskip("numpy")
+    numpy.copyto(head.paraphraser.encoder[0].weight.cpu().numpy()[0, 0], 3.0)
+
+
+def changed_statistics_through_data(head):
+    head.paraphraser.norm[2].running_var.data[-1] *= 9
+
+
 def changed_parameter_object(head):
     head.paraphraser.encoder[0].weight = torch.nn.Parameter(head.paraphraser.encoder[0].weight * 2, requires_grad=False)
 
 
 @pytest.mark.parametrize(
     "change",
-    [changed_by_an_optimizer, changed_by_load_state_dict, changed_statistics, changed_parameter_object],
+    [
+        changed_by_an_optimizer,
+        changed_by_load_state_dict,
+        changed_statistics,
+        changed_parameter_object,
+        changed_eps,
+        changed_through_data,
+        changed_bias_through_data,
+        changed_through_numpy,
+        changed_statistics_through_data,
+    ],
 )
 def test_a_changed_paraphraser_is_packed_again(backend, device, change):
+    if change is changed_through_numpy and device != "cpu":
+        pytest.skip("numpy does not write to a GPU's memory")
     head = make_head(norm="batch", backend=backend).to(device)
     student, teacher = make_features(device=device)
     before = head(student, teacher).item()
@@ -222,6 +256,56 @@ def test_a_changed_paraphraser_is_packed_again(backend, device, change):
     after = head(student, teacher)
     assert after.item() != before
     assert relative_error(after, exact(head, student, teacher)[0]) < 3e-5
+
+
+@pytest.mark.parametrize("change", [changed_by_an_optimizer, changed_parameter_object, changed_eps])
+def test_held_weights_still_follow_what_torch_sees(backend, device, change):
+    head = make_head(norm="batch", backend=backend).to(device).hold_weights()
+    student, teacher = make_features(device=device)
+    before = head(student, teacher).item()
+    change(head)
+    after = head.to(device)(student, teacher)
+    assert after.item() != before
+    assert relative_error(after, exact(head, student, teacher)[0]) < 3e-5
+
+
+def test_held_weights_follow_a_write_past_torch_when_they_are_told(backend, device):
+    head = copy.deepcopy(make_head(backend=backend).to(device).hold_weights())
+    student, teacher = make_features(device=device)
+    head(student, teacher)
+    changed_through_data(head)
+    head.weights_changed()
+    after = head(student, teacher)
+    assert relative_error(after, exact(head, student, teacher)[0]) < 3e-5
+
+
+def test_a_convolution_that_is_no_longer_3x3_is_torchs(backend, device):
+    head = make_head(backend=backend).to(device)
+    student, teacher = make_features(device=device)
+    for network in (head.paraphraser, head.translator):
+        network.encoder[1].padding = network.encoder[1].dilation = (2, 2)
+        found = results(head, student, teacher)
+        assert max(errors(found, exact(head, student, teacher))) < 3e-5
+
+
+def test_a_paraphraser_sharded_alone_is_refused_in_a_sentence_or_unshards(backend, device):
+    if device != "cpu":
+        pytest.skip("a group of one process is on the CPU")
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    head = make_head(backend=backend)
+    student, teacher = make_features()
+    expected = head(student, teacher)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fsdp.fully_shard(head.paraphraser, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match=r"are DTensors .*register_fsdp_forward_method\(paraphraser, 'encode'\)"):
+            head(student, teacher)
+        fsdp.register_fsdp_forward_method(head.paraphraser, "encode")
+        torch.testing.assert_close(head(student, teacher), expected)
+        fsdp.fully_shard(head.translator, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        torch.testing.assert_close(head(student, teacher), expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_head_follows_to(backend, device):

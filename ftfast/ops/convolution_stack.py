@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ftfast.ops.fingerprint import fingerprint
+
 
 class BatchNorm(NamedTuple):
     """A batch norm in eval: what it multiplies and adds follows from these."""
@@ -21,12 +23,16 @@ class BatchNorm(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Convolutions ``[K, C, 3, 3]`` with LeakyReLU after each; norms, where there are any, in eval."""
+    """Convolutions ``[K, C, 3, 3]`` with LeakyReLU after each; norms, where there are any, in eval.
+
+    ``held``: how often it was said that the tensors are written to through torch alone; None where it was not.
+    """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     negative_slope: float
     norms: tuple[BatchNorm, ...] = ()
+    held: int | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that the stack's result depends on besides its input."""
@@ -54,15 +60,23 @@ class _Prepared(NamedTuple):
     tensors: tuple["weakref.ref[Tensor]", ...]
     # While a weak reference to it lives, a storage's address goes to no other storage.
     storages: tuple[StorageWeakRef, ...]
-    versions: tuple[tuple[Any, ...], ...]
+    state: tuple[Any, ...]
     result: Any
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
 
 
-def _version(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor._version, tensor.untyped_storage()._cdata, tensor.dtype, tensor.storage_offset(), tensor.stride()
+def _state(stack: Stack) -> tuple[Any, ...] | None:
+    """What changes whenever the stack's result does; None where nothing that is cheap to read tells."""
+    tensors = stack.tensors()
+    layouts = tuple((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
+    numbers = (stack.held, *(norm.eps for norm in stack.norms))
+    if stack.held is not None and not any(tensor.is_inference() for tensor in tensors):  # these have no counter
+        places = ((it._version, it.untyped_storage()._cdata, it.storage_offset()) for it in tensors)
+        return numbers, layouts, tuple(places)
+    contents = fingerprint(tensors)
+    return None if contents is None else (numbers, layouts, contents)
 
 
 def _forget(prepared: dict[tuple[Any, ...], _Prepared], place: tuple[Any, ...], _: object) -> None:
@@ -70,18 +84,21 @@ def _forget(prepared: dict[tuple[Any, ...], _Prepared], place: tuple[Any, ...], 
     prepared.pop(place, None)
 
 
+@torch.no_grad()
 def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
-    """``prepare()``, kept until a tensor of the stack is written to, replaced, moved or gone.
+    """``prepare()``, kept until a tensor of the stack or an eps changes, is replaced or is gone.
 
-    Writes are seen through torch's version counters, which a write through ``.data`` passes by.
+    On a CPU the contents are read at each call, far faster than the convolutions read them. To read them on a GPU
+    would cost what it costs to prepare them, so that is done at each call. Of a stack that is held, torch's version
+    counters are read instead, which a write through ``.data`` passes by.
     """
     tensors = stack.tensors()
-    if any(tensor.is_inference() for tensor in tensors):
-        return prepare()  # these have no version counter
-    versions = tuple(_version(tensor) for tensor in tensors)
+    state = _state(stack)
+    if state is None:
+        return prepare()
     place = (id(tensors[0]), *key)
     found = _prepared.get(place)
-    if found is not None and found.versions == versions:
+    if found is not None and found.state == state:
         alive = zip(found.tensors, tensors, strict=True)
         if all(reference() is tensor for reference, tensor in alive):
             return found.result
@@ -89,5 +106,5 @@ def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any])
     first = weakref.ref(tensors[0], partial(_forget, _prepared, place))
     references = (first, *(weakref.ref(tensor) for tensor in tensors[1:]))
     storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
-    _prepared[place] = _Prepared(references, storages, versions, result)
+    _prepared[place] = _Prepared(references, storages, state, result)
     return result

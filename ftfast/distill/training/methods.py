@@ -102,7 +102,7 @@ def _factor_head(pair: Pair) -> Between:
     assert pair.paraphraser is not None
     translator = Translator(pair.student_channels, pair.paraphraser.factor_channels)
     head = FactorTransfer(pair.paraphraser, translator, weight=pair.weights["beta"], backend=pair.backend)
-    return Between(head, "translator", translator)
+    return Between(head.hold_weights(), "translator", translator)
 
 
 def _regressor(pair: Pair) -> Between:
