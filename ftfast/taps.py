@@ -1,75 +1,49 @@
 """Several layers at once: FeatureTaps reads their maps, FactorTransfers adds up a head for each."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ftfast.features import check_layer, cut_model
 from ftfast.head import FactorTransfer
+from ftfast.layer_outputs import LayerOutputs
 
 Maps = Mapping[str, Tensor] | Sequence[Tensor]
 
 
-class FeatureTaps(nn.Module):
+class FeatureTaps(LayerOutputs):
     """Runs a model once and returns ``(output, features)``, the features a dictionary of several layers' outputs.
+
+    Everything else is as :class:`ftfast.FeatureTap` has it, :meth:`close` too.
 
     Args:
         model: any model, shared and not copied; its mode, parameters and state stay its own.
         layers: names of submodules as ``model.named_modules()`` and ``ftfast features`` print them; or a mapping of
             names of your choice to them, so that a teacher's layers can go by the same names as a student's. Of a
             layer that runs several times, the last output is taken.
-        features_only: return the features alone. Where torchvision's extractor can trace the model, nothing past the
-            last of the layers runs; the mode is then set by ``taps.train()`` and ``taps.eval()``.
+        features_only: return the features alone. Where torch.fx can trace the model, nothing past the last of the
+            layers runs; the mode is then set by ``taps.train()`` and ``taps.eval()``.
 
     Raises:
         ValueError: no layers, one named twice, or one that the model does not have, with the nearest names.
-        RuntimeError: from a call in which a layer did not run.
+        RuntimeError: from a call, as FeatureTap.
     """
 
     def __init__(
         self, model: nn.Module, layers: Sequence[str] | Mapping[str, str], *, features_only: bool = False
     ) -> None:
-        super().__init__()
         if isinstance(layers, str):
             raise ValueError(f"layers is the one name {layers!r}; it takes several in a list, or use FeatureTap.")
         named = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
         if not named or len(named) != len(layers) or len(set(named.values())) != len(named):
             raise ValueError(f"layers is {layers!r}; it takes at least one layer, and each of them once.")
-        for layer in named.values():
-            check_layer(model, layer)
+        super().__init__(model, named, features_only=features_only)
         self.layers = named
-        self.features_only = features_only
-        self._kept: dict[str, Any] | None = None  # the model may also be called past the taps, which then keep nothing
-        cut = cut_model(model, {layer: name for name, layer in named.items()}) if features_only else None
-        self.is_cut = cut is not None
-        self.model = model if cut is None else cut
-        if cut is None:
-            for name, layer in named.items():
-                model.get_submodule(layer).register_forward_hook(partial(self._keep, name))
-        self.training = model.training
 
-    def _keep(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if self._kept is not None:
-            self._kept[name] = output
-
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Any) -> Any:
         """``x`` as the model takes it; returns ``(output, {name: features})``, or the dictionary alone."""
-        if self.is_cut:
-            found = self.model(x)
-            return {name: found[name] for name in self.layers}
-        self._kept = {}
-        try:
-            output = self.model(x)
-            kept = self._kept
-        finally:
-            self._kept = None
-        silent = [layer for name, layer in self.layers.items() if name not in kept]
-        if silent:
-            raise RuntimeError(f"layer {silent[0]!r} did not run when the model was called; tap one that does.")
-        features = {name: kept[name] for name in self.layers}
+        output, features = self.outputs(x)
         return features if self.features_only else (output, features)
 
 

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftfast.distill.models import frozen_capture, frozen_teacher, inference_graph, registry
 from ftfast.distill.models.frozen_teacher import FrozenTeacher, TeacherError
+from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.phases.teacher import Teacher
 
 
 def settled(model: nn.Module, *size: int) -> nn.Module:
@@ -124,6 +126,52 @@ def test_torchvisions_models_are_frozen(name: str) -> None:
     assert "without" not in teacher.explain()
 
 
+class WrittenLater(nn.Module):
+    """A layer's output that is written to in one of the ways that models do it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.stem, self.norm, self.tail = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.relu, self.way = nn.ReLU(inplace=True), way
+        self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = out = self.norm(self.stem(x))
+        if self.way == "sum":
+            out += self.tail(out)
+        elif self.way == "view":
+            out.flatten(2).sub_(1.0)
+        elif self.way == "unassigned":
+            self.relu(out)
+        elif self.way == "positional":
+            out = F.relu(out, True)
+        else:
+            out = self.relu(out)
+        return self.classifier(self.pool(out + x).flatten(1))
+
+
+WAYS = ["sum", "view", "unassigned", "positional", "module"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["plain", "frozen", "frozen with the classifier", "training"])
+def test_every_engine_gives_what_the_layer_returned(way: str, engine: str) -> None:
+    torch.manual_seed(0)
+    model, images = settled(WrittenLater(way)), torch.randn(4, 3, 6, 6)
+    features, logits = exact(model, "norm", images)
+    if engine == "plain":
+        found = Teacher(model, "norm")(images)
+    elif engine == "training":
+        found = training_forward(model, "norm", compiled=False, fused=True)(images)
+    else:
+        classifier = "classifier" in engine
+        teacher = FrozenTeacher(model, "norm", dtype=torch.float32, classifier=classifier, example=images)
+        found = teacher(images)
+    assert relative(found.features.detach(), features) < 1e-5
+    if found.logits.shape[1]:
+        assert relative(found.logits.detach(), logits) < 1e-5
+
+
 def test_every_convolution_of_a_resnet_takes_its_neighbours_along() -> None:
     if not frozen_teacher._can_fuse(torch.zeros(1)):
         pytest.skip("torch has no oneDNN here")
@@ -183,18 +231,33 @@ def test_autocast_round_it_changes_nothing() -> None:
         assert torch.equal(teacher(images).features, before)
 
 
-@pytest.mark.parametrize("change", ["load_state_dict", "a step", "batch norms"])
+@pytest.mark.parametrize(
+    "change", ["load_state_dict", "a step", "batch norms", "through data", "eps", "another parameter"]
+)
 def test_a_teacher_changed_afterwards_is_noticed(change: str) -> None:
     model, images = resnet(), torch.randn(4, 3, 8, 8)
     teacher = FrozenTeacher(model, "stage3", dtype=torch.float32, example=images)
     if change == "load_state_dict":
-        model.load_state_dict(resnet().state_dict())
+        model.load_state_dict({name: tensor * 2 for name, tensor in model.state_dict().items()})
     elif change == "a step":
         torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1.0).step(lambda: model(images).sum().backward())
-    else:
+    elif change == "batch norms":
         model.train()(images)
+    elif change == "through data":
+        model.stem.weight.data[0, 0, 0, 0] += 1e-3
+    elif change == "eps":
+        model.norm.eps = 1.0
+    else:
+        model.stem.weight = nn.Parameter(model.stem.weight * 2)
     with pytest.raises(TeacherError, match="was changed after"):
         teacher(images)
+
+
+def test_a_teacher_put_into_training_mode_without_a_forward_is_unchanged() -> None:
+    model, images = resnet(), torch.randn(2, 3, 8, 8)
+    teacher = FrozenTeacher(model, "stage3", dtype=torch.float32, example=images)
+    model.train()
+    teacher(images)
 
 
 def test_the_model_may_be_dropped_and_is_left_as_it_was() -> None:

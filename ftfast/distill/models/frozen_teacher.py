@@ -14,6 +14,7 @@ from ftfast.distill.models.frozen_capture import Captured
 from ftfast.distill.models.registry import Outputs
 from ftfast.errors import DistillError
 from ftfast.features import FeatureTap
+from ftfast.ops.fingerprint import fingerprint
 
 EXECUTIONS = ("eager", "compile", "graph")
 # Relative L2 errors of features; one rounding of a bfloat16 is 4e-3, and every layer adds its own.
@@ -33,7 +34,8 @@ class FrozenTeacher(nn.Module):
     the result is compared with the model's own in float32, and a copy that differs too much is never handed out.
 
     The model itself is set to eval and left as it is otherwise. It may be dropped afterwards; where it is kept and
-    written to (``load_state_dict``, say), the next call raises, since the copy does not follow.
+    changed (``load_state_dict``, say, or a batch norm's eps), the next call raises, since the copy does not follow. On
+    a GPU a write past torch's version counters, through ``.data``, is not seen.
 
     Args:
         model: images ``[N, C, H, W]`` to logits ``[N, classes]``, float32.
@@ -69,7 +71,8 @@ class FrozenTeacher(nn.Module):
         _check(model, layer, dtype, example, execution)
         self.limit = LIMITS[dtype]
         expected = _reference(model.eval(), layer, example)
-        self._sources = _versions(model)
+        self._sources = [weakref.ref(module) for module in model.modules()]
+        self._state = _state(self._sources)
         # The compiler fuses by itself.
         fusing = execution == "eager" and _can_fuse(example)
         run = self._first_that_agrees(model, example, expected, fusing=fusing)
@@ -97,7 +100,7 @@ class FrozenTeacher(nn.Module):
         Raises:
             TeacherError: the model that this was made from has changed since.
         """
-        if any(_changed(reference(), version) for reference, version in self._sources):
+        if (state := _state(self._sources)) is not None and state != self._state:
             raise TeacherError("the teacher was changed after it had been frozen; freeze it again: FrozenTeacher(...).")
         return self._outputs(self._run, images)
 
@@ -230,14 +233,26 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float(distance) if float(expected.norm()) > 0 else float(found.double().norm())
 
 
-def _versions(model: nn.Module) -> list[tuple["weakref.ref[Tensor]", int]]:
+def _state(modules: list["weakref.ref[nn.Module]"]) -> tuple[Any, ...] | None:
+    """What changes whenever one of the modules does in a way that counts in eval; None where one is gone.
+
+    A GPU's tensors are told apart by torch's version counters, which a write through ``.data`` passes by.
+    """
+    alive = [module for reference in modules if (module := reference()) is not None]
+    if len(alive) < len(modules):
+        return None
+    given = (tensor for module in alive for tensor in (*module._parameters.values(), *module._buffers.values()))
+    tensors = [tensor for tensor in given if tensor is not None]
+    numbers = [
+        (name, value)
+        for module in alive
+        if type(module).__module__.startswith("torch.nn.")  # others may count their calls, say
+        for name, value in vars(module).items()
+        if name != "training" and isinstance(value, int | float | str | tuple)
+    ]
     # A batch norm's count of batches too: its statistics are written to without their version's knowledge.
-    tensors = [*model.parameters(), *model.buffers()]
-    return [(weakref.ref(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
-
-
-def _changed(tensor: Tensor | None, version: int) -> bool:
-    return tensor is not None and tensor._version != version
+    versions = [(id(it), None if it.is_inference() else it._version) for it in tensors]
+    return numbers, fingerprint(tensors) or versions
 
 
 def _placed(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -2,13 +2,13 @@
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ftfast.layer_graph import drop_needless_copies, layer_graph
 from ftfast.ops import conv3x3_direct as direct
 from ftfast.ops.conv3x3_direct import PackedWeight
 
@@ -86,21 +86,6 @@ class FusedConvolution(nn.Module):
         return y.contiguous(memory_format=torch.channels_last)
 
 
-class _LayerTracer(fx.Tracer):
-    """Remembers the node that a layer returned, of one that runs several times the last."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = layer
-        self.found: Any = None
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        output = super().call_module(m, forward, args, kwargs)
-        if m is self._layer:
-            self.found = output
-        return output
-
-
 def trace(model: nn.Module, layer: str, *, classifier: bool) -> Cut:
     """The graph of a model up to a layer, in the mode that it is in.
 
@@ -110,20 +95,9 @@ def trace(model: nn.Module, layer: str, *, classifier: bool) -> Cut:
         classifier: keep the model's own output as the second; without it nothing past the layer runs.
 
     Raises:
-        Exception: whatever torch.fx raises on a model that cannot be traced.
+        Exception: as :func:`ftfast.layer_graph.layer_graph`.
     """
-    tracer = _LayerTracer(model.get_submodule(layer))
-    graph = tracer.trace(model)
-    if not isinstance(tracer.found, fx.Proxy):
-        raise TypeError(f"layer {layer!r} returned no single tensor")
-    features = tracer.found.node
-    last = next(node for node in reversed(graph.nodes) if node.op == "output")
-    last.args = ((features, last.args[0] if classifier else None),)
-    module = fx.GraphModule(model, graph)
-    graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
-    module.recompile()
-    return Cut(module, 0, 0, 0)
+    return Cut(layer_graph(model, [layer], whole=classifier), 0, 0, 0)
 
 
 def fold(found: Cut) -> Cut:
@@ -182,6 +156,7 @@ def _write_nothing_in_place(module: fx.GraphModule) -> None:
     for _, called in called_modules(module):
         if getattr(called, "inplace", False):
             called.inplace = False  # type: ignore[assignment]
+    drop_needless_copies(module)
 
 
 def _fold_batch_norms(module: fx.GraphModule) -> int:
@@ -245,13 +220,14 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def summand(node: fx.Node, of: fx.Node) -> fx.Node | None:
-    """What a sum adds to ``of``; None where ``node`` is no plain sum of two tensors."""
+    """What a sum adds to ``of``; None where ``node`` is no plain sum of two tensors, or writes to one that is read."""
     if node.op not in ("call_function", "call_method") or node.target not in _SUMS or node.kwargs:
         return None
     others = [argument for argument in node.args if argument is not of]
     if len(node.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
-    return others[0]
+    written = node.args[0] if node.target in _OUT_OF_PLACE else None
+    return None if written is others[0] and only_user(others[0]) is None else others[0]
 
 
 def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
