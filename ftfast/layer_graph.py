@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+# Modules that return memory of their own.
+_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
 _WRITING = {
     name: getattr(operator, name)
     for name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
@@ -78,13 +80,27 @@ def layer_graph(model: nn.Module, layers: Sequence[str], *, whole: bool) -> fx.G
     order = {node: place for place, node in enumerate(graph.nodes)}
     end = order[last] if whole else max(order[node] for node in outputs)
     writes = [node for node in graph.nodes if order[node] < end and writes_in_place(module, node)]
+    written = {node: _memory_of(module, node) for node in writes}
     graph.eliminate_dead_code()
-    if set(writes) - set(graph.nodes):
+    left = set(graph.nodes)
+    if any(memory & left for node, memory in written.items() if node not in left):
         raise TypeError("something is written in place whose result goes by another name, which torch.fx leaves out")
     drop_needless_copies(module)
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+def _memory_of(module: fx.GraphModule, write: fx.Node) -> set[fx.Node]:
+    """The nodes whose result may lie in the memory that a node writes to."""
+    found: set[fx.Node] = set()
+    waiting = list(write.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        fresh = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), _FRESH)
+        waiting += [] if fresh else [before for before in node.all_input_nodes if before not in found]
+        found.add(node)
+    return found
 
 
 def drop_needless_copies(module: fx.GraphModule) -> None:
@@ -119,7 +135,7 @@ def writes_in_place(module: fx.GraphModule, node: fx.Node) -> bool:
 def cut_model(model: nn.Module, layers: Sequence[str]) -> tuple[fx.GraphModule, fx.GraphModule] | None:
     """The model up to the last of some layers in training and in eval, or None where torch.fx cannot trace it.
 
-    Both share the model's parameters, and the first has all of those that the second has.
+    Both share the model's parameters, and the forward of the second runs on the modules of the first too.
     """
     modes = {module: module.training for module in model.modules()}
     try:
@@ -130,10 +146,15 @@ def cut_model(model: nn.Module, layers: Sequence[str]) -> tuple[fx.GraphModule, 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for graph_module in (in_training, in_eval):
-        for node in graph_module.graph.nodes:
-            if node.op == "get_attr" and not isinstance(operator.attrgetter(str(node.target))(model), nn.Parameter):
-                return None  # a buffer, which .to() replaces, or a constant of the trace
-    if not {id(it) for it in in_eval.parameters()} <= {id(it) for it in in_training.parameters()}:
+    named = [
+        {(node.op, str(node.target)) for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")}
+        for graph_module in (in_training, in_eval)
+    ]
+    own = {
+        name
+        for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    }
+    constants = {name for kind, name in named[0] if kind == "get_attr"} - own
+    if constants or not named[1] <= named[0]:  # a constant of the trace may be a random number
         return None
     return in_training, in_eval

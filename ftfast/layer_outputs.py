@@ -59,7 +59,7 @@ class LayerOutputs(nn.Module):
                 self._handles.append(hook)
         else:
             self.model = cut[0]
-            self._in_eval: tuple[fx.GraphModule] = (cut[1],)  # a tuple, so that no parameter has two names
+            self._eval_code: tuple[fx.GraphModule] = (cut[1],)  # a tuple, so that no parameter has two names
         self.training = model.training
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class LayerOutputs(nn.Module):
         if self._is_closed:
             raise RuntimeError("this tap was closed; make another one.")
         if self.is_cut:
-            *found, output = (self.model if self.training else self._in_eval[0])(x)
+            *found, output = self.model(x) if self.training else type(self._eval_code[0]).forward(self.model, x)
             return output, dict(zip(self._named, found, strict=True))
         kept: dict[str, _Kept] = {}
         if torch.compiler.is_compiling():
