@@ -21,6 +21,7 @@ class FactorTransfer(nn.Module):
 
     The paraphraser is frozen when the head is built: ``requires_grad_(False)``, eval, and eval it stays after
     ``.train()``. It stays in the state_dict, gets no gradient, and keeps out of optimisers and DDP's buckets.
+    Where it is written to all the same, the next call sees it; :meth:`hold_weights` trades some of that for time.
 
     Args:
         paraphraser: trained beforehand; a :class:`ftfast.Paraphraser`, or any module with ``encode``, which may then

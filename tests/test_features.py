@@ -302,7 +302,7 @@ def test_a_compiled_model_in_a_tap(model):
 
 
 class Branches(nn.Module):
-    """Its body returns what it did not compute last."""
+    """Its body returns what it did not compute last; a branch aside writes to its own memory, as Inception's does."""
 
     def __init__(self):
         super().__init__()
@@ -310,7 +310,7 @@ class Branches(nn.Module):
         class Body(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.kept, self.side = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+                self.kept, self.side = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(True))
 
             def forward(self, x):
                 kept = self.kept(x)

@@ -21,7 +21,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int | None:
     for tensor in tensors:
         if extension is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return None
-        if hasattr(tensor, "__torch_dispatch__") and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return None  # what it holds is elsewhere
         plain = tensor.detach().resolve_conj().resolve_neg()
         is_dense = plain.is_contiguous() or plain.is_contiguous(memory_format=torch.channels_last)
