@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftfast.distill.models import frozen_capture, frozen_teacher, inference_graph, registry
 from ftfast.distill.models.frozen_teacher import FrozenTeacher, TeacherError
-from ftfast.distill.models.training_forward import training_forward
+from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.phases.teacher import Teacher
 
 
