@@ -33,7 +33,7 @@ struct AttentionKernels {
   void (*gradient)(const AttentionMap& work, int64_t first, int64_t last);
 };
 
-// Empty (all null) for a dtype other than float32, bfloat16 and float16.
+// Throws std::logic_error for a dtype other than float32, bfloat16 and float16.
 AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent);
 
 }  // namespace ftfast

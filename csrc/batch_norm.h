@@ -70,7 +70,7 @@ struct NormKernels {
                          const float* constant, bool relu);
 };
 
-// Empty (all null) for a dtype other than float32 and bfloat16.
+// Throws std::logic_error for a dtype other than float32 and bfloat16.
 NormKernels norm_kernels(DType dtype);
 
 }  // namespace ftfast

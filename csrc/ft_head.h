@@ -19,7 +19,7 @@ struct HeadKernels {
   void (*taps_last)(const void* from, float* to, int64_t channels, float scale);
 };
 
-// Empty (all null) for a dtype other than float32 and bfloat16.
+// Throws std::logic_error for a dtype other than float32 and bfloat16.
 HeadKernels head_kernels(DType dtype);
 
 // The driver; sums: [channels], overwritten, added up in an order that does not depend on the number of threads.

@@ -8,6 +8,8 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -19,13 +21,17 @@
 namespace ftfast {
 namespace {
 
+// Every switch over dtypes names them all, so that the compiler tells of one that is lacking.
+[[noreturn]] void no_such_dtype() { throw std::logic_error("a dtype that the loss does not take"); }
+
 int64_t bytes_of(DType dtype) {
   switch (dtype) {
     case DType::float64: return 8;
     case DType::float32: return 4;
     case DType::bfloat16: case DType::float16: return 2;
-    default: return 1;
+    case DType::int8: case DType::float8_e4m3fn: return 1;
   }
+  no_such_dtype();
 }
 
 template <class Run>
@@ -34,7 +40,7 @@ void with_element(DType dtype, Run run) {
     case 8: return run(uint64_t());
     case 4: return run(uint32_t());
     case 2: return run(uint16_t());
-    default: return run(uint8_t());
+    case 1: return run(uint8_t());
   }
 }
 
@@ -45,8 +51,9 @@ double value_at(const void* row, DType dtype, int64_t i) {
     case DType::bfloat16: return to_float(static_cast<const BFloat16*>(row)[i]);
     case DType::float16: return to_float(static_cast<const Float16*>(row)[i]);
     case DType::int8: return static_cast<const int8_t*>(row)[i];
-    default: return to_float(static_cast<const Float8*>(row)[i]);
+    case DType::float8_e4m3fn: return to_float(static_cast<const Float8*>(row)[i]);
   }
+  no_such_dtype();
 }
 
 void put_value(void* row, DType dtype, int64_t i, double value) {
@@ -54,7 +61,8 @@ void put_value(void* row, DType dtype, int64_t i, double value) {
     case DType::float64: static_cast<double*>(row)[i] = value; break;
     case DType::float32: static_cast<float*>(row)[i] = float(value); break;
     case DType::bfloat16: static_cast<BFloat16*>(row)[i] = to_bfloat16(float(value)); break;
-    default: static_cast<Float16*>(row)[i] = to_float16(float(value)); break;
+    case DType::float16: static_cast<Float16*>(row)[i] = to_float16(float(value)); break;
+    case DType::int8: case DType::float8_e4m3fn: no_such_dtype();  // nothing is written in them
   }
 }
 
@@ -170,85 +178,195 @@ struct Norm {
   C inverse;
   bool clamped;
   Norm(double squares, double eps) {
+    // In C, so that a norm beyond its range is infinite, and the direction 0, as in the reference.
     const C norm = std::sqrt(C(squares)), floor = C(eps);
     clamped = norm < floor;  // false for NaN, which must come through
     const C divisor = clamped ? floor : norm;
     inverse = C(1) / divisor;
-    // A floor so small that its inverse overflows must still send a zero row to zero.
+    // The inverse of a subnormal norm must not be infinite.
     if (divisor > 0 && inverse > std::numeric_limits<C>::max()) inverse = std::numeric_limits<C>::max();
   }
 };
 
-// The numbers with which a row kernel writes the gradient of one side: x is that side, y the other.
-struct Direction {
-  double r, h, k, c;
+// How far from 0 a sum may be for arithmetic in C to hold. Squares and products of which a C keeps fewer digits, or none,
+// are then too small a part of it to count.
+template <class C>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr double least = 0x1p-100, most = 0x1p126;
+};
+template <>
+struct Range<double> {
+  static constexpr double least = 0x1p-900, most = 0x1p1022;
 };
 
-Direction direction(int p, double xi, double yi, double product, double h, double scale) {
-  // A side whose norm overflowed has direction 0 and gradient 0; its units are of no use.
-  if (xi == 0) return {0, 0, product * 0, 0};
-  return {yi / xi, p == 1 ? 1 : h * xi, product * xi, scale * xi};
+// Written so that a NaN is not within.
+template <class C>
+bool holds(double sum, double parts) {
+  return sum >= Range<C>::least * parts && sum <= Range<C>::most;
+}
+
+// Whether C holds the numbers with which a row kernel walks a sample in units of the student's norm. What does not is
+// seldom: an infinite or a NaN norm, a zero row under a tiny eps, factors of very unlike sizes, equal factors.
+template <class C>
+bool fits(double si, double ti) {
+  const double ratio = ti / si;
+  return ratio >= std::numeric_limits<C>::min() && ratio <= Range<C>::most && si >= 1 / std::sqrt(Range<C>::most) &&
+         si <= 1 / Range<C>::least;
+}
+
+template <class C>
+bool fits_gradient(int p, int64_t size, double si, double ti, double distance, double scale) {
+  const double units = distance / si;
+  return fits<C>(si, ti) && std::fabs(scale) * std::fmax(si, ti) <= Range<C>::most &&
+         (p == 1 || holds<C>(units * units, double(size)));
+}
+
+// A sample that C does not hold, at its slow but sure way: the directions a and b in double, and the kernels of float64
+// with norms of 1. One thread's; it takes memory only where there is such a sample.
+class Directions {
+ public:
+  explicit Directions(const Problem& problem)
+      : size_(problem.size), p_(problem.p), kernels_(row_kernels(DType::float64, DType::float64)) {}
+
+  static double squares(const void* row, DType dtype, int64_t size) {
+    double sum = 0;
+    for (int64_t i = 0; i < size; ++i) sum += value_at(row, dtype, i) * value_at(row, dtype, i);
+    return sum;
+  }
+
+  void set(const void* s, DType s_dtype, double si, const void* t, DType t_dtype, double ti) {
+    for (auto* values : {&a_, &b_, &result_}) values->resize(size_t(size_));
+    of_a_ = of_b_ = 0;
+    for (int64_t i = 0; i < size_; ++i) {
+      a_[i] = value_at(s, s_dtype, i) * si;
+      b_[i] = value_at(t, t_dtype, i) * ti;
+      of_a_ += 0 * a_[i];
+      of_b_ += 0 * b_[i];
+    }
+  }
+
+  // sums[3]: sum |a - b|, <sign(a - b), a> and <sign(b - a), b> for p=1, and as RowKernels has them for p=2. The last is
+  // not taken from the others: sign(NaN) is 0, so that it may be a number where they are none. But 0 times a NaN is NaN.
+  void distances(double* sums) const {
+    kernels_.distances(b_.data(), a_.data(), size_, p_, 1, sums + 1);  // the third; the second is overwritten
+    kernels_.distances(a_.data(), b_.data(), size_, p_, 1, sums);
+    sums[1] += of_a_;
+    sums[2] += of_b_;
+  }
+
+  // factor * (g - a * product), h * (a - b) being g for p=2
+  void student_gradient(void* out, DType dtype, double h, double product, double factor) {
+    kernels_.gradient(a_.data(), b_.data(), result_.data(), size_, p_, 1, h, product, factor);
+    put(out, dtype);
+  }
+
+  void teacher_gradient(void* out, DType dtype, double h, double product, double factor) {
+    kernels_.gradient(b_.data(), a_.data(), result_.data(), size_, p_, 1, h, product, factor);
+    put(out, dtype);
+  }
+
+ private:
+  void put(void* out, DType dtype) const {
+    for (int64_t i = 0; i < size_; ++i) put_value(out, dtype, i, result_[size_t(i)]);
+  }
+
+  int64_t size_;
+  int p_;
+  RowKernels kernels_;
+  std::vector<double> a_, b_, result_;
+  double of_a_ = 0, of_b_ = 0;  // 0, or NaN where a or b has one
+};
+
+// What is known of a sample after forward: l, and <g, a> and -<g, b>, which are 0 where the norm is clamped.
+struct Sample {
+  double distance, student_product, teacher_product;
+};
+
+// For p=2, d times this is g: 0 where l is 0, and NaN where it is NaN.
+double inverse_distance(int p, double distance) { return p == 1 ? 1 : distance > 0 ? 1 / distance : distance; }
+
+// sums: of distances in units of a norm, the third where it was summed
+Sample sample_of(int p, const double* sums, double unit, bool has_third) {
+  if (p == 1) {
+    const double value = sums[0] * unit, first = sums[1] * unit;
+    return {value, first, has_third ? sums[2] * unit : value - first};
+  }
+  const double value = std::sqrt(sums[0]) * unit, h = inverse_distance(p, value);
+  const double first = sums[1] * unit * (unit * h);
+  return {value, first, has_third ? sums[2] * unit * (unit * h) : value - first};
 }
 
 template <class C>
 void forward(const Problem& problem, C* loss, C* statistics) {
   const int64_t samples = problem.samples, size = problem.size;
+  const int p = problem.p;
   const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
-  const RowKernels row = row_kernels(student_as, teacher_as), exchanged = row_kernels(teacher_as, student_as);
-  using limits = std::numeric_limits<C>;
+  const RowKernels row = row_kernels(student_as, teacher_as);
   const bool with_gradient = problem.student_gradient.data != nullptr;
   const bool past_caches = samples * size * bytes_of(problem.student.dtype) >= past_caches_bytes;
+  // Below it a norm whose squares may have vanished is clamped all the same.
+  const double sure_floor = std::sqrt(2 * Range<C>::least * double(size));
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
     RowBuffer target(problem, with_gradient ? problem.student_gradient : problem.student, student_as);
-    double squares[2], sums[2];
-    const void *s = nullptr, *t = nullptr, *next_s = nullptr, *next_t = nullptr;
-    for (int64_t n = first; n < last; ++n, s = next_s, t = next_t) {
-      if (n == first || !with_gradient) {
+    Directions directions(problem);
+    double squares[2], sums[3];
+    const void *s = nullptr, *t = nullptr;
+    bool is_read = false;
+    for (int64_t n = first; n < last; ++n) {
+      if (!is_read) {
         s = student.read(n);
         t = teacher.read(n);
         row.squares(s, t, size, squares);
       }
+      is_read = false;
+      if (problem.eps < sure_floor) {
+        if (squares[0] < Range<C>::least * double(size)) squares[0] = Directions::squares(s, student_as, size);
+        if (squares[1] < Range<C>::least * double(size)) squares[1] = Directions::squares(t, teacher_as, size);
+      }
       const Norm<C> s_norm(squares[0], problem.eps), t_norm(squares[1], problem.eps);
       const double si = s_norm.inverse, ti = t_norm.inverse;
-      const double r = ti / si;
-      // In units of the student's norm, unless its square overflowed (a is then 0, as in the reference), or squares of
-      // differences would overflow or vanish in them.
-      const bool overflowed = si == 0;
-      const bool squares_fail = problem.p == 2 && (squares[0] > limits::max() / 8 || si > 1 / (16 * std::sqrt(limits::min())));
-      const bool exchange = (overflowed || squares_fail) && exchanged.distances != nullptr;
-      if (exchange) exchanged.distances(t, s, size, problem.p, si / ti, sums);
-      else row.distances(s, t, size, problem.p, r, sums);
-      const double unit = exchange ? ti : si;
-      double value = sums[0] * unit, h = 1;
-      if (problem.p == 2) {
-        value = std::sqrt(sums[0]) * unit;
-        h = value > 0 ? 1 / value : value;  // 0 stays 0, NaN stays NaN
+      bool ordinary = fits<C>(si, ti);
+      if (ordinary) {
+        row.distances(s, t, size, p, ti / si, sums);
+        ordinary = holds<C>(sums[0], double(size));
       }
-      // <g, a>, and -<g, b> from it, since l = <g, a - b>; exchanged sums hold -<g, b> first
-      const double first = sums[1] * unit * (problem.p == 2 ? unit * h : 1);
-      const double q = exchange ? value - first : first;
-      const C student_product = s_norm.clamped ? C(0) : C(q);
+      if (!ordinary) {
+        directions.set(s, student_as, si, t, teacher_as, ti);
+        directions.distances(sums);
+      }
+      Sample it = sample_of(p, sums, ordinary ? si : 1, !ordinary);
+      if (s_norm.clamped) it.student_product = 0;
+      if (t_norm.clamped) it.teacher_product = 0;
+      loss[n] = C(it.distance);
       if (statistics) {
         statistics[n] = s_norm.inverse;
         statistics[samples + n] = t_norm.inverse;
-        statistics[2 * samples + n] = student_product;
-        statistics[3 * samples + n] = t_norm.clamped ? C(0) : C(value - q);
-        statistics[4 * samples + n] = C(h);
+        statistics[2 * samples + n] = C(it.student_product);
+        statistics[3 * samples + n] = C(it.teacher_product);
+        statistics[4 * samples + n] = C(it.distance);
       }
-      loss[n] = C(value);
-      if (with_gradient) {
-        const Direction to = direction(problem.p, si, ti, student_product, h, problem.scale);
+      if (!with_gradient) continue;
+      const double h = inverse_distance(p, it.distance), scale = problem.scale;
+      if (!ordinary || !fits_gradient<C>(p, size, si, ti, it.distance, scale)) {
+        if (ordinary) directions.set(s, student_as, si, t, teacher_as, ti);
+        directions.student_gradient(target.target(n), student_as, h, it.student_product, scale * si);
+      } else {
+        const double along_d = p == 1 ? 1 : h * si, along_s = it.student_product * si;
         if (n + 1 < last) {
-          next_s = student.read(n + 1);
-          next_t = teacher.read(n + 1);
-          row.gradient_and_next_squares(s, t, target.target(n), size, problem.p, to.r, to.h, to.k, to.c, next_s, next_t,
-                                        squares, past_caches);
+          const void *next_s = student.read(n + 1), *next_t = teacher.read(n + 1);
+          row.gradient_and_next_squares(s, t, target.target(n), size, p, ti / si, along_d, along_s, scale * si, next_s,
+                                        next_t, squares, past_caches);
+          s = next_s;
+          t = next_t;
+          is_read = true;
         } else {
-          row.gradient(s, t, target.target(n), size, problem.p, to.r, to.h, to.k, to.c);
+          row.gradient(s, t, target.target(n), size, p, ti / si, along_d, along_s, scale * si);
         }
-        target.finish(n);
       }
+      target.finish(n);
     }
   });
 }
@@ -270,29 +388,35 @@ void forward_and_reduce(const Problem& problem, C* loss, C* statistics) {
 template <class C>
 void backward(const Problem& problem, const C* statistics, const C* upstream, int64_t upstream_stride) {
   const int64_t samples = problem.samples, size = problem.size;
+  const int p = problem.p;
   const DType student_as = read_as(problem, problem.student.dtype), teacher_as = read_as(problem, problem.teacher.dtype);
   const bool for_student = problem.student_gradient.data, for_teacher = problem.teacher_gradient.data;
-  const RowKernels row = row_kernels(student_as, teacher_as), exchanged = row_kernels(teacher_as, student_as);
+  if (for_teacher && bytes_of(problem.teacher.dtype) == 1) no_such_dtype();
+  const RowKernels row = row_kernels(student_as, teacher_as);
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
     RowBuffer student_target(problem, for_student ? problem.student_gradient : problem.student, student_as);
     RowBuffer teacher_target(problem, for_teacher ? problem.teacher_gradient : problem.teacher, teacher_as);
+    Directions directions(problem);
     for (int64_t n = first; n < last; ++n) {
       const void *s = student.read(n), *t = teacher.read(n);
-      const double si = statistics[n], ti = statistics[samples + n], h = statistics[4 * samples + n];
-      const double scale = problem.scale * upstream[n * upstream_stride];
-      const Direction to = direction(problem.p, si, ti, statistics[2 * samples + n], h, scale);
+      const double si = statistics[n], ti = statistics[samples + n], distance = statistics[4 * samples + n];
+      const double student_product = statistics[2 * samples + n], teacher_product = statistics[3 * samples + n];
+      const double h = inverse_distance(p, distance), scale = problem.scale * upstream[n * upstream_stride];
+      const bool ordinary = fits_gradient<C>(p, size, si, ti, distance, scale);
+      if (!ordinary) directions.set(s, student_as, si, t, teacher_as, ti);
+      const double along_d = p == 1 ? 1 : h * si;
       if (for_student) {
-        row.gradient(s, t, student_target.target(n), size, problem.p, to.r, to.h, to.k, to.c);
+        void* out = student_target.target(n);
+        if (ordinary) row.gradient(s, t, out, size, p, ti / si, along_d, student_product * si, scale * si);
+        else directions.student_gradient(out, student_as, h, student_product, scale * si);
         student_target.finish(n);
       }
-      if (for_teacher && si == 0) {  // in the teacher's own units
-        const Direction own = direction(problem.p, ti, si, statistics[3 * samples + n], h, scale);
-        exchanged.gradient(t, s, teacher_target.target(n), size, problem.p, own.r, own.h, own.k, own.c);
-        teacher_target.finish(n);
-      } else if (for_teacher) {  // g has the other sign there
-        row.teacher_gradient(s, t, teacher_target.target(n), size, problem.p, to.r, -to.h,
-                             statistics[3 * samples + n] * ti, scale * ti);
+      if (for_teacher) {  // g has the other sign there
+        void* out = teacher_target.target(n);
+        if (ordinary)
+          row.teacher_gradient(s, t, out, size, p, ti / si, -along_d, teacher_product * ti, scale * ti);
+        else directions.teacher_gradient(out, teacher_as, h, teacher_product, scale * ti);
         teacher_target.finish(n);
       }
     }

@@ -51,15 +51,14 @@ struct Problem {
   int threads = 1;
 };
 
-// statistics: [5, N] of float or double: si = 1/max(|s|, eps), ti = 1/max(|t|, eps), <g, a>, -<g, b>, and for p=2
-// 1/l (0 where l is 0; 1 for p=1). The inner products are 0 where a norm is clamped. May be null. loss: one number, or
-// [N]. Both are of the compute type. With problem.student_gradient, ds is written for an upstream gradient of 1.
+// statistics: [5, N] of float or double: si = 1/max(|s|, eps), ti = 1/max(|t|, eps), <g, a>, -<g, b>, and l. The inner
+// products are 0 where a norm is clamped. May be null. loss: one number, or [N]. Both are of the compute type. With problem.student_gradient, ds is written for an upstream gradient of 1.
 void ft_loss_forward(const Problem& problem, void* loss, void* statistics);
 
 // upstream: one number (stride 0) or [N], of the compute type.
 void ft_loss_backward(const Problem& problem, const void* statistics, const void* upstream, int64_t upstream_stride);
 
-// The row kernels of the best instruction set of this machine; all null for a pair of dtypes that has none.
+// The row kernels of the best instruction set of this machine; throws std::logic_error for dtypes that have none.
 RowKernels row_kernels(DType student, DType teacher);
 const char* instruction_set();
 

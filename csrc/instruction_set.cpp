@@ -1,6 +1,7 @@
 // Picks the row kernels of the best instruction set that this processor has, or of FTFAST_INSTRUCTION_SET if it has that.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #include "attention.h"
 #include "batch_norm.h"
@@ -69,12 +70,29 @@ const InstructionSet& current() {
 
 }  // namespace
 
-RowKernels row_kernels(DType student, DType teacher) { return current().row_kernels(student, teacher); }
-HeadKernels head_kernels(DType dtype) { return current().head_kernels(dtype); }
-AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent) {
-  return current().attention_kernels(dtype, channels_last, exponent);
+// No kernel is a null pointer that somebody calls.
+template <class Kernels>
+static Kernels known(Kernels kernels, bool exists) {
+  if (!exists) throw std::logic_error("there are no kernels for these dtypes");
+  return kernels;
 }
-NormKernels norm_kernels(DType dtype) { return current().norm_kernels(dtype); }
+
+RowKernels row_kernels(DType student, DType teacher) {
+  const RowKernels kernels = current().row_kernels(student, teacher);
+  return known(kernels, kernels.squares);
+}
+HeadKernels head_kernels(DType dtype) {
+  const HeadKernels kernels = current().head_kernels(dtype);
+  return known(kernels, kernels.leaky_relu_backward);
+}
+AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent) {
+  const AttentionKernels kernels = current().attention_kernels(dtype, channels_last, exponent);
+  return known(kernels, kernels.map);
+}
+NormKernels norm_kernels(DType dtype) {
+  const NormKernels kernels = current().norm_kernels(dtype);
+  return known(kernels, kernels.statistics);
+}
 #if defined(FTFAST_AVX512_BF16)
 static bool has_bf16() {
   static const bool supported = std::strcmp(current().name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16");

@@ -140,8 +140,9 @@ AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent
     case DType::float32: return kernels_of<float>(channels_last, exponent);
     case DType::bfloat16: return kernels_of<BFloat16>(channels_last, exponent);
     case DType::float16: return kernels_of<Float16>(channels_last, exponent);
-    default: return {};
+    case DType::float64: case DType::int8: case DType::float8_e4m3fn: break;
   }
+  return {};
 }
 
 }  // namespace FTFAST_INSTRUCTION_SET

@@ -91,8 +91,9 @@ HeadKernels head_kernels(DType dtype) {
   switch (dtype) {
     case DType::float32: return kernels<float>();
     case DType::bfloat16: return kernels<BFloat16>();
-    default: return {};
+    case DType::float64: case DType::float16: case DType::int8: case DType::float8_e4m3fn: break;
   }
+  return {};
 }
 
 }  // namespace FTFAST_INSTRUCTION_SET

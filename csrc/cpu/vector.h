@@ -170,6 +170,29 @@ inline float sum(Floats values) {
 }
 #endif
 
+// What many registers of C add up to, in double.
+template <class C>
+struct DoubleSum;
+template <>
+struct DoubleSum<double> {
+  Doubles lanes = {};
+
+  void add(Doubles values) { lanes += values; }
+  double sum() const { return FTFAST_INSTRUCTION_SET::sum(lanes); }
+};
+template <>
+struct DoubleSum<float> {
+  typedef float Half __attribute__((vector_size(vector_bytes / 2)));
+  Doubles lanes = {};
+
+  void add(Floats values) {
+    Half halves[2];
+    std::memcpy(halves, &values, sizeof values);
+    lanes += __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+  }
+  double sum() const { return FTFAST_INSTRUCTION_SET::sum(lanes); }
+};
+
 // Past the caches: for results that would not stay there anyway. The target is aligned to whole registers. fence_streams
 // comes before another thread may read them.
 #if defined(__AVX512F__)
