@@ -279,7 +279,7 @@ class Directions {
   double of_a_ = 0, of_b_ = 0;  // 0, or NaN where a or b has one
 };
 
-// What is known of a sample after forward: l, and <g, a> and -<g, b>, which are 0 where the norm is clamped.
+// What the sums of a sample give: l, <g, a> and -<g, b>.
 struct Sample {
   double distance, student_product, teacher_product;
 };
@@ -337,24 +337,24 @@ void forward(const Problem& problem, C* loss, C* statistics) {
         directions.set(s, student_as, si, t, teacher_as, ti);
         directions.distances(sums);
       }
-      Sample it = sample_of(p, sums, ordinary ? si : 1, !ordinary);
-      if (s_norm.clamped) it.student_product = 0;
-      if (t_norm.clamped) it.teacher_product = 0;
-      loss[n] = C(it.distance);
+      const Sample it = sample_of(p, sums, ordinary ? si : 1, !ordinary);
+      // In C, so that a gradient written now is bit-equal to one that backward writes from the statistics.
+      const C distance = C(it.distance), student_product = s_norm.clamped ? C(0) : C(it.student_product);
+      loss[n] = distance;
       if (statistics) {
         statistics[n] = s_norm.inverse;
         statistics[samples + n] = t_norm.inverse;
-        statistics[2 * samples + n] = C(it.student_product);
-        statistics[3 * samples + n] = C(it.teacher_product);
-        statistics[4 * samples + n] = C(it.distance);
+        statistics[2 * samples + n] = student_product;
+        statistics[3 * samples + n] = t_norm.clamped ? C(0) : C(it.teacher_product);
+        statistics[4 * samples + n] = distance;
       }
       if (!with_gradient) continue;
-      const double h = inverse_distance(p, it.distance), scale = problem.scale;
-      if (!ordinary || !fits_gradient<C>(p, size, si, ti, it.distance, scale)) {
+      const double h = inverse_distance(p, distance), scale = problem.scale;
+      if (!ordinary || !fits_gradient<C>(p, size, si, ti, distance, scale)) {
         if (ordinary) directions.set(s, student_as, si, t, teacher_as, ti);
-        directions.student_gradient(target.target(n), student_as, h, it.student_product, scale * si);
+        directions.student_gradient(target.target(n), student_as, h, student_product, scale * si);
       } else {
-        const double along_d = p == 1 ? 1 : h * si, along_s = it.student_product * si;
+        const double along_d = p == 1 ? 1 : h * si, along_s = student_product * si;
         if (n + 1 < last) {
           const void *next_s = student.read(n + 1), *next_t = teacher.read(n + 1);
           row.gradient_and_next_squares(s, t, target.target(n), size, p, ti / si, along_d, along_s, scale * si, next_s,

@@ -44,11 +44,7 @@ def check_factors(student_factor: Tensor, teacher_factor: Tensor, weight: float 
         raise TypeError(
             f"student_factor has dtype {student_factor.dtype}; it takes float64, float32, bfloat16 or float16."
         )
-    if teacher_factor.dtype not in FACTOR_DTYPES + QUANTISED_DTYPES:
-        raise TypeError(
-            f"teacher_factor has dtype {teacher_factor.dtype}; it takes float64, float32, bfloat16, float16, int8 or "
-            "float8_e4m3fn."
-        )
+    check_teacher_dtype(teacher_factor)
     if student_factor.shape != teacher_factor.shape:
         raise ValueError(
             f"student_factor has shape {tuple(student_factor.shape)} and teacher_factor "
@@ -66,6 +62,20 @@ def check_factors(student_factor: Tensor, teacher_factor: Tensor, weight: float 
     if isinstance(weight, Tensor) and weight.device.type != "cpu" and weight.device != student_factor.device:
         raise ValueError(
             f"weight is on {weight.device} and the factors on {student_factor.device}; keep it there or on the CPU."
+        )
+
+
+def check_teacher_dtype(teacher_factor: Tensor) -> None:
+    """Raises TypeError on a dtype that no teacher's factor may have, or may not have where it is trained."""
+    if teacher_factor.dtype not in FACTOR_DTYPES + QUANTISED_DTYPES:
+        raise TypeError(
+            f"teacher_factor has dtype {teacher_factor.dtype}; it takes float64, float32, bfloat16, float16, int8 or "
+            "float8_e4m3fn."
+        )
+    if teacher_factor.dtype in QUANTISED_DTYPES and teacher_factor.requires_grad:
+        raise TypeError(
+            f"teacher_factor is {teacher_factor.dtype} and requires a gradient, which that dtype cannot hold; "
+            "pass teacher_factor.detach(), or train a copy of it in a wider dtype."
         )
 
 
@@ -96,6 +106,8 @@ def check_features(
             raise ValueError(f"{name} has shape {tuple(features.shape)}; it takes a map [N, {channels}, H, W].")
         if name != "teacher_factor" and not features.is_floating_point():
             raise TypeError(f"{name} has dtype {features.dtype}; it takes floating-point features.")
+        if name == "teacher_factor":
+            check_teacher_dtype(features)
         if features.shape[1] != channels:
             remedy = (
                 f"build it as {module.capitalize()}({features.shape[1]}, ...)"

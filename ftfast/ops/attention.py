@@ -22,6 +22,7 @@ from ftfast.dispatch import interpreting, resolve, supports
 from ftfast.ops import attention_native
 from ftfast.ops.ft_loss import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
+from ftfast.ops.memory import plain
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_EXPONENT = 4
@@ -107,7 +108,7 @@ class AttentionMapFunction(torch.autograd.Function):
         )
         if torch.is_grad_enabled() or batched:
             return _differentiable_gradient(features, upstream, ctx.exponent), None, None
-        return ctx.kernels.attention_gradient(_dense(features), upstream.contiguous(), ctx.exponent), None, None
+        return ctx.kernels.attention_gradient(_dense(features), plain(upstream).contiguous(), ctx.exponent), None, None
 
 
 def _differentiable_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Tensor:
@@ -117,6 +118,7 @@ def _differentiable_gradient(features: Tensor, upstream: Tensor, exponent: int) 
 
 
 def _dense(features: Tensor) -> Tensor:
+    features = plain(features)
     if features.is_contiguous() or features.is_contiguous(memory_format=torch.channels_last):
         return features
     return features.contiguous()

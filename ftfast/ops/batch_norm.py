@@ -19,6 +19,7 @@ from ftfast.dispatch import extension, load_extension
 from ftfast.ops import conv3x3_direct as direct
 from ftfast.ops.conv3x3_native import cast_weight, gradients
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
+from ftfast.ops.memory import lies_in_memory
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
 
@@ -73,9 +74,19 @@ def can_run(layer: Layer, x: Tensor, residual: Tensor | None = None) -> bool:
         and map_dtype(x) in _CODES
         and x.dtype in _CODES
         and x.numel() > 0
-        and norm.weight.dtype == torch.float32
-        and norm.weight.is_contiguous()
+        and all(_is_plain_float32(each) for each in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
         and layer.convolution.weight.dtype == torch.float32
+    )
+
+
+def _is_plain_float32(tensor: Tensor | None) -> bool:
+    """Whether the extension may read and write a norm's tensor where it lies."""
+    return (
+        tensor is not None
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and lies_in_memory(tensor)
     )
 
 

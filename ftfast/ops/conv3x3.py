@@ -12,6 +12,7 @@ from ftfast.dispatch import interpreting, resolve, supports
 from ftfast.ops import conv3x3_native
 from ftfast.ops.ft_loss import needs_torch_operators
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
+from ftfast.ops.memory import plain
 
 
 def takes(x: Tensor, weight: Tensor, negative_slope: float, *, transposed: bool) -> bool:
@@ -73,7 +74,7 @@ class Conv3x3Function(torch.autograd.Function):
         with no_autocast(x.device.type):
             kernels = _kernels(x.device)
             features = as_map(x, dtype)
-            y = kernels.layer(features, weight, bias, negative_slope, transposed=transposed)
+            y = kernels.layer(features, plain(weight), plain(bias), negative_slope, transposed=transposed)
         ctx.save_for_backward(x, weight, bias, features, y)
         ctx.negative_slope, ctx.transposed = negative_slope, transposed
         return y
@@ -86,6 +87,7 @@ class Conv3x3Function(torch.autograd.Function):
         if torch.is_grad_enabled() or batched:
             return (*_differentiable_backward(ctx, x, weight, bias, upstream, y.dtype), None, None)
         with no_autocast(x.device.type):
+            upstream = plain(upstream)
             dz = upstream.contiguous(memory_format=torch.channels_last)
             if dz is upstream or dz.data_ptr() == upstream.data_ptr():
                 dz = dz.clone(memory_format=torch.channels_last)

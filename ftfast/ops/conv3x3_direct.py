@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftfast.dispatch import extension, load_extension
+from ftfast.ops.memory import plain
 
 _BLOCK = 16  # channels are multiples of it
 
@@ -38,7 +39,7 @@ def takes(dtype: torch.dtype, channels: int, outputs: int) -> bool:
 
 def pack(weight: Tensor, *, for_gradient: bool = False) -> PackedWeight:
     """``[K, C, 3, 3]``, any strides; ``for_gradient`` of a convolution's input from that of its result."""
-    weight = weight.detach().float()
+    weight = plain(weight.detach()).float()
     outputs, channels = weight.shape[:2]
     words = torch.empty(weight.numel(), dtype=torch.bfloat16)
     extension().pack_direct_weight(
@@ -70,6 +71,7 @@ def convolve(
         negative_slope: 0 for a ReLU, 1 for none.
     """
     samples, channels, height, width = x.shape
+    bias = None if bias is None else plain(bias)
     y = torch.empty(
         samples, weight.outputs, height, width, dtype=x.dtype, memory_format=torch.channels_last, device=x.device
     )

@@ -14,6 +14,7 @@ from ftfast.kernel_table import Work, choose_kernel
 from ftfast.ops import conv3x3_direct as direct
 from ftfast.ops.conv3x3_direct import PackedWeight
 from ftfast.ops.maps import as_map
+from ftfast.ops.memory import plain
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
 # The extension has its own kernel, for bfloat16, where the processor has AVX512-BF16.
@@ -23,6 +24,7 @@ CANDIDATES = ("library", "unfolded", *_OWN)
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``[K, C, 3, 3]`` in the compute dtype and channels_last, in one pass."""
+    weight = plain(weight)
     if weight.dtype == torch.float32 and weight.is_contiguous():
         outputs, channels = weight.shape[:2]
         packed = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=torch.channels_last)

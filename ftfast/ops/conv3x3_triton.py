@@ -12,6 +12,7 @@ from ftfast.kernel_table import Work, choose_kernel
 from ftfast.kernels import activation, conv3x3, conv3x3_weight_gradient
 from ftfast.kernels.pack_weights import pack_weights
 from ftfast.ops.maps import rounds_to_tf32
+from ftfast.ops.memory import plain
 
 CANDIDATES = ("library", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,7 +125,7 @@ def gradients(
     )
     for_input = for_weight = None
     if need_input and own_input:
-        packed = pack_weights([parameter], dz.dtype, backward=not transposed)[0]
+        packed = pack_weights([plain(parameter)], dz.dtype, backward=not transposed)[0]
         weight = packed.forward if transposed else packed.backward
         assert weight is not None
         found, _ = conv3x3.conv3x3_input_gradient(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ftfast.dispatch import Support, resolve, supports
+from ftfast.ops.memory import plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1  # bytes that a photograph spans, which the kernel counts in 32 bits
@@ -77,6 +78,7 @@ def crop_resize(
         raise RuntimeError(f"crop_resize cannot run on {device}: {support.reason}.")
     from ftfast.kernels import crop_resize as kernels
 
+    photographs = [plain(photograph) for photograph in photographs]  # copies live until the launch
     rows = [
         (photograph.data_ptr(), *photograph.stride(), *(int(value) for value in window))
         for photograph, window in zip(photographs, windows, strict=True)

@@ -11,6 +11,7 @@ from ftfast.ops.ft_head_operands import Head, Plan
 from ftfast.ops.ft_loss import separate_weight
 from ftfast.ops.ft_loss_launch import Options
 from ftfast.ops.maps import no_autocast
+from ftfast.ops.memory import plain
 from ftfast.reference import scalar
 
 
@@ -25,14 +26,21 @@ def run(
 ) -> Tensor:
     """The loss of a head that ``plan`` gives to our kernels."""
     weight, multiplier = separate_weight(options.weight)
-    head = Head(plan, translator, paraphraser, options._replace(weight=weight))
+    student = plain(student)
+    teacher, teacher_factor = (None if side is None else plain(side) for side in (teacher, teacher_factor))
     parameters = [part for pair in zip(translator.weights, translator.biases, strict=True) for part in pair]
+    translator, paraphraser = _plain(translator), None if paraphraser is None else _plain(paraphraser)
+    head = Head(plan, translator, paraphraser, options._replace(weight=weight))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (student, *parameters)):
         loss = FTHeadFunction.apply(student, teacher, teacher_factor, head, *parameters)
     else:
         with no_autocast(student.device.type):
             loss, _ = _backend(plan).ft_head_forward(student, teacher, teacher_factor, head, keep=False)
     return loss if multiplier is None else loss * scalar(multiplier, loss.dtype)
+
+
+def _plain(stack: Stack) -> Stack:
+    return stack._replace(weights=tuple(map(plain, stack.weights)), biases=tuple(map(plain, stack.biases)))
 
 
 def _backend(plan: Plan) -> Any:
@@ -75,7 +83,7 @@ class FTHeadFunction(torch.autograd.Function):
                 "a second or batched derivative of the fused head is not kept; build the head with "
                 'backend="reference" for it.'
             )
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        needed, upstream = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]), plain(upstream)
         with no_autocast(upstream.device.type):
             gradients = _backend(ctx.head.plan).ft_head_backward(list(ctx.saved_tensors), upstream, ctx.head, needed)
         if gradients[0] is not None:

@@ -39,6 +39,8 @@ def plan_head(
         reason = reason or "under torch.compile the convolutions are the compiler's"
     if teacher_factor is not None and teacher_factor.requires_grad:
         reason = reason or "teacher_factor requires a gradient"
+    if teacher_factor is not None and teacher_factor.dtype == torch.float64 != dtype:
+        reason = reason or f"teacher_factor is float64 and the maps are {dtype}"
     if student.shape[0] == 0:
         reason = reason or "there are no samples"
     reason = reason or needs_torch_operators(student, known)

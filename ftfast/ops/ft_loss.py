@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ftfast import reference
 from ftfast.arguments import MAX_DIMS, check_factors, check_options
@@ -12,6 +11,7 @@ from ftfast.dispatch import choose, resolve
 from ftfast.ops import ft_loss_compiled
 from ftfast.ops import ft_loss_native as native
 from ftfast.ops.ft_loss_launch import Options, backward, forward
+from ftfast.ops.memory import plain
 from ftfast.reference import compute_dtype, scalar
 
 # Calls whose options, dtypes and devices were found good, and the backend that they run on: what does not change from
@@ -50,6 +50,8 @@ def separate_weight(weight: float | Tensor) -> tuple[float | Tensor, Tensor | No
             return 1.0, weight
         if weight.device.type == "cpu" and not torch.compiler.is_compiling():
             return weight.item(), None  # now, so that a later change of it does not reach this loss's backward
+        if not torch.compiler.is_compiling():
+            return plain(weight), None
     return weight, None
 
 
@@ -61,7 +63,7 @@ def _approve(
     plain = type(student) is type(teacher) is Tensor and type(p) is int and type(eps) is type(weight) is float
     if plain and type(reduction) is str and not torch.compiler.is_compiling():
         sides = (student.dtype, student.device, student.layout, teacher.dtype, teacher.device, teacher.layout)
-        key = (p, reduction, eps, resolve(backend), *sides)
+        key = (p, reduction, eps, resolve(backend), teacher.requires_grad, *sides)
         chosen = _approved.get(key)
         if chosen and student.shape == teacher.shape and 2 <= student.dim() <= MAX_DIMS:
             return chosen
@@ -84,16 +86,20 @@ def needs_torch_operators(*factors: Tensor) -> str:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "under a tracer or a dispatch mode"
     for factor in factors:
-        if type(factor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(factor):
+        if type(factor) not in (Tensor, nn.Parameter) and _intercepts(type(factor)):
             return f"on a {type(factor).__name__}"
-        if factor.is_neg():
-            return "on a lazily negated view"
     return ""
+
+
+def _intercepts(kind: type[Tensor]) -> bool:
+    """Whether a subclass of tensors computes torch's operators itself, as wrappers and fake tensors do."""
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _run_kernels(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Tensor:
     if torch.compiler.is_compiling():
         return ft_loss_compiled.ft_loss(student, teacher, options, backend)
+    student, teacher = plain(student), plain(teacher)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         return FTLossFunction.apply(student, teacher, options, backend)
     return forward(student, teacher, options, backend)[0]
@@ -153,7 +159,7 @@ class FTLossFunction(torch.autograd.Function):
         if differentiable or batched:
             with torch.enable_grad():
                 return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
-        return (*backward(student, teacher, statistics, upstream, options, ctx.backend, needed), None, None)
+        return (*backward(student, teacher, statistics, plain(upstream), options, ctx.backend, needed), None, None)
 
 
 def _differentiable_backward(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ftfast.ops.memory import plain
 from ftfast.reference import has_autocast
 
 
@@ -39,4 +40,4 @@ def no_autocast(device_type: str) -> Iterator[None]:
 
 def as_map(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Features in the compute dtype and channels_last; the same tensor where they are so already."""
-    return features.to(dtype).contiguous(memory_format=torch.channels_last)
+    return plain(features).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ftfast.dispatch import load_extension
+from ftfast.ops.memory import lies_in_memory
 
 
 class RowError(OSError):
@@ -46,6 +47,8 @@ def read_rows(descriptors: np.ndarray, offsets: np.ndarray, out: Tensor) -> None
         raise ValueError(f"out is on {out.device} with strides {out.stride()}; it takes contiguous memory of the CPU.")
     if not out.numel():
         return
+    if not lies_in_memory(out):
+        raise ValueError("out is a lazily negated view, or has no memory; it takes memory that holds its numbers.")
     row_bytes = out.nbytes // len(out)
     extension, _ = load_extension()
     if extension is None:
