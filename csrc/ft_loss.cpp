@@ -175,16 +175,19 @@ DType read_as(const Problem& problem, DType dtype) {
 
 template <class C>
 struct Norm {
+  using limits = std::numeric_limits<C>;
   C inverse;
   bool clamped;
   Norm(double squares, double eps) {
-    // In C, so that a norm beyond its range is infinite, and the direction 0, as in the reference.
-    const C norm = std::sqrt(C(squares)), floor = C(eps);
-    clamped = norm < floor;  // false for NaN, which must come through
+    // Squares beyond the range of C are infinite, and the direction is 0, as in the reference.
+    const C norm = C(std::sqrt(squares > limits::max() ? double(limits::infinity()) : squares));
+    // The reciprocal of a subnormal floor would be infinite.
+    const C floor = eps > 0 ? std::max(C(eps), limits::min()) : C(0);
+    clamped = norm <= floor;  // false for NaN, which must come through
     const C divisor = clamped ? floor : norm;
     inverse = C(1) / divisor;
     // The inverse of a subnormal norm must not be infinite.
-    if (divisor > 0 && inverse > std::numeric_limits<C>::max()) inverse = std::numeric_limits<C>::max();
+    if (divisor > 0 && inverse > limits::max()) inverse = limits::max();
   }
 };
 

@@ -22,7 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import arrival_counters, device_guard
-from .loss_terms import loss_factor, reduction_scale, split_weight, square_root, terms_of
+from .loss_terms import (
+    loss_factor,
+    norm_floor,
+    reciprocal_norm,
+    reduction_scale,
+    split_weight,
+    square_root,
+    squares_of_sample,
+    terms_of,
+    terms_of_sample,
+)
 from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers, and the block of those that are walked over three times.
@@ -90,38 +100,23 @@ def _head_loss_kernel(
         mask = lanes < remaining(size, zero, BLOCK, ALIGN)
         x = load(student_base, zero, lanes, mask, 0, 1, 0, ALIGN, tl.float32)
         y = load(teacher_base, zero, lanes, mask, 0, 2, 0, ALIGN, tl.float32)
-        student_squares = x * x
-        teacher_squares = y * y
+        student_squares = tl.sum(x * x, 0)
+        teacher_squares = tl.sum(y * y, 0)
     else:
-        student_squares = tl.zeros((BLOCK,), tl.float32)
-        teacher_squares = tl.zeros((BLOCK,), tl.float32)
-        for start in range(zero, size * ALIGN, BLOCK):
-            mask = lanes < remaining(size, start, BLOCK, ALIGN)
-            x = load(student_base, start, lanes, mask, 0, 1, 0, ALIGN, tl.float32)
-            y = load(teacher_base, start, lanes, mask, 0, 2, 0, ALIGN, tl.float32)
-            student_squares += x * x
-            teacher_squares += y * y
+        student_squares, teacher_squares = squares_of_sample(
+            student_base, teacher_base, size, lanes, 0, 0, ALIGN, BLOCK, tl.float32
+        )
     floor = tl.full((), eps, tl.float32)
-    student_norm = square_root(tl.sum(student_squares, 0))
-    teacher_norm = square_root(tl.sum(teacher_squares, 0))
-    # Written so that a NaN norm stays one.
-    student_clamped = student_norm < floor
-    student_inverse = 1.0 / tl.where(student_clamped, floor, student_norm)
-    teacher_inverse = 1.0 / tl.where(teacher_norm < floor, floor, teacher_norm)
+    student_inverse, student_clamped = reciprocal_norm(student_squares, floor)
+    teacher_inverse, _ = reciprocal_norm(teacher_squares, floor)
     if SINGLE_PASS:
-        distance_sum, product_sum, _ = terms_of(x * student_inverse, y * teacher_inverse, P)
+        distance_terms, product_terms, _ = terms_of(x * student_inverse, y * teacher_inverse, P)
+        distance = tl.sum(distance_terms, 0)
+        product = tl.sum(product_terms, 0)
     else:
-        distance_sum = tl.zeros((BLOCK,), tl.float32)
-        product_sum = tl.zeros((BLOCK,), tl.float32)
-        for start in range(zero, size * ALIGN, BLOCK):
-            mask = lanes < remaining(size, start, BLOCK, ALIGN)
-            x = load(student_base, start, lanes, mask, 0, 1, 0, ALIGN, tl.float32)
-            y = load(teacher_base, start, lanes, mask, 0, 2, 0, ALIGN, tl.float32)
-            terms = terms_of(x * student_inverse, y * teacher_inverse, P)
-            distance_sum += terms[0]
-            product_sum += terms[1]
-    distance = tl.sum(distance_sum, 0)
-    product = tl.sum(product_sum, 0)
+        distance, product, _ = terms_of_sample(
+            student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, 0, P, 0, ALIGN, BLOCK, tl.float32
+        )
     unit = 1.0
     if P == 2:
         distance = square_root(distance)
@@ -277,8 +272,7 @@ def head_loss(
             *walk.rows,
             walk.units,
             samples,
-            # The reciprocal of a subnormal number would be infinite.
-            max(float(eps), torch.finfo(torch.float32).tiny) if eps else 0.0,
+            norm_floor(eps, torch.float32),
             reduction_scale(samples, walk.size, p, reduction) * factor,
             negative_slope,
             walk.size**0.5,

@@ -22,7 +22,7 @@ from . import conv3x3_tiles
 from .conv3x3_accumulate import multiply_accumulate
 from .ft_head_loss import direction_of, finish_loss
 from .launch import arrival_counters, device_guard
-from .loss_terms import reduction_scale, split_weight, square_root, terms_of
+from .loss_terms import norm_floor, reciprocal_norm, reduction_scale, split_weight, square_root, terms_of
 from .pack_weights import padded_channels
 
 TAPS = 9
@@ -224,12 +224,8 @@ def _small_head_forward_kernel(
     )  # fmt: skip
     t = load_image(factor, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
     floor = tl.full((), eps, tl.float32)
-    student_norm = square_root(tl.sum(tl.sum(s * s, 1), 0))
-    teacher_norm = square_root(tl.sum(tl.sum(t * t, 1), 0))
-    # Written so that a NaN norm stays one.
-    clamped = student_norm < floor
-    student_inverse = 1.0 / tl.where(clamped, floor, student_norm)
-    teacher_inverse = 1.0 / tl.where(teacher_norm < floor, floor, teacher_norm)
+    student_inverse, clamped = reciprocal_norm(tl.sum(tl.sum(s * s, 1), 0), floor)
+    teacher_inverse, _ = reciprocal_norm(tl.sum(tl.sum(t * t, 1), 0), floor)
     distance_sum, product_sum, _ = terms_of(s * student_inverse, t * teacher_inverse, P)
     distance = tl.sum(tl.sum(distance_sum, 1), 0)
     product = tl.sum(tl.sum(product_sum, 1), 0)
@@ -362,8 +358,7 @@ def small_head_forward(
             width,
             samples,
             TAPS,
-            # The reciprocal of a subnormal number would be infinite.
-            max(float(eps), torch.finfo(torch.float32).tiny) if eps else 0.0,
+            norm_floor(eps, torch.float32),
             reduction_scale(samples, height * width * factor_channels, p, reduction) * factor,
             student_slope,
             teacher_slope,

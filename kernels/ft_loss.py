@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import arrival_counters, device_guard
-from .loss_terms import loss_factor, reduction_scale, split_weight, square_root, terms_of
+from .loss_terms import (
+    loss_factor,
+    norm_floor,
+    reciprocal_norm,
+    reduction_scale,
+    split_weight,
+    square_root,
+    squares_of_sample,
+    terms_of,
+    terms_of_sample,
+)
 from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers without a spill.
@@ -71,42 +81,25 @@ def _ft_loss_forward_kernel(
         mask = lanes < remaining(size, zero, BLOCK, ALIGN)
         x = load(student_base, zero, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
         y = load(teacher_base, zero, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
-        student_squares = x * x
-        teacher_squares = y * y
+        student_squares = tl.sum(x * x, 0)
+        teacher_squares = tl.sum(y * y, 0)
     else:
-        student_squares = tl.zeros((BLOCK,), DTYPE)
-        teacher_squares = tl.zeros((BLOCK,), DTYPE)
-        for start in range(zero, size * ALIGN, BLOCK):
-            mask = lanes < remaining(size, start, BLOCK, ALIGN)
-            x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
-            y = load(teacher_base, start, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
-            student_squares += x * x
-            teacher_squares += y * y
+        student_squares, teacher_squares = squares_of_sample(
+            student_base, teacher_base, size, lanes, layout, RANK, ALIGN, BLOCK, DTYPE
+        )
     floor = tl.full((), eps, DTYPE)
-    student_norm = square_root(tl.sum(student_squares, 0))
-    teacher_norm = square_root(tl.sum(teacher_squares, 0))
-    # Written so that a NaN norm stays one.
-    student_clamped = student_norm < floor
-    teacher_clamped = teacher_norm < floor
-    student_inverse = 1.0 / tl.where(student_clamped, floor, student_norm)
-    teacher_inverse = 1.0 / tl.where(teacher_clamped, floor, teacher_norm)
+    student_inverse, student_clamped = reciprocal_norm(student_squares, floor)
+    teacher_inverse, teacher_clamped = reciprocal_norm(teacher_squares, floor)
     if SINGLE_PASS:
         distance_terms, student_terms, teacher_terms = terms_of(x * student_inverse, y * teacher_inverse, P)
+        distance = tl.sum(distance_terms, 0)
+        student_product = tl.sum(student_terms, 0)
+        teacher_product = tl.sum(teacher_terms, 0)
     else:
-        distance_terms = tl.zeros((BLOCK,), DTYPE)
-        student_terms = tl.zeros((BLOCK,), DTYPE)
-        teacher_terms = tl.zeros((BLOCK,), DTYPE)
-        for start in range(zero, size * ALIGN, BLOCK):
-            mask = lanes < remaining(size, start, BLOCK, ALIGN)
-            x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
-            y = load(teacher_base, start, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
-            terms = terms_of(x * student_inverse, y * teacher_inverse, P)
-            distance_terms += terms[0]
-            student_terms += terms[1]
-            teacher_terms += terms[2]
-    distance = tl.sum(distance_terms, 0)
-    student_product = tl.sum(student_terms, 0)
-    teacher_product = tl.sum(teacher_terms, 0)
+        distance, student_product, teacher_product = terms_of_sample(
+            student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, layout, P, RANK, ALIGN, BLOCK,
+            DTYPE,
+        )  # fmt: skip
     if P == 2:
         distance = square_root(distance)
         # Where l is 0 so is every difference, and with any finite factor the gradient.
@@ -258,8 +251,7 @@ def ft_loss_forward(
             walk.rows[1],
             walk.units,
             samples,
-            # The reciprocal of a subnormal number would be infinite.
-            max(float(eps), torch.finfo(dtype).tiny) if eps else 0.0,
+            norm_floor(eps, dtype),
             reduction_scale(samples, size, p, reduction) * factor,
             walk.layout,
             P=p,

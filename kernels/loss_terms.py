@@ -8,6 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sample_layout import load, remaining
+
+# Blocks of a long sample that are added up before their sums are folded into double: a longer run of equal numbers is
+# rounded the same way each time.
+FOLD_STEPS = tl.constexpr(64)
+
 
 @triton.jit
 def square_root(x):
@@ -17,6 +23,66 @@ def square_root(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def reciprocal_norm(squares, floor):
+    """``1 / max(norm, floor)`` from the sum of squares, and whether the floor was taken."""
+    norm = square_root(squares)
+    # Written so that a NaN norm stays one.
+    clamped = norm <= floor
+    return 1.0 / tl.where(clamped, floor, norm), clamped
+
+
+@triton.jit
+def squares_of_sample(
+    student_base, teacher_base, size, lanes, layout,
+    RANK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``|s|^2`` and ``|t|^2`` of a sample that registers do not hold."""
+    student_total = tl.full((), 0.0, tl.float64)
+    teacher_total = tl.full((), 0.0, tl.float64)
+    end = size * ALIGN
+    for first in range(end * 0, end, BLOCK * FOLD_STEPS):
+        student_squares = tl.zeros((BLOCK,), DTYPE)
+        teacher_squares = tl.zeros((BLOCK,), DTYPE)
+        for start in range(first, tl.minimum(first + BLOCK * FOLD_STEPS, end), BLOCK):
+            mask = lanes < remaining(size, start, BLOCK, ALIGN)
+            x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
+            y = load(teacher_base, start, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
+            student_squares += x * x
+            teacher_squares += y * y
+        student_total += tl.sum(student_squares, 0).to(tl.float64)
+        teacher_total += tl.sum(teacher_squares, 0).to(tl.float64)
+    return student_total.to(DTYPE), teacher_total.to(DTYPE)
+
+
+@triton.jit
+def terms_of_sample(
+    student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, layout,
+    P: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The sums of :func:`terms_of` over a sample that registers do not hold."""
+    distance_total = tl.full((), 0.0, tl.float64)
+    student_total = tl.full((), 0.0, tl.float64)
+    teacher_total = tl.full((), 0.0, tl.float64)
+    end = size * ALIGN
+    for first in range(end * 0, end, BLOCK * FOLD_STEPS):
+        distance_terms = tl.zeros((BLOCK,), DTYPE)
+        student_terms = tl.zeros((BLOCK,), DTYPE)
+        teacher_terms = tl.zeros((BLOCK,), DTYPE)
+        for start in range(first, tl.minimum(first + BLOCK * FOLD_STEPS, end), BLOCK):
+            mask = lanes < remaining(size, start, BLOCK, ALIGN)
+            x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
+            y = load(teacher_base, start, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
+            terms = terms_of(x * student_inverse, y * teacher_inverse, P)
+            distance_terms += terms[0]
+            student_terms += terms[1]
+            teacher_terms += terms[2]
+        distance_total += tl.sum(distance_terms, 0).to(tl.float64)
+        student_total += tl.sum(student_terms, 0).to(tl.float64)
+        teacher_total += tl.sum(teacher_terms, 0).to(tl.float64)
+    return distance_total.to(DTYPE), student_total.to(DTYPE), teacher_total.to(DTYPE)
 
 
 @triton.jit
@@ -37,6 +103,11 @@ def terms_of(a, b, P: tl.constexpr):
         return tl.abs(difference), sign * a, sign * b
     else:
         return difference * difference, difference * a, difference * b
+
+
+def norm_floor(eps: float, dtype: torch.dtype) -> float:
+    """``eps`` as a kernel takes it: the reciprocal of a subnormal number would be infinite."""
+    return max(float(eps), torch.finfo(dtype).tiny) if eps else 0.0
 
 
 def reduction_scale(samples: int, size: int, p: int, reduction: str) -> float:

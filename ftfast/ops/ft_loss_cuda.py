@@ -109,6 +109,7 @@ def ft_loss_forward(
         ``<g, b>`` (0 where the norm is clamped), and ``l``. Both are float64 where an input is, else float32.
     """
     from ftfast.kernels.launch import arrival_counters, device_guard
+    from ftfast.kernels.loss_terms import norm_floor
 
     number, order = compute_dtype(student, teacher), _common_order(student, teacher)
     samples, size, device = student.shape[0], student.numel() // student.shape[0], student.device
@@ -126,8 +127,7 @@ def ft_loss_forward(
             size,
             p,
             per_sample,
-            # The reciprocal of a subnormal number would be infinite.
-            max(float(eps), torch.finfo(number).tiny) if eps else 0.0,
+            norm_floor(eps, number),
             factor / reduction_divisor(samples, size, p=p, reduction=reduction),
             0 if weight_tensor is None else weight_tensor.data_ptr(),
             loss.data_ptr(),
