@@ -25,6 +25,7 @@ from .launch import arrival_counters, device_guard
 from .loss_terms import (
     loss_factor,
     norm_floor,
+    reciprocal_distance,
     reciprocal_norm,
     reduction_scale,
     split_weight,
@@ -120,8 +121,7 @@ def _head_loss_kernel(
     unit = 1.0
     if P == 2:
         distance = square_root(distance)
-        # Where l is 0 so is every difference, and with any finite factor the gradient.
-        unit = root_of_size / tl.where(distance == 0, 1.0, distance)
+        unit = reciprocal_distance(distance, root_of_size)
         product *= unit
     product = tl.where(student_clamped, 0.0, product)
     if SINGLE_PASS:

@@ -22,7 +22,15 @@ from . import conv3x3_tiles
 from .conv3x3_accumulate import multiply_accumulate
 from .ft_head_loss import direction_of, finish_loss
 from .launch import arrival_counters, device_guard
-from .loss_terms import norm_floor, reciprocal_norm, reduction_scale, split_weight, square_root, terms_of
+from .loss_terms import (
+    norm_floor,
+    reciprocal_distance,
+    reciprocal_norm,
+    reduction_scale,
+    split_weight,
+    square_root,
+    terms_of,
+)
 from .pack_weights import padded_channels
 
 TAPS = 9
@@ -232,7 +240,7 @@ def _small_head_forward_kernel(
     unit = 1.0
     if P == 2:
         distance = square_root(distance)
-        unit = square_root((pixels * FACTOR_CHANNELS).to(tl.float32)) / tl.where(distance == 0, 1.0, distance)
+        unit = reciprocal_distance(distance, square_root((pixels * FACTOR_CHANNELS).to(tl.float32)))
         product *= unit
     product = tl.where(clamped, 0.0, product)
     d = direction_of(s, t, student_inverse, teacher_inverse, product, unit, student_slope, P)

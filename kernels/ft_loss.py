@@ -18,6 +18,7 @@ from .launch import arrival_counters, device_guard
 from .loss_terms import (
     loss_factor,
     norm_floor,
+    reciprocal_distance,
     reciprocal_norm,
     reduction_scale,
     split_weight,
@@ -102,8 +103,7 @@ def _ft_loss_forward_kernel(
         )  # fmt: skip
     if P == 2:
         distance = square_root(distance)
-        # Where l is 0 so is every difference, and with any finite factor the gradient.
-        inverse_distance = 1.0 / tl.where(distance == 0, 1.0, distance)
+        inverse_distance = reciprocal_distance(distance, 1.0)
         student_product *= inverse_distance
         teacher_product *= inverse_distance
     tl.store(statistics + n, student_inverse)
@@ -174,7 +174,7 @@ def _ft_loss_backward_kernel(
         direction = (difference > 0).to(DTYPE) - (difference < 0).to(DTYPE)
     else:
         distance = tl.load(statistics + 4 * samples + n)
-        direction = difference * (1.0 / tl.where(distance == 0, 1.0, distance))
+        direction = difference * reciprocal_distance(distance, 1.0)
     if STUDENT:
         student_product = tl.load(statistics + 2 * samples + n)
         gradient = (direction - a * student_product) * (factor * student_inverse)

@@ -35,6 +35,12 @@ def reciprocal_norm(squares, floor):
 
 
 @triton.jit
+def reciprocal_distance(distance, numerator):
+    """``numerator / l``, and 0 where l is: there is no direction then, even where small differences are not 0."""
+    return tl.where(distance == 0, 0.0, numerator / tl.where(distance == 0, 1.0, distance))
+
+
+@triton.jit
 def squares_of_sample(
     student_base, teacher_base, size, lanes, layout,
     RANK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,

@@ -119,17 +119,20 @@ void with_types(DType student, DType teacher, Run run) {
       case DType::float16: return run(s, Float16());
       case DType::int8: return run(s, int8_t());
       case DType::float8_e4m3fn: return run(s, Float8());
-      default: throw std::logic_error("a float64 factor meets another dtype");
+      case DType::float64: break;
     }
+    throw std::logic_error("a float64 factor meets another dtype");
   };
   switch (student) {
     case DType::float32: return with_teacher(float());
     case DType::bfloat16: return with_teacher(BFloat16());
     case DType::float16: return with_teacher(Float16());
-    default:
+    case DType::float64:
       if (teacher != DType::float64) throw std::logic_error("a float64 factor meets another dtype");
       return run(double(), double());
+    case DType::int8: case DType::float8_e4m3fn: break;
   }
+  throw std::logic_error("no student has this dtype");
 }
 
 }  // namespace ftfast::cuda

@@ -83,16 +83,38 @@ struct Sums {
   Number values[size] = {};
 };
 
+// What a thread adds up before its sums are folded into double: a longer run of equal numbers is rounded the same way
+// each time. A sample in shared memory is no longer than that.
+constexpr int64_t fold_vectors = 16;
+
+// sums_of(size, first element) over a sample that is not in shared memory
+template <int count, class Number, int width, class SumsOf>
+FTFAST_BOTH Sums<Number, count> folded(Thread thread, int64_t size, SumsOf sums_of) {
+  const int64_t run = fold_vectors * width * thread.count;
+  Sums<double, count> total;
+  for (int64_t start = 0; start < size; start += run) {
+    const Sums<Number, count> part = sums_of(size - start < run ? size - start : run, start);
+    for (int k = 0; k < count; ++k) total.values[k] += part.values[k];
+  }
+  Sums<Number, count> sums;
+  for (int k = 0; k < count; ++k) sums.values[k] = Number(total.values[k]);
+  return sums;
+}
+
 // |s|^2 and |t|^2
 template <class Index, class Student, class Teacher>
 FTFAST_BOTH auto squares(Thread thread, Index size, bool aligned, const Student* student, const Teacher* teacher) {
   using Number = NumberFor<Student>;
-  Sums<Number, 2> sums;
-  visit_pairs(thread, size, aligned, student, teacher, [&](Number x, Number y) {
-    sums.values[0] += x * x;
-    sums.values[1] += y * y;
-  });
-  return sums;
+  const auto sums_of = [&](Index count, Index first) {
+    Sums<Number, 2> sums;
+    visit_pairs(thread, count, aligned, student + first, teacher + first, [&](Number x, Number y) {
+      sums.values[0] += x * x;
+      sums.values[1] += y * y;
+    });
+    return sums;
+  };
+  if constexpr (sizeof(Index) == 8) return folded<2, Number, width_of<Student, Teacher>>(thread, size, sums_of);
+  else return sums_of(size, 0);
 }
 
 template <class Number>
@@ -106,8 +128,8 @@ FTFAST_BOTH Norms<Number> norms_of(const Sums<Number, 2>& squares, Number floor)
   const Number student = std::sqrt(squares.values[0]), teacher = std::sqrt(squares.values[1]);
   Norms<Number> norms;
   // Written so that a NaN stays one.
-  norms.student_clamped = student < floor;
-  norms.teacher_clamped = teacher < floor;
+  norms.student_clamped = student <= floor;
+  norms.teacher_clamped = teacher <= floor;
   norms.student_inverse = 1 / (norms.student_clamped ? floor : student);
   norms.teacher_inverse = 1 / (norms.teacher_clamped ? floor : teacher);
   return norms;
@@ -125,21 +147,25 @@ template <class Index, class Student, class Teacher>
 FTFAST_BOTH auto distances(Thread thread, Index size, bool aligned, const Student* student, const Teacher* teacher,
                            const Norms<NumberFor<Student>>& norms, int p) {
   using Number = NumberFor<Student>;
-  Sums<Number, 3> sums;
-  visit_pairs(thread, size, aligned, student, teacher, [&](Number x, Number y) {
-    const Number a = product(x, norms.student_inverse), b = product(y, norms.teacher_inverse);
-    const Number difference = a - b, g = direction(difference, p);
-    sums.values[0] += g * difference;
-    sums.values[1] += g * a;
-    sums.values[2] += g * b;
-  });
-  return sums;
+  const auto sums_of = [&](Index count, Index first) {
+    Sums<Number, 3> sums;
+    visit_pairs(thread, count, aligned, student + first, teacher + first, [&](Number x, Number y) {
+      const Number a = product(x, norms.student_inverse), b = product(y, norms.teacher_inverse);
+      const Number difference = a - b, g = direction(difference, p);
+      sums.values[0] += g * difference;
+      sums.values[1] += g * a;
+      sums.values[2] += g * b;
+    });
+    return sums;
+  };
+  if constexpr (sizeof(Index) == 8) return folded<3, Number, width_of<Student, Teacher>>(thread, size, sums_of);
+  else return sums_of(size, 0);
 }
 
 template <class Number>
 FTFAST_BOTH Number inverse_distance(Number distance, int p) {
-  // Where l is 0 so is every difference, and with any finite factor the gradient.
-  return p == 1 || distance == 0 ? Number(1) : 1 / distance;
+  // Where l is 0 there is no direction, even where small differences are not 0.
+  return p == 1 ? Number(1) : distance == 0 ? Number(0) : 1 / distance;
 }
 
 template <class Number, class Job>
