@@ -8,6 +8,7 @@ import torch
 from ftfast.dispatch import interpreting, supports
 
 CPU = torch.device("cpu")
+GUARD, GUARD_BYTES = 0xA5, 256
 # Begun first, or one process waits minutes at the end for what the other does.
 LONGEST = ("test_kills", "test_photograph_runs", "test_packaging", "test_on_gpu", "test_store_builds")
 pytest_plugins = ["tests.machine_code"]
@@ -49,13 +50,36 @@ def ieee_float32() -> Iterator[None]:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and torch.empty_like give NaN (the largest integer for integers)."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.empty and torch.empty_like give NaN (the largest integer for integers).
+
+    Around it lie guards, and a write beyond either end fails the test.
+    """
+    guards: list[torch.Tensor] = []
+
+    def look() -> None:
+        assert all(bool((guard == GUARD).all()) for guard in guards), "a kernel wrote beyond the memory of its result"
+        guards.clear()
+
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
 
         def make_poisoned(*args: object, _make: object = make, **options: object) -> torch.Tensor:
             made = _make(*args, **options)  # type: ignore[operator]
+            if made.layout == torch.strided and made.numel() and not options.get("out"):
+                span = 1 + sum((size - 1) * step for size, step in zip(made.shape, made.stride(), strict=True))
+                end = GUARD_BYTES + span * made.element_size()
+                memory = torch.full((end + GUARD_BYTES + -end % 16,), GUARD, dtype=torch.uint8, device=made.device)
+                guards.extend((memory[:GUARD_BYTES], memory[end:]))
+                made = (
+                    memory[: end + -end % 16]
+                    .view(made.dtype)[GUARD_BYTES // made.element_size() :]
+                    .as_strided(made.shape, made.stride(), GUARD_BYTES // made.element_size())
+                )
+            if len(guards) > 1000:
+                look()
             return made.fill_(float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).max)
 
         monkeypatch.setattr(torch, name, make_poisoned)
+    yield
+    look()
