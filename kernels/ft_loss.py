@@ -34,9 +34,7 @@ REGISTER_SIZE = 16384
 REGISTER_SIZE_RANK_4 = 8192
 REGISTER_SIZE_FLOAT64 = 4096
 TWO_PASS_BLOCK = 4096
-# For flat and for strided walks; swapped, either spills somewhere with Triton 3.6.
-TWO_PASS_WARPS = 16
-TWO_PASS_WARPS_STRIDED = 8
+TWO_PASS_WARPS = 16  # with fewer a strided walk spills
 BACKWARD_BLOCK = 2048
 SMALLEST_BLOCK = 128
 FOLD_BLOCK = 512
@@ -233,8 +231,7 @@ def ft_loss_forward(
         block = _bucket(size)
         warps = _warps(block)
     else:
-        block = TWO_PASS_BLOCK
-        warps = TWO_PASS_WARPS_STRIDED if walk.rank else TWO_PASS_WARPS
+        block, warps = TWO_PASS_BLOCK, TWO_PASS_WARPS
     factor, weight_tensor = split_weight(weight, device)
     per_sample = reduction == "none"
     loss = torch.empty((samples,) if per_sample else (), dtype=dtype, device=device)

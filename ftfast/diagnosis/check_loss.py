@@ -16,6 +16,14 @@ from ftfast.loss import ft_loss
 LOSS_BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 GRADIENT_BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 LAYOUTS = ("nchw", "channels_last", "unlike strides", "slice")
+# Where numbers leave a dtype's range, or memory is not the value; each with its eps.
+CONDITIONS = {
+    "zero rows": 1e-12,
+    "tiny eps": 1e-30,
+    "unlike sizes": 1e-30,
+    "norm overflows": 1e-12,
+    "negated views": 1e-12,
+}
 SHAPE = (6, 24, 7, 7)
 LONG_SHAPE = (2, 352, 7, 7)  # D = 17248: past what the Triton kernels keep in registers
 STORED = (torch.int8, torch.float8_e4m3fn)
@@ -45,6 +53,11 @@ def check_backend(backend: str, device: torch.device) -> Iterator[Outcome]:
         cases += [{"dtype": dtype, "p": p, "layout": layout, "frozen": True} for layout in ("nchw", "unlike strides")]
         cases += [{"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "stored": stored} for stored in STORED]
         cases.append({"dtype": dtype, "p": p, "layout": "nchw", "frozen": True, "shape": LONG_SHAPE})
+    for condition, p in itertools.product(CONDITIONS, (1, 2)):
+        cases.append({"dtype": torch.float32, "p": p, "layout": "nchw", "frozen": True, "condition": condition})
+    cases += [
+        {**case, "stored": torch.int8} for case in cases if case.get("condition") in ("tiny eps", "norm overflows")
+    ]
     if backend == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         cases = [case for case in cases if case.get("stored") != torch.float8_e4m3fn]
     for case in cases:
@@ -61,18 +74,34 @@ def check_case(
     frozen: bool = False,
     stored: torch.dtype | None = None,
     shape: tuple[int, int, int, int] = SHAPE,
+    condition: str = "",
 ) -> Outcome:
     """Loss and gradients, under an upstream gradient that brings mean-form gradients to O(1).
 
     Args:
+        condition: one of CONDITIONS, or "" for ordinary factors.
         frozen: the teacher's factor requires no gradient, as in training.
         stored: the dtype in which a frozen teacher's factor is kept, where it is not ``dtype``.
     """
     student, teacher = (factor.to(device) for factor in make_factors(dtype, layout, shape))
     if stored is not None:
         teacher = (teacher * 40).clamp(-120, 120).to(stored)
-    loss, gradients = _loss_and_gradients(student, teacher, p, backend, frozen)
-    exact_loss, exact_gradients = _loss_and_gradients(student.double(), teacher.double(), p, "reference", frozen)
+    if condition in ("zero rows", "tiny eps"):
+        student[1] = 0
+    elif condition == "unlike sizes":
+        student, teacher = student * 1e15, teacher * 1e-15
+    elif condition == "norm overflows":
+        student[1] *= 1e25
+    exact_student, exact_teacher = student.double(), teacher.double()
+    if condition == "negated views":
+        student, teacher = torch._neg_view(-student), torch._neg_view(-teacher)
+    eps = CONDITIONS.get(condition, 1e-12)
+    loss, gradients = _loss_and_gradients(student, teacher, p, backend, frozen, eps)
+    if condition == "norm overflows":  # as in torch's own float32, whose quotient by an infinite norm is 0
+        exact_student[1] = 0
+    exact_loss, exact_gradients = _loss_and_gradients(exact_student, exact_teacher, p, "reference", frozen, eps)
+    if condition == "norm overflows":
+        exact_gradients[0][1] = 0
     loss_error = relative_error(loss, exact_loss)
     errors = [relative_error(got, exact) for got, exact in zip(gradients, exact_gradients, strict=True)]
     ok = loss_error <= LOSS_BOUNDS[dtype] and max(errors) <= GRADIENT_BOUNDS[dtype]
@@ -80,6 +109,7 @@ def check_case(
     teacher_name = "frozen " * frozen + _name(stored or dtype)
     if shape != SHAPE:
         layout = f"{layout}, long"
+    layout = condition or layout
     teacher_error = None if frozen else errors[1]
     return Outcome(backend, where, _name(dtype), teacher_name, p, layout, loss_error, errors[0], teacher_error, ok)
 
@@ -111,14 +141,14 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 def _loss_and_gradients(
-    student: Tensor, teacher: Tensor, p: int, backend: str, frozen: bool
+    student: Tensor, teacher: Tensor, p: int, backend: str, frozen: bool, eps: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     student = student.detach().requires_grad_()
     inputs = [student] if frozen else [student, teacher := teacher.detach().requires_grad_()]
     if backend == "reference":
-        loss = reference.ft_loss(student, teacher, p=p)
+        loss = reference.ft_loss(student, teacher, p=p, eps=eps)
     else:
-        loss = ft_loss(student, teacher, p=p, backend=backend)
+        loss = ft_loss(student, teacher, p=p, eps=eps, backend=backend)
     return loss, torch.autograd.grad(loss, inputs, torch.full_like(loss, student.numel()))
 
 
