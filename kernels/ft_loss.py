@@ -34,6 +34,7 @@ REGISTER_SIZE = 16384
 REGISTER_SIZE_RANK_4 = 8192
 REGISTER_SIZE_FLOAT64 = 4096
 TWO_PASS_BLOCK = 4096
+TWO_PASS_BLOCK_FLOAT64 = 2048
 TWO_PASS_WARPS = 16  # with fewer a strided walk spills
 BACKWARD_BLOCK = 2048
 SMALLEST_BLOCK = 128
@@ -231,7 +232,8 @@ def ft_loss_forward(
         block = _bucket(size)
         warps = _warps(block)
     else:
-        block, warps = TWO_PASS_BLOCK, TWO_PASS_WARPS
+        block = TWO_PASS_BLOCK_FLOAT64 if dtype == torch.float64 else TWO_PASS_BLOCK
+        warps = TWO_PASS_WARPS
     factor, weight_tensor = split_weight(weight, device)
     per_sample = reduction == "none"
     loss = torch.empty((samples,) if per_sample else (), dtype=dtype, device=device)
