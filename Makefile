@@ -1,4 +1,4 @@
-# make demo, make test: each sets up .venv on first use and is quick afterwards.
+# make demo, make test: each sets up what it needs of .venv on first use and is quick afterwards.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -8,21 +8,28 @@ HEADERS := import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.g
 $(shell test -f ftfast/_build_report.json && ! grep -q '"reason": ""' ftfast/_build_report.json \
 	&& command -v $${CXX:-c++} >/dev/null && $(BIN)/python -c '$(HEADERS)' && rm -f $(VENV)/ready)
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-versions lint bench clean
 help:
 	@echo "make demo    check the kernels, distil digits with four methods over six seeds, time the loss"
 	@echo "make test    the test suite"
+	@echo "make test-versions  its core with the oldest torch and with every Python, each in a .venv-* of its own"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   every benchmark, into runs/bench.json"
-	@echo "make clean   removes .venv, build products and runs/demo"
+	@echo "make clean   removes .venv, .venv-*, build products and runs/demo"
 
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cpu_bf16/* csrc/cuda/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV); the first time takes a few minutes, most of them for torch."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[distill]"
 	@$(BIN)/python -c 'import json; reason = json.load(open("ftfast/_build_report.json"))["reason"]; reason and print(f"Note: {reason}.")'
+	@touch $@
+
+# ftfast is installed already, so this brings the packages alone and compiles nothing.
+$(VENV)/ready-for-tests: $(VENV)/ready
+	@echo "Setting up $(VENV) for the tests, which takes some more minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "ftfast[all]"
 	@touch $@
 
 demo: $(VENV)/ready
@@ -30,21 +37,24 @@ demo: $(VENV)/ready
 	@$(BIN)/ftfast distill --data digits --methods none,ft,kd,ft+kd --seeds 6 --output runs/demo --resume
 	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20 --layouts nchw --peers eager,compile
 
-test: $(VENV)/ready
+test: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED)
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
 INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_range.py tests/test_gates.py tests/test_conv3x3.py $(wildcard tests/test_*_triton.py)
 
-lint: $(VENV)/ready
+test-versions:
+	@$(PYTHON) tests/versions.py
+
+lint: $(VENV)/ready-for-tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/ready
+bench: $(VENV)/ready-for-tests
 	@mkdir -p runs
 	@$(BIN)/python -m bench --out runs/bench.json
 
 clean:
-	rm -rf $(VENV) build *.egg-info ftfast/_C*.so ftfast/_build_report.json runs/demo
+	rm -rf $(VENV) .venv-py* build *.egg-info ftfast/_C*.so ftfast/_build_report.json runs/demo

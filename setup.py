@@ -1,7 +1,8 @@
 """Builds ftfast._C from csrc/ with ninja: no torch headers, so one build serves every torch version.
 
-Without a compiler or Python.h the package installs without the extension, and ``ftfast info`` gives the reason kept
-in ``ftfast/_build_report.json``; with them, a compile error fails the install.
+Without a compiler or Python.h the package installs without the extension, and without an nvcc that compiles for one of
+NVCC_TARGETS without the CUDA part; ``ftfast info`` gives the reasons, kept in ``ftfast/_build_report.json``.
+With them, a compile error fails the install.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 CPP_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
@@ -25,6 +26,17 @@ CPP_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 CPP_FLAGS += ["-ffp-contract=off"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
 NVCC_TARGETS = ["80", "90", "100"]
+# What csrc/cuda includes, so that a toolkit which lacks a part of it is met before the build.
+NVCC_PROBE = """#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_pipeline.h>
+#include <cuda_runtime.h>
+__global__ void probe(float* x) { x[threadIdx.x] = 1; }
+void launch(float* x) { probe<<<1, 1>>>(x); }
+"""
+# pip keeps the wheels that it builds, those without an extension too.
+AGAIN = "install ftfast again with pip's --force-reinstall --no-cache-dir"
 
 # Every file of csrc/cpu is compiled once for each of these; csrc/instruction_set.cpp picks one at run time.
 X86_INSTRUCTION_SETS = {
@@ -39,43 +51,87 @@ AVX512_BF16 = [*X86_INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 
 def find_compiler() -> list[str]:
     """The C++ compiler's command: the words of CXX, else the first of the usual names; empty where there is none."""
-    words = shlex.split(os.environ.get("CXX", ""))
+    try:
+        words = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quotation that does not end
+        return []
     for command in [words] if words else [["c++"], ["g++"], ["clang++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     return []
 
 
-def find_nvcc() -> str | None:
-    """nvcc's path, unless FTFAST_CUDA=0."""
-    if os.environ.get("FTFAST_CUDA") == "0":
-        return None
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+def host_flags(compiler: list[str]) -> list[str]:
+    """The compiler's command as nvcc takes it: the program, which is the last word before the options, and these."""
+    count = next((place for place, word in enumerate(compiler) if word.startswith("-")), len(compiler))
+    options = [flag for word in compiler[count:] for flag in ("-Xcompiler", word.replace(",", "\\,"))]
+    return ["-ccbin", compiler[count - 1], *options]
+
+
+def find_nvcc() -> tuple[str, str]:
+    """nvcc's path and an empty text, or an empty path and why there is none; FTFAST_CUDA=0 looks for none.
+
+    Raises:
+        OptionError: FTFAST_CUDA is neither 0, 1 nor empty.
+    """
+    wanted, home = os.environ.get("FTFAST_CUDA", ""), os.environ.get("CUDA_HOME")
+    if wanted not in ("", "0", "1"):
+        raise OptionError(f"FTFAST_CUDA is {wanted!r}; it takes 0 for an install without CUDA kernels, or 1.")
+    if wanted == "0":
+        return "", "FTFAST_CUDA was 0 when ftfast was installed"
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    return nvcc or "", "" if nvcc else f"no nvcc was found in {home or 'PATH'} when ftfast was installed"
+
+
+def nvcc_targets(nvcc: str, compiler: list[str]) -> tuple[list[str], str]:
+    """The architectures of NVCC_TARGETS that this nvcc compiles and links for, and what it says of one it does not."""
+
+    def problem(targets: list[str]) -> str:
+        codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+        flags = [*host_flags(compiler), *NVCC_FLAGS, *codes, "-shared", "-cudart", "static"]
+        return why_not_built([nvcc], flags, NVCC_PROBE, suffix=".cu")
+
+    problems = {target: problem([target]) for target in NVCC_TARGETS} if problem(NVCC_TARGETS) else {}
+    said = [f"{nvcc} does not compile for sm_{target} ({why})" for target, why in problems.items() if why]
+    return [target for target in NVCC_TARGETS if not problems.get(target)], (said or [""])[-1]
 
 
 def missing_tool() -> str | None:
     """Why the extension cannot be built here, in a sentence for users; None where it can."""
-    if os.environ.get("CXX") and not find_compiler():
-        return (
-            f"CXX was {os.environ['CXX']!r} when ftfast was installed, which is no command, so it has no native kernels"
-        )
+    if not sys.platform.startswith("linux"):
+        return f"the native kernels are built on Linux alone, and this is {platform.system()}"
+    lacking, remedy = "", ""
     if not find_compiler():
-        return "no C++ compiler was found when ftfast was installed (apt-get install g++), so it has no native kernels"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return (
-            "Python.h was missing when ftfast was installed (apt-get install python3-dev), so it has no native kernels"
-        )
-    return None
+        lacking, remedy = "no C++ compiler was found", "apt-get install g++"
+        if given := os.environ.get("CXX"):
+            lacking, remedy = f"CXX was {given!r}, which is no command,", "set it to one"
+    elif not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        lacking, remedy = "Python.h was missing", "apt-get install python3-dev"
+    if not lacking:
+        return None
+    return f"{lacking} when ftfast was installed ({remedy}, then {AGAIN}), so it has no native kernels"
+
+
+def why_not_built(compiler: list[str], flags: list[str], program: str, suffix: str = ".cpp") -> str:
+    """Empty where the compiler makes a program of this source with these flags, else its first word on why not."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / f"probe{suffix}"
+        source.write_text(program)
+        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(".out"))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            return str(error)
+    if not done.returncode:
+        return ""
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    named = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+    return (named or lines or [f"exit status {done.returncode}"])[0]
 
 
 def builds(compiler: list[str], flags: list[str], program: str) -> bool:
     """Whether the compiler makes a program of this source with these flags."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text(program)
-        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(""))]
-        return subprocess.run(command, capture_output=True).returncode == 0
+    return not why_not_built(compiler, flags, program)
 
 
 def openmp_flags(compiler: list[str]) -> list[str]:
@@ -89,7 +145,9 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     import pybind11
     from ninja import ninja_syntax
 
-    compiler, nvcc = find_compiler(), find_nvcc()
+    compiler = find_compiler()
+    nvcc, without_cuda = find_nvcc()
+    targets, without_cuda = nvcc_targets(nvcc, compiler) if nvcc else ([], without_cuda)
     openmp = openmp_flags(compiler)
     includes = [
         f"-I{ROOT / 'csrc'}",
@@ -101,7 +159,7 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     bf16_program = 'int main() { return __builtin_cpu_supports("avx512bf16"); }\n'
     has_bf16 = x86 and builds(compiler, AVX512_BF16, bf16_program)
     bf16_sources = sorted((ROOT / "csrc" / "cpu_bf16").glob("*.cpp")) if has_bf16 else []
-    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
+    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if targets else []
     flags = [*CPP_FLAGS, *openmp, *includes, *(["-DFTFAST_X86"] if x86 else [])]
     flags += ["-DFTFAST_AVX512_BF16"] if bf16_sources else []
     flags += ["-DFTFAST_CUDA"] if cuda_sources else []
@@ -125,18 +183,16 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
             compile_with("cpp", source, f"{source.stem}.avx512_bf16.o", AVX512_BF16)
         link = [*compiler, "-shared", *openmp]
         if cuda_sources:
-            assert nvcc is not None
-            codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in NVCC_TARGETS]
-            codes.append(f"-gencode=arch=compute_{NVCC_TARGETS[-1]},code=compute_{NVCC_TARGETS[-1]}")
-            command = shlex.join([nvcc, "-ccbin", compiler[-1], *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"])
+            codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in targets]
+            codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+            command = shlex.join([nvcc, *host_flags(compiler), *NVCC_FLAGS, *codes, f"-I{ROOT / 'csrc'}"])
             ninja.rule("nvcc", f"{command} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             for source in cuda_sources:
                 compile_with("nvcc", source, f"{source.stem}.cuda.o")
             # The runtime linked statically: the extension then loads where there is no CUDA, and beside torch's own.
             link = [
                 nvcc,
-                "-ccbin",
-                compiler[-1],
+                *host_flags(compiler),
                 "-shared",
                 "-cudart",
                 "static",
@@ -149,7 +205,8 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
         "compiler": shlex.join(compiler),
         "openmp": bool(openmp),
         "instruction_sets": [*instruction_sets, *(["avx512_bf16"] if bf16_sources else [])],
-        "cuda": [f"sm_{code}" for code in NVCC_TARGETS] if cuda_sources else [],
+        "cuda": [f"sm_{code}" for code in targets] if cuda_sources else [],
+        "without_cuda": without_cuda,
     }
 
 

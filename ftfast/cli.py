@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: the command's, 2 for bad input, 130 for an interruption.
     """
+    _open_closed_streams()
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "plus or minus" is no reason to stop
     words = list(sys.argv[1:] if argv is None else argv)
@@ -86,9 +87,13 @@ def _run_command(name: str, words: list[str]) -> int:
         _say(f"{parser.prog}: error: {error}", error)
         return BAD_INPUT
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("ftfast", "torch"):
+        package = (error.name or "").split(".")[0]
+        if package in ("", "ftfast", "torch"):
             raise
-        _say(f"{parser.prog}: error: it needs the package {error.name}; pip install 'ftfast[distill]'.")
+        if package in sys.stdlib_module_names:  # fcntl and resource, which Windows has not
+            _say(f"{parser.prog}: error: it needs Python's module {package}, which {sys.platform} has not; use Linux.")
+            return BAD_INPUT
+        _say(f"{parser.prog}: error: it needs the package {package}; pip install 'ftfast[distill]'.")
         return BAD_INPUT
     except KeyboardInterrupt as interruption:
         advice = f": {interruption}." if str(interruption) else "."
@@ -127,6 +132,18 @@ def _say(sentence: str, error: BaseException | None = None) -> None:
         if not says:
             return
     print(sentence, file=sys.stderr)
+
+
+def _open_closed_streams() -> None:
+    """Python has None for a standard stream that is closed; what would go there is discarded.
+
+    The number of a closed one goes to the next file that is opened, and must not be that of a checkpoint.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if "stdout" in closed:
+        print("ftfast: warning: standard output is closed, and what would go there is lost.", file=sys.stderr)
 
 
 def _discard_stdout() -> None:

@@ -12,7 +12,7 @@ import os
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,16 +37,23 @@ class Support(NamedTuple):
     reason: str
 
 
+def build_report() -> dict[str, Any]:
+    """What the installation kept of the extension's build; empty where it kept nothing that can be read."""
+    try:
+        report = json.loads(BUILD_REPORT.read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
 @cache
 def load_extension() -> tuple[ModuleType | None, str]:
     """The compiled extension and how it came to be here, or None and why it is not."""
     try:
         return importlib.import_module("ftfast._C"), "compiled extension ftfast._C"
     except ImportError as error:
-        if BUILD_REPORT.is_file():
-            reason = str(json.loads(BUILD_REPORT.read_text()).get("reason", ""))
-            if reason:
-                return None, reason
+        if reason := build_report().get("reason"):
+            return None, str(reason)
         if "_C" not in str(error) or isinstance(error, ModuleNotFoundError):
             return None, "the extension ftfast._C has not been built; run 'pip install -e .' in the checkout"
         return None, f"the extension ftfast._C does not load: {error}"
@@ -90,7 +97,8 @@ def _native_supports(device: torch.device) -> Support:
 
 def _cuda_supports(extension: ModuleType, device: torch.device) -> Support:
     if not hasattr(extension, "ft_loss_cuda_forward"):
-        return Support(False, "the extension was built without nvcc, so it has no kernels for GPUs")
+        reason = build_report().get("without_cuda") or "it was built without nvcc"
+        return Support(False, f"the extension has no kernels for GPUs: {reason}")
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return Support(False, f"its CUDA kernels need compute capability 8.0, and this device has {capability}")

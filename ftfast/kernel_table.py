@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ftfast.user_folder import user_folder
+
 SHIPPED = Path(__file__).with_name("tuned")
 VERSION = 1
 # An entry speaks for batches up to this many times larger or smaller than the one it was measured on.
@@ -40,11 +42,9 @@ class Choice(NamedTuple):
     reason: str
 
 
-def user_folder() -> Path:
-    """Where ``ftfast tune`` keeps its tables: FTFAST_CACHE, else ``ftfast`` in the user's cache folder."""
-    if folder := os.environ.get("FTFAST_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftfast"
+def table_folder() -> Path | None:
+    """Where ``ftfast tune`` keeps its tables: FTFAST_CACHE, else the user's folder; None where there is neither."""
+    return Path(folder) if (folder := os.environ.get("FTFAST_CACHE")) else user_folder()
 
 
 @cache
@@ -68,16 +68,16 @@ def file_name(device: torch.device) -> str:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The entries of a table; none where there is no such file.
+    """The entries of a table; none where there is no such file, or none that may be read.
 
     Raises:
         ValueError: a file that is not a table of this version.
     """
     try:
         table = json.loads(path.read_text())
-    except FileNotFoundError:
+    except OSError:
         return []
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable table of ftfast tune ({error}); delete it or tune again.") from None
     if not isinstance(table, dict) or table.get("version") != VERSION or not isinstance(table.get("entries"), list):
         raise ValueError(f"{path} is not a table of version {VERSION}; delete it or run ftfast tune again.")
@@ -87,7 +87,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 @cache
 def _entries(device: torch.device) -> list[dict[str, Any]]:
     # The user's own measurements come last and win.
-    return read_table(SHIPPED / file_name(device)) + read_table(user_folder() / file_name(device))
+    folders = [SHIPPED, table_folder()]
+    return [entry for folder in folders if folder for entry in read_table(folder / file_name(device))]
 
 
 @lru_cache(maxsize=4096)

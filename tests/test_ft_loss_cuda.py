@@ -756,7 +756,8 @@ def test_every_obstacle_on_a_gpu_has_a_reason(imagined_gpu: None, monkeypatch: p
         assert "need compute capability 8.0, and this device has (7, 5)" in _supports().reason
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "load_extension", lambda: (SimpleNamespace(), ""))
-        assert "built without nvcc" in _supports().reason
+        patch.setattr(dispatch, "build_report", lambda: {"without_cuda": "no nvcc was found"})
+        assert _supports().reason == "the extension has no kernels for GPUs: no nvcc was found"
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "load_extension", lambda: (None, "no C++ compiler was found"))
         assert _supports() == (False, "no C++ compiler was found")

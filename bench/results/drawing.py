@@ -9,6 +9,7 @@ from bench.harness.machine import CHECKOUT
 from bench.harness.records import RECORDS, Record
 from bench.peers import COMPILED, EAGER, YARDSTICK
 from bench.results.tables import provenance
+from ftfast.distill.monitor.pictures import import_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,13 +45,11 @@ STYLES = {
 @contextmanager
 def figure(width: float, height: float) -> Iterator["Figure"]:
     """An empty figure, to be filled and saved inside."""
-    import matplotlib  # Here, since only pictures need it.
-    from matplotlib.figure import Figure
-
+    matplotlib = import_matplotlib()  # Here, since only pictures need it.
     # A fixed salt makes the SVG's identifiers, and so the file, the same each time.
     with matplotlib.rc_context({"svg.hashsalt": "ftfast", "font.size": 9, "svg.fonttype": "path"}):
         # An opaque background, so that the text reads in a dark page too.
-        yield Figure(figsize=(width, height), facecolor="white", layout="constrained")
+        yield matplotlib.figure.Figure(figsize=(width, height), facecolor="white", layout="constrained")
 
 
 def save(drawn: "Figure", record: Record, title: str, paths: Sequence[Path]) -> list[Path]:

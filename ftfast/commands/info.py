@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import ftfast
-from ftfast.dispatch import BACKENDS, BUILD_REPORT, explain, load_extension, supports
+from ftfast.dispatch import BACKENDS, build_report, explain, load_extension, supports
 
-_PACKAGES = ("torch", "triton", "torchvision", "numpy", "safetensors", "scikit-learn", "matplotlib", "rich")
+_PACKAGES = ("torch", "triton", "torchvision", "numpy", "safetensors", "matplotlib", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     print("packages   " + ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
     extension = found["extension"]
     print(f"extension  {extension['state']}")
-    for key in ("compiler", "openmp", "instruction_sets", "cuda"):
-        if key in extension:
-            print(f"           {key}: {extension[key]}")
+    for key in ("compiler", "openmp", "instruction_sets", "cuda", "without_cuda"):
+        if extension.get(key, "") != "":
+            print(f"           {key.replace('_', ' ')}: {extension[key]}")
     for device in found["devices"]:
         print(f"\n{device['device']}: {device['name']}")
         for backend, support in device["backends"].items():
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> dict[str, Any]:
     """What ``ftfast info`` shows, as plain data."""
     extension, state = load_extension()
-    build = json.loads(BUILD_REPORT.read_text()) if BUILD_REPORT.is_file() else {}
+    build = build_report()
     build.pop("reason", None)
     return {
         "ftfast": ftfast.__version__,

@@ -101,7 +101,11 @@ def run(args: argparse.Namespace) -> int:
     support = supports(backend, device, torch.float32, torch.float32)
     if not support.ok:
         return _refuse(f"there are no kernels to choose from here: {support.reason}")
-    path = args.out or kernel_table.user_folder() / kernel_table.file_name(device)
+    path = args.out
+    if path is None:
+        if (folder := kernel_table.table_folder()) is None:
+            return _refuse("there is no home folder to keep the table in; give --out, or set FTFAST_CACHE to a folder")
+        path = folder / kernel_table.file_name(device)
     try:
         entries = kernel_table.read_table(path)
     except ValueError as error:

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
             interpreted = _check_interpreted()
             found.losses += shown(interpreted.losses)
             found.heads += shown(interpreted.heads)
+            found.skipped += interpreted.skipped
         else:
             where = "here" if device.type == "cpu" or backend == "triton" else "on the GPU"
             found.skipped.append(f"{backend} cannot run {where}: {support.reason}.")
@@ -87,11 +88,15 @@ def _backends(asked: str | None) -> list[tuple[str, torch.device]]:
 
 
 def _check_interpreted() -> Findings:
-    """Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter needs a process of its own."""
+    """Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter needs a process of its own.
+
+    It needs numpy too, which neither Triton nor torch brings, and some of their versions do not go together.
+    """
     command = [sys.executable, "-m", "ftfast", "check", "--backend", "triton", "--json"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
-        raise RuntimeError(f"the check of the Triton kernels in the interpreter failed: {done.stderr.strip()[-2000:]}")
+        said = (done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"])[-1]
+        return Findings(skipped=[f"interpreter: not checked, because Triton's interpreter fails here: {said[:300]}"])
     found = json.loads(done.stdout)
     return Findings(
         losses=[check_loss.Outcome(**outcome) for outcome in found["losses"]],

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ftfast.errors import DistillError
+from ftfast.user_folder import user_folder
 
 Labelled = tuple[Tensor, Tensor]
 """Images ``[N, C, H, W]`` uint8 and labels ``[N]`` int64."""
@@ -38,8 +39,15 @@ class DataError(DistillError):
 
 
 def default_folder() -> Path:
-    """Where data sets lie: ``$FTFAST_DATA``, else ``~/.cache/ftfast``."""
-    return Path(os.environ.get("FTFAST_DATA") or Path.home() / ".cache" / "ftfast")
+    """Where data sets lie: ``$FTFAST_DATA``, else the user's folder.
+
+    Raises:
+        DataError: there is neither.
+    """
+    folder = Path(given) if (given := os.environ.get("FTFAST_DATA")) else user_folder()
+    if folder is None:
+        raise DataError("there is no home folder with data; give --data-dir, or set FTFAST_DATA to a folder.")
+    return folder
 
 
 def check_is_there(name: str, folder: Path, download: bool) -> None:
@@ -55,11 +63,12 @@ def check_is_there(name: str, folder: Path, download: bool) -> None:
 
 
 def read_digits() -> Labelled:
-    """1797 handwritten digits of 8x8 pixels from 0 to 16, which come with scikit-learn."""
-    from sklearn.datasets import load_digits
+    """1797 handwritten digits of 8x8 pixels from 0 to 16, as scikit-learn's load_digits gives them.
 
-    digits = load_digits()
-    return torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target).long()
+    They come with the package; digits.txt beside them says where from.
+    """
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as digits:
+        return torch.from_numpy(digits["images"]).unsqueeze(1), torch.from_numpy(digits["labels"]).long()
 
 
 def read_fashion_mnist(folder: Path, download: bool) -> tuple[Labelled, Labelled]:

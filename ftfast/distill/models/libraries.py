@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ftfast.errors import SettingsError
 
-LIBRARIES = ("torchvision", "timm")
+# Each with the extra of ours that brings it.
+LIBRARIES = {"torchvision": "distill", "timm": "timm"}
 # Their forward gives a tuple while they train.
 _WITH_SIDE_OUTPUTS = ("googlenet", "inception_v3")
 _LAST_STAGES = ("layer4", "features", "trunk_output")
@@ -150,7 +151,8 @@ def _import(library: str) -> ModuleType:
         if error.name != library:
             raise
         raise SettingsError(
-            f"a model of {library} is asked for, and {library} is not installed; pip install 'ftfast[{library}]'."
+            f"a model of {library} is asked for, and {library} is not installed; "
+            f"pip install 'ftfast[{LIBRARIES[library]}]'."
         ) from None
 
 

@@ -1,27 +1,13 @@
-"""Pictures of a run that every common colour vision can read: accuracy over epochs, and which classes a model confuses.
+"""A run in pictures that every common colour vision can read: accuracy over epochs, and which class is taken for which."""
 
-A file's bytes depend on nothing but what it shows.
-"""
-
-import io
 from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-_METADATA = {"png": {"Software": None}, "svg": {"Date": None}}
-
-
-def drawn(figure: Figure, kind: str) -> bytes:
-    """The figure as a file of the kind ``"png"`` or ``"svg"``."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "ftfast"}):
-        figure.savefig(buffer, format=kind, dpi=150, metadata=_METADATA[kind])
-    return buffer.getvalue()
+from ftfast.distill.monitor.pictures import drawn, new_figure
 
 
 def curve_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,10 +45,9 @@ def draw_curves(
     results: dict[str, Any], rows: list[dict[str, Any]], styles: Mapping[str, tuple[str, Any]]
 ) -> dict[str, bytes]:
     """The picture's files by format, ``png`` and ``svg``; of each method by its colour and line."""
-    from matplotlib.figure import Figure
+    figure = new_figure(9, 4)
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
     curves, finals = figure.subplots(1, 2, width_ratios=(3, 2))
     names = list(results["methods"])
     for position, name in enumerate(names):
@@ -104,12 +89,10 @@ def confusion_counts(predicted: Tensor, labels: Tensor, classes: int) -> list[li
 
 def draw_confusion(counts: list[list[int]], title: str, kind: str) -> bytes:
     """The picture's file, ``kind`` being ``"png"`` or ``"svg"``: each row in percent of the images of its class."""
-    from matplotlib.figure import Figure
-
     cells = torch.tensor(counts, dtype=torch.float64)
     shares = 100 * cells / cells.sum(1, keepdim=True).clamp(min=1)
     side = min(12.0, 4 + 0.3 * len(counts))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")

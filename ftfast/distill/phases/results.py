@@ -135,7 +135,7 @@ def _is_parameter(name: str) -> bool:
 
 def _software() -> dict[str, str]:
     found = {"ftfast": ftfast.__version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "torchvision", "scikit-learn", "numpy", "safetensors"):
+    for package in ("torch", "triton", "torchvision", "numpy", "safetensors"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

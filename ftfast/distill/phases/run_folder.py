@@ -1,10 +1,8 @@
 """The run folder: where each result lies, and who may write there."""
 
 import dataclasses
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +27,8 @@ def _give_up_locks() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_give_up_locks)
+if hasattr(os, "register_at_fork"):  # Windows forks nothing
+    os.register_at_fork(after_in_child=_give_up_locks)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def open_run_folder(
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             _held.add(lock)
-            _take(lock, LOCK_SECONDS if resume else 0.0)
+            files.lock(lock, path, LOCK_SECONDS if resume else 0.0)
             check_run_folder(path, settings, resume=resume)  # another process may have filled it meanwhile
             files.write_json(path / _LAUNCH, [agent.hex() for agent in agents])
             if not folder.settings.exists():
@@ -106,17 +105,6 @@ def open_run_folder(
         if lock >= 0:
             _held.discard(lock)
             os.close(lock)  # which gives the lock back, as a kill does
-
-
-def _take(lock: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.1)
 
 
 def is_of_one(path: Path, agents: Iterable[bytes]) -> bool:

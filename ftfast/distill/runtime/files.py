@@ -1,9 +1,12 @@
 """Files and folders that are there whole or not at all: written aside, flushed to the disk, renamed."""
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,11 @@ import torch
 from torch import Tensor
 
 _ASIDE = ".partial"
+# What file systems raise that have no such call, as some networks' and some of user space have not.
+_NOT_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+_log = logging.getLogger("ftfast")
+_said: set[str] = set()
 
 
 @contextmanager
@@ -85,6 +93,32 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def lock(handle: int, path: Path, seconds: float = 0.0) -> None:
+    """Holds an open file for this process alone, until the file is closed.
+
+    A file system without locks gives none: that is said once, and the caller goes on.
+
+    Args:
+        path: what the warning names.
+        seconds: how long to wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process still holds it.
+    """
+    import fcntl  # here, since Windows has none, and writing needs none
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with _offered(path, "locks no files, so nothing keeps a second process from writing there"):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
+
+
 def is_left_over(path: Path) -> bool:
     """Whether this is what a kill left of a file or folder that was being written."""
     return path.name.startswith(".") and path.name.endswith(_ASIDE)
@@ -108,7 +142,8 @@ def _named(path: Path) -> Iterator[None]:
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with _offered(path, "cannot be flushed, so a power failure may lose what was written last"):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -126,3 +161,16 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def hash_json(content: Any) -> str:
     """SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _offered(path: Path, consequence: str) -> Iterator[None]:
+    """A call that some file systems do not offer: said once in a process, and gone on without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+        if consequence not in _said:
+            _said.add(consequence)
+            _log.warning(f"warning: the file system of {path} {consequence} ({error.strerror})")

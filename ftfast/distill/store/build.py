@@ -5,7 +5,6 @@ are missing and ends in the same bytes; several processes take every so-manieth 
 """
 
 import dataclasses
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -235,7 +234,7 @@ def _locked(path: Path) -> Iterator[None]:
     lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(lock, path)
         except BlockingIOError:
             raise StoreError(f"another process is building {path}; wait for it, or choose another name.") from None
         yield

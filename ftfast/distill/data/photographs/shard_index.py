@@ -15,6 +15,7 @@ from uuid import uuid4
 import numpy as np
 
 from ftfast.distill.data.datasets import DataError
+from ftfast.user_folder import user_folder
 
 VERSION = 1
 
@@ -58,11 +59,13 @@ def _stamp(path: Path) -> Stamp:
     return Stamp(path.name, state.st_size, state.st_mtime_ns)
 
 
-def _places(folder: Path, part: str) -> tuple[Path, Path]:
-    """Beside the shards, and in the user's cache where these lie in a folder that cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftfast" / "shards"
-    name = sha256(str(folder.absolute()).encode()).hexdigest()[:32]
-    return folder / f".ftfast-{part}.npz", cache / f"{name}-{part}.npz"
+def _places(folder: Path, part: str) -> list[Path]:
+    """Beside the shards, and in the user's folder where these lie in one that cannot be written."""
+    places = [folder / f".ftfast-{part}.npz"]
+    if (kept := user_folder()) is not None:
+        name = sha256(str(folder.absolute()).encode()).hexdigest()[:32]
+        places.append(kept / "shards" / f"{name}-{part}.npz")
+    return places
 
 
 def _read(path: Path) -> dict[Stamp, Rows]:
