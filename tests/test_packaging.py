@@ -93,11 +93,13 @@ def test_a_machine_without_a_compiler_installs_and_says_why(checkout):
     (wheel,) = (checkout / "wheels").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert {"ftfast/distill/digits.npz", "ftfast/distill/digits.txt"} <= set(archive.namelist())
         assert "no C++ compiler" in json.loads(archive.read("ftfast/_build_report.json"))["reason"]
         archive.extractall(checkout.parent / "site")
     site = checkout.parent / "site"
     info = run_apart("-m", "ftfast", "info", cwd=site, first=site)
-    assert "no C++ compiler was found when ftfast was installed (apt-get install g++)" in info.stdout
+    assert "no C++ compiler was found when ftfast was installed (apt-get install g++, then install" in info.stdout
+    assert "--no-cache-dir" in info.stdout  # else pip gives the wheel that it built before
     assert run_apart("-c", IMPORT_ALL, cwd=site, first=site).returncode == 0
 
 
