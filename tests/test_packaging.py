@@ -173,6 +173,16 @@ def test_cuda_sources_join_where_there_is_nvcc_and_load_where_there_is_no_gpu(ch
     assert loaded.returncode == 0, loaded.stderr
 
 
+def test_a_demo_installs_no_more_than_it_needs():
+    """It brought Lightning, mkdocs and torchdistill."""
+    wanted = {"demo": ["--editable .[distill]"], "test": ["--editable .[distill]", "ftfast[all]"]}
+    for target, installed in wanted.items():
+        done = run("make", "--dry-run", "VENV=/nonexistent/venv", target, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if " -m pip install " in line]
+        assert [line.partition("version-check ")[2].replace('"', "") for line in lines] == installed
+
+
 def test_one_place_for_pins():
     """Versions stand in pyproject.toml; no requirements file, and setup.py names none."""
     assert not list(ROOT.glob("requirements*.txt"))

@@ -55,8 +55,9 @@ class Pair(NamedTuple):
         return ROOT / f".venv-py{self.python.replace('.', '')}-{torch}"
 
     @property
-    def requirement(self) -> str:
-        return "torch" if self.torch == NEWEST else f"torch=={self.torch}.*"
+    def requirements(self) -> list[str]:
+        """What pip is asked for beside ftfast; the interpreter of the oldest torch's Triton fails with numpy 2.4."""
+        return ["torch"] if self.torch == NEWEST else [f"torch=={self.torch}.*", "numpy<2.4"]
 
 
 class Row(NamedTuple):
@@ -123,7 +124,7 @@ def set_up(pair: Pair) -> str:
     """Makes the environment; what went wrong, or nothing."""
     python = str(pair.folder / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    commands = [[*pip, "--upgrade", "--editable", ".[distill,test]", pair.requirement]]
+    commands = [[*pip, "--upgrade", "--editable", ".[distill,test]", *pair.requirements]]
     if not Path(python).exists():
         commands.insert(0, [str(find_python(pair.python)), "-m", "venv", str(pair.folder)])
     for command in commands:

@@ -96,7 +96,8 @@ def _check_interpreted() -> Findings:
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
         said = (done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"])[-1]
-        return Findings(skipped=[f"interpreter: not checked, because Triton's interpreter fails here: {said[:300]}"])
+        reason = said.rpartition(": error: ")[2].rstrip(".")[:300]
+        return Findings(skipped=[f"interpreter: not checked, because Triton's interpreter fails here: {reason}."])
     found = json.loads(done.stdout)
     return Findings(
         losses=[check_loss.Outcome(**outcome) for outcome in found["losses"]],

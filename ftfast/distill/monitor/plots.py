@@ -1,4 +1,4 @@
-"""A run in pictures that every common colour vision can read: accuracy over epochs, and which class is taken for which."""
+"""A run in pictures that every colour vision can read: accuracy over epochs, and which class is taken for which."""
 
 from collections.abc import Mapping
 from statistics import fmean, stdev
