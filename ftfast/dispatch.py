@@ -21,6 +21,7 @@ from ftfast.arguments import FACTOR_DTYPES, QUANTISED_DTYPES, check_factors
 
 BACKENDS = ("reference", "native", "triton")
 CHOICES = ("auto", *BACKENDS)
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 BUILD_REPORT = Path(__file__).with_name("_build_report.json")
 
 # Fastest first; the reference runs everywhere and closes every list.
@@ -49,6 +50,9 @@ def build_report() -> dict[str, Any]:
 @cache
 def load_extension() -> tuple[ModuleType | None, str]:
     """The compiled extension and how it came to be here, or None and why it is not."""
+    wanted = os.environ.get("FTFAST_INSTRUCTION_SET", "")
+    if wanted not in ("", *INSTRUCTION_SETS):
+        return None, f"FTFAST_INSTRUCTION_SET is {wanted!r}, and it takes {', '.join(INSTRUCTION_SETS)}"
     try:
         return importlib.import_module("ftfast._C"), "compiled extension ftfast._C"
     except ImportError as error:
@@ -70,7 +74,7 @@ def extension() -> ModuleType:
 @cache
 def interpreting() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
 def supports(backend: str, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:

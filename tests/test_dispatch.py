@@ -37,6 +37,13 @@ def test_the_extension_is_loaded_where_it_must_be():
     assert extension.instruction_set() in ("baseline", "avx2", "avx512")
 
 
+def test_an_unknown_instruction_set_is_a_reason(monkeypatch):
+    """It meant the slowest one, without a word."""
+    monkeypatch.setenv("FTFAST_INSTRUCTION_SET", "avx3")
+    reason = "FTFAST_INSTRUCTION_SET is 'avx3', and it takes avx512, avx2, baseline"
+    assert dispatch.load_extension.__wrapped__() == (None, reason)
+
+
 def test_auto_falls_back_and_says_so_once(no_extension, caplog):
     with caplog.at_level(logging.WARNING, "ftfast"):
         for _ in range(3):

@@ -291,7 +291,8 @@ def test_digits_are_scikit_learns_in_its_order() -> None:
 
 def test_digits_come_with_the_package_and_are_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
     """They took scikit-learn."""
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name in ("sklearn", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
     train, test = in_memory.load("digits", CPU)
     assert train.pixels.dtype == torch.uint8
     assert (len(train), len(test)) == (1000, 797)
