@@ -93,7 +93,7 @@ def test_a_machine_without_a_compiler_installs_and_says_why(checkout):
     (wheel,) = (checkout / "wheels").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
-        assert {"ftfast/distill/digits.npz", "ftfast/distill/digits.txt"} <= set(archive.namelist())
+        assert {"ftfast/distill/data/digits.npz", "ftfast/distill/data/digits.txt"} <= set(archive.namelist())
         assert "no C++ compiler" in json.loads(archive.read("ftfast/_build_report.json"))["reason"]
         archive.extractall(checkout.parent / "site")
     site = checkout.parent / "site"
