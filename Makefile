@@ -42,7 +42,7 @@ test: $(VENV)/ready-for-tests
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED)
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
-INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_range.py tests/test_gates.py tests/test_conv3x3.py $(wildcard tests/test_*_triton.py)
+INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_range.py tests/test_gates.py $(wildcard tests/test_*_triton.py)
 
 test-versions:
 	@$(PYTHON) tests/versions.py

@@ -53,7 +53,6 @@ def _bias_leaky_relu_kernel(
 def _leaky_relu_backward_kernel(
     gradient,
     output,
-    scale,
     partials,
     pixels,
     piece,
@@ -61,9 +60,8 @@ def _leaky_relu_backward_kernel(
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
 ):
-    """``gradient *= slope(output) * scale`` in place, both ``[pixels, CHANNELS]``; a program owns ``piece`` pixels.
+    """``gradient *= slope(output)`` in place, both ``[pixels, CHANNELS]``; a program owns ``piece`` pixels.
 
     Partials ``[programs, CHANNELS]`` takes the column sums before rounding.
     """
@@ -77,15 +75,12 @@ def _leaky_relu_backward_kernel(
     start = first.to(tl.int64) * CHANNELS
     gradient += start
     output += start
-    factor = 1.0
-    if HAS_SCALE:
-        factor = tl.load(scale)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for row in range(first, last, ROWS):
         mask = (row + lane < last)[:, None] & (column < CHANNELS)[None, :]
         values = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
         outputs = tl.load(output + offsets, mask=mask, other=0.0).to(tl.float32)
-        values *= tl.where(outputs > 0, 1.0, negative_slope) * factor
+        values *= tl.where(outputs > 0, 1.0, negative_slope)
         sums += values
         tl.store(gradient + offsets, values.to(gradient.dtype.element_ty), mask=mask)
         gradient += ROWS * CHANNELS
@@ -154,9 +149,7 @@ def bias_leaky_relu_(z: Tensor, bias: Tensor, negative_slope: float) -> Tensor:
     return z
 
 
-def leaky_relu_backward_(
-    gradient: Tensor, output: Tensor, negative_slope: float, scale: Tensor | None = None
-) -> Tensor:
+def leaky_relu_backward_(gradient: Tensor, output: Tensor, negative_slope: float) -> Tensor:
     """Multiply a gradient by LeakyReLU's derivative in place, in one launch.
 
     Args:
@@ -164,7 +157,6 @@ def leaky_relu_backward_(
             :func:`bias_leaky_relu_`. Nothing is checked here.
         output: LeakyReLU's output, contiguous, in any of these dtypes.
         negative_slope: above 0.
-        scale: 0-d float32 on the same device, multiplies the gradient before it is rounded.
 
     Returns:
         Float32 partials ``[programs, K]``; :func:`sum_partials` makes the bias gradient of them.
@@ -178,7 +170,6 @@ def leaky_relu_backward_(
         _leaky_relu_backward_kernel[(pieces * triton.cdiv(channels, columns),)](
             gradient,
             output,
-            partials if scale is None else scale,
             partials,
             pixels,
             piece,
@@ -186,7 +177,6 @@ def leaky_relu_backward_(
             CHANNELS=channels,
             ROWS=rows,
             COLUMNS=columns,
-            HAS_SCALE=scale is not None,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv3x3_tiles
-from .conv3x3_accumulate import multiply_accumulate
 from .ft_head_loss import direction_of, finish_loss
-from .launch import arrival_counters, device_guard
+from .image_tiles import convolve_image, load_image, store_image
+from .launch import arrival_counters, capability, device_guard
 from .loss_terms import (
     norm_floor,
     reciprocal_distance,
@@ -50,64 +49,6 @@ class Kept(NamedTuple):
     a2: Tensor
     direction: Tensor
     inverse_norm: Tensor
-
-
-@triton.jit
-def convolve_image(
-    x,
-    weight,
-    height,
-    width,
-    taps,
-    CHANNELS: tl.constexpr,
-    PADDED_CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """``out[p, k]``, ``[ROWS, COLUMNS]`` float32, of one image x ``[H * W, CHANNELS]`` with a packed weight.
-
-    ``taps`` is 9 as a run-time number: a constant one would be unrolled, and spill. Rows past ``H * W`` are zeros.
-    """
-    BLOCKS: tl.constexpr = PADDED_CHANNELS // BLOCK
-    row = tl.arange(0, ROWS)
-    down = row // width
-    across = row % width
-    channel_lane = tl.arange(0, BLOCK)
-    column = tl.arange(0, COLUMNS)
-    accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(taps * BLOCKS):
-        tap = step // BLOCKS
-        channel = (step % BLOCKS) * BLOCK + channel_lane
-        y = down + tap // 3 - 1
-        z = across + tap % 3 - 1
-        inside = (row < height * width) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        mask = inside[:, None]
-        if CHANNELS % BLOCK != 0:
-            mask = mask & (channel < CHANNELS)[None, :]
-        values = tl.load(x + (y * width + z)[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
-        factors = tl.load(weight + (tap * PADDED_CHANNELS + channel)[:, None] * COLUMNS + column[None, :])
-        accumulator = multiply_accumulate(values, factors, accumulator, INPUT_PRECISION)
-    return accumulator
-
-
-@triton.jit
-def store_image(y, values, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Rounds ``values [ROWS, COLUMNS]`` and stores what lies inside of an image ``y [pixels, CHANNELS]``."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    mask = (row < pixels)[:, None] & (column < CHANNELS)[None, :]
-    tl.store(y + row[:, None] * CHANNELS + column[None, :], values.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_image(x, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """An image ``x [pixels, CHANNELS]`` as ``[ROWS, COLUMNS]`` float32, zeros outside."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    mask = (row < pixels)[:, None] & (column < CHANNELS)[None, :]
-    return tl.load(x + row[:, None] * CHANNELS + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -271,7 +212,7 @@ def small_head_fits(
             return f"the {side}'s {channels} channels are neither up to 64 nor a power of two"
         if padded_channels(channels) * units > MOST_MAP:
             return f"the {side}'s {channels} channels on {height}x{width} are too many for one program"
-    if OLD_TRITON and conv3x3_tiles.capability(device) == conv3x3_tiles.BLACKWELL:
+    if OLD_TRITON and capability(device) == 100:
         return f"Triton {triton.__version__} does not compile it for this device, 3.9 does"
     return ""
 
@@ -283,7 +224,7 @@ def warps_for(*channels: int) -> int:
 
 def stages_for(device: torch.device, *channels: int) -> int:
     """Stages of a program's products; older versions of Triton spill with three where registers are few."""
-    few = conv3x3_tiles.capability(device) == conv3x3_tiles.AMPERE or max(channels) >= 512
+    few = capability(device) == 80 or max(channels) >= 512
     return 2 if OLD_TRITON and few else 3
 
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv3x3_accumulate import multiply_accumulate
 from .ft_head_loss import direction_scale, largest_factor
-from .ft_head_small import TAPS, Kept, convolve_image, load_image, rows_for, stages_for, store_image, warps_for
+from .ft_head_small import TAPS, Kept, rows_for, stages_for, warps_for
+from .image_tiles import convolve_image, load_image, multiply_accumulate, store_image
 from .launch import arrival_counters, device_guard
 from .loss_terms import loss_factor, split_weight
 from .pack_weights import padded_channels

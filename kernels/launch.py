@@ -1,8 +1,9 @@
-"""What every launch needs from its device: a guard, and counters for the program that arrives last."""
+"""What launches need from their device: a guard, what it can compile, counters for the program that arrives last."""
 
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes ``device`` the current one, which is where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The compute capability times ten that kernels are shaped for: 90 or 100, and 80 for every other device.
+
+    The CPU, for Triton's interpreter, counts as 90.
+    """
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major if (major, minor) in ((9, 0), (10, 0)) else 80
 
 
 _counters: dict[tuple[torch.device, int, int], Tensor] = {}

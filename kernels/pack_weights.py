@@ -1,4 +1,4 @@
-"""Weights of 3x3 convolutions, cast and laid out as the matrices that the convolution kernels multiply with.
+"""Weights of 3x3 convolutions, cast and laid out as the matrices that the single-pass head multiplies with.
 
 With ``tap = 3 * ky + kx`` a weight ``[K, C, 3, 3]`` becomes
 
@@ -35,7 +35,7 @@ _NUMBERS = [
 
 
 class PackedWeight(NamedTuple):
-    """A weight as the convolution kernels read it: ``forward [9 * Cp, Kp]``, ``backward [9 * Kp, Cp]`` or None."""
+    """A weight as the kernels read it: ``forward [9 * Cp, Kp]``, ``backward [9 * Kp, Cp]`` or None."""
 
     forward: Tensor
     backward: Tensor | None
@@ -187,9 +187,6 @@ def _tiles(weight: Tensor) -> int:
 
 def pack_weights(weights: Sequence[Tensor], dtype: torch.dtype, *, backward: bool) -> list[PackedWeight]:
     """Cast and pack weights of 3x3 convolutions, three a launch.
-
-    A ``ConvTranspose2d`` weight is packed the same way, its own ``[in, out, 3, 3]`` taken as ``[K, C, 3, 3]``: its
-    forward convolution then reads ``.backward``, its input gradient ``.forward``.
 
     Args:
         weights: each ``[K, C, 3, 3]``, float32, bfloat16 or float16 (one dtype for all), any strides, on one GPU (on

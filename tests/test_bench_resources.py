@@ -136,6 +136,13 @@ def test_every_launch_that_should_not_be_shipped_says_why() -> None:
     assert problems(tensor_core, registers=128, warps=16) == ""
     assert "registers" in problems(tensor_core, registers=129, warps=16)
     assert "local memory" in problems(tensor_core + "        /*0020*/              @!P0 STL.64 [R1], R2 ;\n")
+    # Left operands that were masked or turned round are in registers, which the loop's next step writes.
+    in_registers = "        /*0010*/                   HGMMA.64x8x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;\n"
+    some_go_on, all_ended = (
+        f"        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, {left} ;\n" for left in ("0x1", "0x0")
+    )
+    assert "may still run" in problems(in_registers + some_go_on)
+    assert problems(in_registers + all_ended) == problems(tensor_core + some_go_on) == ""
 
 
 def spilling_launch() -> list[ShippedLaunch]:

@@ -1,6 +1,7 @@
-"""The heads' 3x3 convolutions one by one: ours against the library's, with a matmul of as many FLOPs as the ceiling."""
+"""The heads' 3x3 convolutions one by one: ours on the CPU, the library's with our epilogue on a GPU, against the
+library's alone, with a matmul of as many FLOPs as the ceiling.
+"""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -52,15 +53,11 @@ def group_name(layer: Layer, dtype: torch.dtype) -> str:
 
 def why_not_ours(device: torch.device, dtype: torch.dtype) -> str:
     """Why there is no candidate of ours, or nothing."""
-    if device.type != "cuda":
-        return "no kernel of ours here: on the CPU the library's convolutions are the only candidate"
-    if not (support := supports("triton", device, dtype, dtype)).ok:
+    backend = "native" if device.type == "cpu" else "triton"
+    if not (support := supports(backend, device, dtype, dtype)).ok:
         return f"no kernel of ours here: {support.reason}"
-    if dtype == torch.float64:
-        return "no kernel of ours here: float64 is the library's"
-    if importlib.util.find_spec("ftfast.kernels.conv3x3") is None:
-        return "no kernel of ours here: this checkout has none"
-    return ""
+    taken = (torch.float32, torch.bfloat16) if backend == "native" else (torch.float32, torch.bfloat16, torch.float16)
+    return "" if dtype in taken else f"no kernel of ours here: {str(dtype).removeprefix('torch.')} is the library's"
 
 
 def groups(settings: Settings) -> Iterator[Group]:
@@ -78,32 +75,26 @@ def _builder(settings: Settings, layer: Layer, dtype: torch.dtype) -> Callable[[
 
 
 def our_steps(with_: Operands) -> dict[str, Callable[[], Tensor]]:
-    """Our kernels; the weight is packed off the clock, as the library's is cast."""
-    from ftfast.kernels import conv3x3, conv3x3_weight_gradient
-    from ftfast.kernels.pack_weights import pack_weights
+    """What the CPU's head is made of; the weight is prepared off the clock, as the library's is cast."""
+    from ftfast.ops import conv3x3_native
 
-    x, dz = (tensor.permute(0, 2, 3, 1) for tensor in (with_.x, with_.dz))
-    packed = pack_weights([with_.master_weight], with_.x.dtype, backward=True)[0]
-    backward_weight = packed.backward
-    assert backward_weight is not None
-    inputs, outputs, bias = x.shape[3], dz.shape[3], with_.bias.float()
+    x, dz, parameter, _, bias = with_
+    weight = conv3x3_native.prepare_weight(parameter, x.dtype)
 
-    def forward() -> Tensor:
-        y = conv3x3.conv3x3_forward(x, packed.forward, bias, channels_out=outputs, negative_slope=SLOPE)
-        return y.permute(0, 3, 1, 2)
+    def gradient(wanted: int) -> Tensor:
+        found = conv3x3_native.gradients(x, dz, parameter, need_input=wanted == 0, need_weight=wanted == 1)[wanted]
+        assert found is not None
+        return found
 
-    def input_gradient() -> Tensor:
-        dx, _ = conv3x3.conv3x3_input_gradient(dz, backward_weight, None, channels_out=inputs, negative_slope=1.0)
-        return dx.permute(0, 3, 1, 2)
-
-    def weight_gradient() -> Tensor:
-        return conv3x3_weight_gradient.conv3x3_weight_gradient(x, dz, bias=False)[0]
-
-    return {FORWARD: forward, INPUT_GRADIENT: input_gradient, WEIGHT_GRADIENT: weight_gradient}
+    return {
+        FORWARD: lambda: conv3x3_native.forward(x, weight, bias, SLOPE),
+        INPUT_GRADIENT: lambda: gradient(0),
+        WEIGHT_GRADIENT: lambda: gradient(1),
+    }
 
 
-def library_and_epilogue(with_: Operands) -> Callable[[], Tensor]:
-    """The library's convolution without bias, and ours after it in place."""
+def library_and_epilogue(with_: Operands) -> dict[str, Callable[[], Tensor]]:
+    """What the GPU's head is made of: the library's convolution without bias, and ours after it in place."""
     from ftfast.kernels import activation
 
     bias = with_.bias.float()
@@ -113,7 +104,7 @@ def library_and_epilogue(with_: Operands) -> Callable[[], Tensor]:
         activation.bias_leaky_relu_(y.permute(0, 2, 3, 1), bias, SLOPE)
         return y
 
-    return forward
+    return {FORWARD: forward}
 
 
 def limits(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
@@ -150,8 +141,8 @@ def candidates(settings: Settings, layer: Layer, dtype: torch.dtype) -> list[Can
 
     found = [candidate(LIBRARY, work, step) for work, step in library_steps(with_).items()]
     if not why_not_ours(device, dtype):
-        found.append(candidate(LIBRARY_AND_EPILOGUE, FORWARD, library_and_epilogue(with_)))
-        found += [candidate(OURS, work, step) for work, step in our_steps(with_).items()]
+        name, steps = (OURS, our_steps) if device.type == "cpu" else (LIBRARY_AND_EPILOGUE, library_and_epilogue)
+        found += [candidate(name, work, step) for work, step in steps(with_).items()]
     for work, step in matmul_steps(layer, dtype, device).items():
         found.append(Candidate(MATMUL, work, step, details={"flops": layer.flops}))
     destination = torch.empty_like(with_.x)
@@ -163,8 +154,8 @@ def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
     total = 0
     for dtype in settings.head_dtypes:
-        # The library's and the matmul of every work, the copy; ours, and the library with our epilogue.
-        ours = 0 if why_not_ours(settings.device, dtype) else len(WORKS) + 1
+        # The library's and the matmul of every work, the copy; ours of every work, or after the library's forward.
+        ours = 0 if why_not_ours(settings.device, dtype) else len(WORKS) if settings.device.type == "cpu" else 1
         total += len(layers_of(settings.heads)) * (2 * len(WORKS) + 1 + ours)
     return total * (1 + settings.plan.blocks)
 
@@ -193,11 +184,13 @@ def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:
 
     def found_in(_: str, record: Record) -> tuple[str, list[str]]:
         rows = record.of(STEM)
-        if not any(row.candidate == OURS for row in rows):
+        ours = LIBRARY_AND_EPILOGUE if "gpu" in record.hardware else OURS
+        works = [work for work in WORKS if any(row.candidate == ours and row.work == work for row in rows)]
+        if not works:
             return ". No kernel of ours here; the library's convolutions are the only candidate", []
         return "", [
-            throughput_markdown(rows, work, [LIBRARY, OURS, MATMUL], OURS, [LIBRARY], f"{work} of convolution, dtype")
-            for work in WORKS
+            throughput_markdown(rows, work, [LIBRARY, ours, MATMUL], ours, [LIBRARY], f"{work} of convolution, dtype")
+            for work in works
         ]
 
     return tables.by_device(newest, found_in, brief)

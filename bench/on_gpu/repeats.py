@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench.kernels.layers import Layer, layers_of, operands
 from bench.on_gpu.findings import Findings, device_here, try_each
 from bench.shapes import HEADS, HeadShape, parse_head
 from ftfast.modules import convolution_stack
@@ -26,7 +25,7 @@ from ftfast.ops.ft_loss_launch import Options
 Results = Callable[[], list[Tensor]]
 
 MEASURED = ("cifar-r56-r20", "cifar-wrn40x2-wrn16x2", "imagenet-r34-r18")
-WAYS = ("single pass", "grouped", "layers")
+WAYS = ("single pass", "layers")
 DTYPES = (torch.bfloat16, torch.float32)
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -108,28 +107,6 @@ def head_results(shape: HeadShape, dtype: torch.dtype, way: str, device: torch.d
     return run
 
 
-def convolution_results(layer: Layer, dtype: torch.dtype, device: torch.device) -> Results:
-    """A convolution, its gradients, and every sum that they keep for their neighbours."""
-    from ftfast.kernels import conv3x3, conv3x3_weight_gradient
-    from ftfast.kernels.pack_weights import pack_weights
-
-    with_ = operands(layer, dtype, device, 0)
-    x, dz = (tensor.permute(0, 2, 3, 1) for tensor in (with_.x, with_.dz))
-    bias = with_.bias.float()
-
-    def run() -> list[Tensor]:
-        packed = pack_weights([with_.master_weight], dtype, backward=True)[0]
-        assert packed.backward is not None
-        y = conv3x3.conv3x3_forward(x, packed.forward, bias, channels_out=dz.shape[3], negative_slope=0.1)
-        dx, partials = conv3x3.conv3x3_input_gradient(
-            dz, packed.backward, x, channels_out=x.shape[3], negative_slope=0.1
-        )
-        found = conv3x3_weight_gradient.conv3x3_weight_gradient(x, dz, bias=True)
-        return [tensor for tensor in (y, dx, partials, *found) if tensor is not None]
-
-    return run
-
-
 def cases(
     heads: list[HeadShape], dtypes: tuple[torch.dtype, ...], runs: int
 ) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -163,11 +140,6 @@ def cases(
                     f"ft_head {way} {head}, {ending}",
                     lambda head=head, dtype=dtype, way=way: head_results(head, dtype, way, device),  # type: ignore[misc]
                 )
-        for layer in layers_of(heads):
-            add(
-                f"conv3x3 {layer}, {ending}",
-                lambda layer=layer, dtype=dtype: convolution_results(layer, dtype, device),  # type: ignore[misc]
-            )
     return found
 
 

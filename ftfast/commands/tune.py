@@ -1,7 +1,6 @@
-"""``ftfast tune``: measures which kernel is fastest for each part of a head on this machine, and keeps the table."""
+"""``ftfast tune``: measures which kernel is fastest for each choice of a head on this machine, and keeps the table."""
 
 import argparse
-import importlib
 import json
 import random
 import re
@@ -20,7 +19,7 @@ from ftfast import kernel_table
 from ftfast.dispatch import supports
 from ftfast.kernel_table import Work
 from ftfast.modules import Paraphraser, Translator, convolution_stack
-from ftfast.ops import ft_head
+from ftfast.ops import conv3x3_native, ft_head
 from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_head_operands import Plan
 from ftfast.ops.ft_loss_launch import Options
@@ -148,41 +147,33 @@ def _measure_all(
 def _jobs(
     head: HeadShape, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Work, Callable[[], list[Candidate]]]]:
-    """What there is to choose for a head, its convolutions first: a head computed layer by layer uses their choices."""
+    """What there is to choose for a head: on the CPU its weight gradients' kernels, on a GPU the way to compute it."""
     name = str(dtype).removeprefix("torch.")
     place = head.samples, head.height, head.width
-    cpu = device.type == "cpu"
-    if cpu and dtype == torch.float16:
-        return
-    for channels, outputs in head.layers():
-        for operation in ("weight_gradient",) if cpu else ("forward", "input_gradient", "weight_gradient"):
-            work = Work(operation, name, *place, channels, outputs)
-            yield work, partial(_convolutions, work, dtype, device)
-    if not cpu:
-        work = Work("head", name, *place, head.student, head.factor)
-        yield work, partial(_heads, head, dtype, device)
+    if device.type != "cpu":
+        yield Work("head", name, *place, head.student, head.factor), partial(_heads, head, dtype, device)
+    elif dtype != torch.float16:
+        for channels, outputs in head.layers():
+            work = Work("weight_gradient", name, *place, channels, outputs)
+            yield work, partial(_weight_gradients, work, dtype)
 
 
-def _convolutions(work: Work, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
-    kernels: Any = importlib.import_module(f"ftfast.ops.conv3x3_{'native' if device.type == 'cpu' else 'triton'}")
+def _weight_gradients(work: Work, dtype: torch.dtype) -> list[Candidate]:
     generator = torch.Generator().manual_seed(0)
     x, dz = (
         torch.randn(work.samples, channels, work.height, work.width, generator=generator)
-        .to(device, dtype)
+        .to(dtype)
         .contiguous(memory_format=torch.channels_last)
         for channels in (work.channels_in, work.channels_out)
     )
-    parameter = torch.randn(work.channels_out, work.channels_in, 3, 3, generator=generator).to(device)
-    bias = torch.zeros(work.channels_out, device=device)
+    parameter = torch.randn(work.channels_out, work.channels_in, 3, 3, generator=generator)
 
     def compute(kernel: str) -> Tensor:
-        if work.operation == "forward":
-            return kernels.layer(x, parameter, bias, 0.1, kernel=kernel)
-        of_input = work.operation == "input_gradient"
-        found = kernels.gradients(x, dz, parameter, need_input=of_input, need_weight=not of_input, kernel=kernel)
-        return found[0] if of_input else found[1]
+        _, found = conv3x3_native.gradients(x, dz, parameter, need_input=False, kernel=kernel)
+        assert found is not None
+        return found
 
-    return [Candidate(kernel, partial(compute, kernel)) for kernel in kernels.CANDIDATES]
+    return [Candidate(kernel, partial(compute, kernel)) for kernel in conv3x3_native.CANDIDATES]
 
 
 def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Candidate]:

@@ -1,5 +1,5 @@
-"""One 3x3 convolution, transposed or not, with its LeakyReLU, as autograd sees it: for paraphrasers in training and
-wherever a translator runs by itself.
+"""One 3x3 convolution on the CPU, transposed or not, with its LeakyReLU, as autograd sees it: for paraphrasers in
+training and wherever a translator runs by itself.
 """
 
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.dispatch import interpreting, resolve, supports
-from ftfast.ops import conv3x3_native
+from ftfast.dispatch import resolve, supports
+from ftfast.ops import conv3x3_native as kernels
 from ftfast.ops.ft_loss import needs_torch_operators
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
 from ftfast.ops.memory import plain
@@ -24,31 +24,9 @@ def takes(x: Tensor, weight: Tensor, negative_slope: float, *, transposed: bool)
         return False
     if x.shape[1] != weight.shape[0 if transposed else 1] or needs_torch_operators(x, weight):
         return False
-    backend = _backend(x.device)
-    if not backend or not supports(backend, x.device, dtype, dtype).ok:
+    if x.device.type != "cpu" or resolve("auto") not in ("auto", "native"):
         return False
-    if backend == "native":
-        return dtype in (torch.float32, torch.bfloat16)
-    from ftfast.ops import conv3x3_triton
-
-    inputs, outputs = (0, 1) if transposed else (1, 0)
-    return conv3x3_triton.takes(dtype, x.shape, weight.shape[inputs], weight.shape[outputs], x.device)
-
-
-def _backend(device: torch.device) -> str:
-    """Whose kernels compute layers on this device, or "" for torch's."""
-    wanted, own = resolve("auto"), "native" if device.type == "cpu" else "triton"
-    if wanted == "triton" and interpreting():
-        return "triton"
-    return own if wanted in ("auto", own) else ""
-
-
-def _kernels(device: torch.device) -> Any:
-    if _backend(device) == "native":
-        return conv3x3_native
-    from ftfast.ops import conv3x3_triton
-
-    return conv3x3_triton
+    return dtype in (torch.float32, torch.bfloat16) and supports("native", x.device, dtype, dtype).ok
 
 
 def conv3x3_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, *, transposed: bool) -> Tensor:
@@ -72,7 +50,6 @@ class Conv3x3Function(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float, transposed: bool) -> Tensor:
         dtype = map_dtype(x)
         with no_autocast(x.device.type):
-            kernels = _kernels(x.device)
             features = as_map(x, dtype)
             y = kernels.layer(features, plain(weight), plain(bias), negative_slope, transposed=transposed)
         ctx.save_for_backward(x, weight, bias, features, y)
@@ -91,7 +68,6 @@ class Conv3x3Function(torch.autograd.Function):
             dz = upstream.contiguous(memory_format=torch.channels_last)
             if dz is upstream or dz.data_ptr() == upstream.data_ptr():
                 dz = dz.clone(memory_format=torch.channels_last)
-            kernels = _kernels(x.device)
             for_bias = kernels.leaky_relu_backward_(dz, y, ctx.negative_slope)
             for_input, for_weight = kernels.gradients(
                 features, dz, weight, need_input=needed[0], need_weight=needed[1], transposed=ctx.transposed

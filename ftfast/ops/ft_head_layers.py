@@ -1,17 +1,38 @@
-"""The head on a GPU layer by layer: each convolution on the kernel that was measured fastest, our epilogues between
-them, and the gradient at the factor held at scale O(1).
+"""The head on a GPU layer by layer: the library's convolutions, our epilogues between them, and the gradient at the
+factor held at scale O(1).
+
+Maps are channels_last ``[N, C, H, W]``; the kernels get them as ``[N, H, W, C]``.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.kernels import activation
 from ftfast.kernels.ft_head_loss import head_loss, scaled_direction
-from ftfast.ops import conv3x3_triton as conv3x3
 from ftfast.ops.convolution_stack import Stack, prepare_once
 from ftfast.ops.ft_head_operands import Head
 from ftfast.ops.ft_loss_launch import forward as loss_forward
 from ftfast.ops.maps import as_map
+
+
+def nhwc(tensor: Tensor) -> Tensor:
+    """The kernels' view of a map."""
+    return tensor.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient with the parameter's dtype and layout, so that autograd keeps it without a copy."""
+    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float) -> Tensor:
+    """``leaky_relu(conv(x))``; the weight cast already."""
+    y = F.conv2d(x, weight, padding=1).contiguous(memory_format=torch.channels_last)
+    activation.bias_leaky_relu_(nhwc(y), bias.float(), negative_slope)
+    return y
 
 
 def teacher_factor_of(teacher: Tensor, paraphraser: Stack, dtype: torch.dtype) -> Tensor:
@@ -19,10 +40,10 @@ def teacher_factor_of(teacher: Tensor, paraphraser: Stack, dtype: torch.dtype) -
     x = as_map(teacher, dtype)
 
     def prepare() -> list[tuple[Tensor, Tensor]]:
-        return [(conv3x3.cast_weight(weight, dtype), bias.float()) for weight, bias in paraphraser.folded()]
+        return [(as_map(weight, dtype), bias.float()) for weight, bias in paraphraser.folded()]
 
     for weight, bias in prepare_once(paraphraser, ("layers", dtype), prepare):
-        x = conv3x3.layer(x, weight, bias, paraphraser.negative_slope)
+        x = _layer(x, weight, bias, paraphraser.negative_slope)
     return x
 
 
@@ -37,15 +58,12 @@ def ft_head_forward(
         teacher_factor = teacher_factor_of(teacher, head.paraphraser, dtype)
     maps = [as_map(student, dtype)]
     for weight, bias in zip(translator.weights, translator.biases, strict=True):
-        maps.append(conv3x3.layer(maps[-1], weight, bias, translator.negative_slope))
+        maps.append(_layer(maps[-1], as_map(weight, dtype), bias, translator.negative_slope))
     student_factor = maps.pop()
     if not keep:
         return loss_forward(student_factor, teacher_factor, options, "triton")[0], []
     loss, direction, inverse_norm = head_loss(
-        conv3x3.nhwc(student_factor),
-        conv3x3.nhwc(teacher_factor),
-        **options._asdict(),
-        negative_slope=translator.negative_slope,
+        nhwc(student_factor), nhwc(teacher_factor), **options._asdict(), negative_slope=translator.negative_slope
     )
     return loss, [student, *maps[1:], direction, inverse_norm, *translator.weights]
 
@@ -57,25 +75,26 @@ def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: t
     gradient, partials, scale = scaled_direction(
         kept[3], kept[4], upstream, p=options.p, reduction=options.reduction, weight=options.weight
     )
-    dz = conv3x3.nchw(gradient)
+    dz = gradient.permute(0, 3, 1, 2)
     gradients: list[Tensor | None] = [None] * 7
     for layer in (2, 1, 0):
         weight_at, bias_at = 1 + 2 * layer, 2 + 2 * layer
         if needed[bias_at]:
             gradients[bias_at] = activation.sum_partials(partials, scale).to(head.translator.biases[layer].dtype)
-        below = any(needed[:weight_at])
-        _, gradients[weight_at] = conv3x3.gradients(
-            maps[layer], dz, weights[layer], need_input=False, need_weight=needed[weight_at], scale=scale
-        )
-        if not below:
+        mask = [any(needed[:weight_at]), needed[weight_at], False]
+        if not any(mask):
             return gradients
-        for_input, _ = conv3x3.gradients(
-            maps[layer], dz, weights[layer], need_weight=False, scale=scale if layer == 0 else None
+        weight = as_map(weights[layer], dz.dtype)
+        for_input, for_weight, _ = torch.ops.aten.convolution_backward(
+            dz, maps[layer], weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
         )
-        assert for_input is not None
-        if layer == 0:
-            gradients[0] = for_input
+        if needed[weight_at]:
+            gradients[weight_at] = like_parameter(for_weight.float().mul_(scale), weights[layer])
+        if not mask[0]:
             return gradients
-        dz = for_input
-        partials = activation.leaky_relu_backward_(conv3x3.nhwc(dz), conv3x3.nhwc(maps[layer]), slope)
+        if layer:
+            dz = for_input.contiguous(memory_format=torch.channels_last)
+            partials = activation.leaky_relu_backward_(nhwc(dz), nhwc(maps[layer]), slope)
+        else:
+            gradients[0] = for_input.mul_(scale)
     return gradients

@@ -1,23 +1,21 @@
-"""The head on a GPU: the Triton kernels for a whole head, or layer by layer with the library's convolutions among them.
+"""The head on a GPU: a small one in a single pass, others layer by layer round the library's convolutions.
 
 Maps go to the kernels as ``[N, H, W, C]``, which is a view of a channels_last tensor.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ftfast.kernel_table import Work, choose_kernel
-from ftfast.kernels import ft_head_grouped, ft_head_grouped_backward, ft_head_small, ft_head_small_backward
+from ftfast.kernels import ft_head_small, ft_head_small_backward
 from ftfast.kernels.pack_weights import PackedWeight, pack_weights
 from ftfast.ops import ft_head_layers
-from ftfast.ops.conv3x3_triton import like_parameter
 from ftfast.ops.convolution_stack import Stack, prepare_once
+from ftfast.ops.ft_head_layers import like_parameter, nhwc
 from ftfast.ops.ft_head_operands import Head
 from ftfast.ops.maps import rounds_to_tf32
 
-SINGLE_PASS, GROUPED, LAYERS = "single pass", "grouped", "layers"
+SINGLE_PASS, LAYERS = "single pass", "layers"
 # The widest head that takes a single pass unmeasured.
 NARROW = 128
 
@@ -31,7 +29,7 @@ def candidates(
 ) -> tuple[str, ...]:
     """The ways that can compute a head of this student map ``[N, C, H, W]``."""
     misfit = _misfit(device, dtype, shape, factor_channels, teacher_channels)
-    return (LAYERS, GROUPED) if misfit else (SINGLE_PASS, LAYERS, GROUPED)
+    return (LAYERS,) if misfit else (SINGLE_PASS, LAYERS)
 
 
 def _misfit(
@@ -68,11 +66,6 @@ def choose(
     return kernel, f"{reason}; not in a single pass: {misfit}" if misfit else reason
 
 
-def _as_map(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[N, H, W, C]`` contiguous in the compute dtype; a view where the features are so already."""
-    return features.to(dtype).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-
-
 def _frozen(stack: Stack | None, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Packed weights and float32 biases of the frozen paraphraser; empty lists without one."""
     if stack is None:
@@ -93,15 +86,13 @@ def ft_head_forward(
     if head.plan.kernel == LAYERS:
         return ft_head_layers.ft_head_forward(student, teacher, teacher_factor, head, keep=keep)
     dtype, translator = head.plan.dtype, head.translator
-    single_pass = head.plan.kernel == SINGLE_PASS
-    forward: Any = ft_head_small.small_head_forward if single_pass else ft_head_grouped.grouped_head_forward
     packed: list[PackedWeight] = pack_weights(translator.weights, dtype, backward=keep)
     teacher_weights, teacher_biases = _frozen(head.paraphraser if teacher_factor is None else None, dtype)
     if teacher_factor is not None:
-        teacher_factor = teacher_factor.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    loss, kept = forward(
-        _as_map(student, dtype),
-        None if teacher is None else _as_map(teacher, dtype),
+        teacher_factor = nhwc(teacher_factor)
+    loss, kept = ft_head_small.small_head_forward(
+        nhwc(student.to(dtype)),
+        None if teacher is None else nhwc(teacher.to(dtype)),
         teacher_factor,
         [weight.forward for weight in packed],
         [bias.float() for bias in translator.biases],
@@ -121,16 +112,11 @@ def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: t
     """Gradients of the student's features and of ``(weight, bias, weight, ...)``; None for what is not needed."""
     if head.plan.kernel == LAYERS:
         return ft_head_layers.ft_head_backward(kept, upstream, head, needed)
-    single_pass = head.plan.kernel == SINGLE_PASS
-    module: Any = ft_head_small if single_pass else ft_head_grouped
-    backward: Any = (
-        ft_head_small_backward.small_head_backward if single_pass else ft_head_grouped_backward.grouped_head_backward
-    )
     student, *between = kept
     options, translator = head.options, head.translator
-    for_student, for_weights, for_biases = backward(
-        _as_map(student, head.plan.dtype),
-        module.Kept(*between[:-3]),
+    for_student, for_weights, for_biases = ft_head_small_backward.small_head_backward(
+        nhwc(student.to(head.plan.dtype)),
+        ft_head_small.Kept(*between[:-3]),
         between[-3:],
         upstream,
         p=options.p,

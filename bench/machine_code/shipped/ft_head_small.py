@@ -6,7 +6,7 @@ import torch
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, recorded, replaced
 from bench.machine_code.shipped import ShippedLaunch
-from ftfast.kernels import conv3x3_tiles, ft_head_small, ft_head_small_backward
+from ftfast.kernels import ft_head_small, ft_head_small_backward
 from ftfast.kernels.pack_weights import padded_channels
 
 # The student's channels, the teacher's, the factor's, side of the map, dtype
@@ -29,7 +29,7 @@ def launches_of(
     student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int = 1, architecture: int = 90
 ) -> list[Launch]:
     """Forward's launch and backward's two."""
-    with replaced(conv3x3_tiles, capability=lambda device: architecture):
+    with replaced(ft_head_small, capability=lambda device: architecture):
         return _launches_of(student, teacher, factor, side, dtype, p)
 
 
@@ -81,7 +81,7 @@ def _launches_of(student: int, teacher: int, factor: int, side: int, dtype: torc
 def refusal(head: tuple[int, int, int, int, torch.dtype], architecture: int) -> str:
     """Why the head is not shipped for an architecture with this Triton, or ""."""
     student, teacher, factor, side, dtype = head
-    with replaced(conv3x3_tiles, capability=lambda device: architecture):
+    with replaced(ft_head_small, capability=lambda device: architecture):
         return ft_head_small.small_head_fits(torch.device("cpu"), dtype, side, side, teacher, student, factor)
 
 

@@ -1,0 +1,42 @@
+"""The launches of a head computed layer by layer: the epilogues of the library's convolutions, and the loss."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.machine_code.compiling import cache_key, recorded
+from bench.machine_code.shipped import ShippedLaunch
+from bench.shapes import HEADS, HeadShape
+from ftfast.kernels import activation, ft_head_loss
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def run_launchers(head: HeadShape, dtype: torch.dtype, *, p: int = 1) -> None:
+    """Every kernel of forward and backward, on each width of the student's maps."""
+    place = (head.samples, head.height, head.width)
+    factor = torch.empty(*place, head.factor, dtype=dtype)
+    for channels in dict.fromkeys((head.student, head.factor)):
+        features = torch.empty(*place, channels, dtype=dtype)
+        activation.bias_leaky_relu_(features, torch.empty(channels), 0.1)
+        partials = activation.leaky_relu_backward_(features, features, 0.1)
+        activation.sum_partials(partials, torch.empty(()))
+    loss, direction, inverse_norm = ft_head_loss.head_loss(
+        factor, factor, p=p, reduction="mean", eps=1e-12, weight=1.0, negative_slope=0.1
+    )
+    ft_head_loss.scaled_direction(direction, inverse_norm, loss, p=p, reduction="mean", weight=1.0)
+
+
+def shipped_launches() -> Iterator[ShippedLaunch]:
+    """Each kernel once; all architectures launch alike."""
+    seen = set()
+    for dtype in DTYPES:
+        for head in HEADS.values():
+            with recorded(activation) as epilogues, recorded(ft_head_loss) as ends:
+                run_launchers(head, dtype)
+            for launch in (*epilogues, *ends):
+                if (key := cache_key(launch)) not in seen:
+                    seen.add(key)
+                    what = launch.kernel.__name__.removesuffix("_kernel").strip("_").replace("_", " ")
+                    channels = launch.arguments.get("CHANNELS", head.factor)
+                    yield ShippedLaunch(f"{what} {channels} of {head} {str(dtype).removeprefix('torch.')}", launch)

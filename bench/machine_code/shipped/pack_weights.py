@@ -1,0 +1,20 @@
+"""The packing of a head's weights for the single pass: the translator's for both directions, the paraphraser's once."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.machine_code.compiling import recorded
+from bench.machine_code.shipped import ShippedLaunch
+from ftfast.kernels import pack_weights
+
+
+def shipped_launches() -> Iterator[ShippedLaunch]:
+    """Sizes are numbers of the launch, so there is a kernel for each dtype and direction."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for backward in (False, True):
+            weights = [torch.empty(outputs, inputs, 3, 3) for inputs, outputs in ((64, 64), (64, 32), (32, 32))]
+            with recorded(pack_weights) as launches:
+                pack_weights.pack_weights(weights, dtype, backward=backward)
+            what = "both directions" if backward else "forward"
+            yield ShippedLaunch(f"{what} {str(dtype).removeprefix('torch.')}", launches[0])
