@@ -1,147 +1,52 @@
 """Which backend computes, and why each other one does not.
 
 A backend is asked ``supports(...) -> Support``; an explicit choice that cannot run raises with the reason, "auto"
-takes the first of its device's list that can and says so once where that is not the fastest one.
+takes the first on this device that can and says so once where that is not the fastest one.
 """
 
-import importlib
-import importlib.util
-import json
 import logging
 import os
-from functools import cache
-from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ftfast.arguments import FACTOR_DTYPES, QUANTISED_DTYPES, check_factors
+from ftfast.backends import Backend, Support
+from ftfast.backends.native import Native
+from ftfast.backends.reference import Reference
+from ftfast.backends.triton import Triton
 
-BACKENDS = ("reference", "native", "triton")
-CHOICES = ("auto", *BACKENDS)
-INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-BUILD_REPORT = Path(__file__).with_name("_build_report.json")
-
-# Fastest first; the reference runs everywhere and closes every list.
-_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+# Where two are automatic on one device, the faster stands first; the reference closes every list.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Reference(),
+        Native(),
+        Triton(),
+    )
+}
 
 _log = logging.getLogger("ftfast")
 _said: set[str] = set()
-
-
-class Support(NamedTuple):
-    """Whether a backend can run here, and the reason in words, which is shown to users."""
-
-    ok: bool
-    reason: str
-
-
-def build_report() -> dict[str, Any]:
-    """What the installation kept of the extension's build; empty where it kept nothing that can be read."""
-    try:
-        report = json.loads(BUILD_REPORT.read_text())
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}
-
-
-@cache
-def load_extension() -> tuple[ModuleType | None, str]:
-    """The compiled extension and how it came to be here, or None and why it is not."""
-    wanted = os.environ.get("FTFAST_INSTRUCTION_SET", "")
-    if wanted not in ("", *INSTRUCTION_SETS):
-        return None, f"FTFAST_INSTRUCTION_SET is {wanted!r}, and it takes {', '.join(INSTRUCTION_SETS)}"
-    try:
-        return importlib.import_module("ftfast._C"), "compiled extension ftfast._C"
-    except ImportError as error:
-        if reason := build_report().get("reason"):
-            return None, str(reason)
-        if "_C" not in str(error) or isinstance(error, ModuleNotFoundError):
-            return None, "the extension ftfast._C has not been built; run 'pip install -e .' in the checkout"
-        return None, f"the extension ftfast._C does not load: {error}"
-
-
-@cache
-def extension() -> ModuleType:
-    """The compiled extension, where it is known to be here."""
-    found, _ = load_extension()
-    assert found is not None
-    return found
-
-
-@cache
-def interpreting() -> bool:
-    """Whether Triton runs its kernels in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
 def supports(backend: str, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
     """Whether ``backend`` computes factors of these dtypes on this device."""
     if student_dtype not in FACTOR_DTYPES or teacher_dtype not in FACTOR_DTYPES + QUANTISED_DTYPES:
         return Support(False, f"there is no loss of {student_dtype} against {teacher_dtype}")
-    if backend == "reference":
-        return Support(True, "plain PyTorch, on any device")
-    if backend == "native":
-        return _native_supports(device)
-    return _triton_supports(device, teacher_dtype)
+    return BACKENDS[backend].supports(device, student_dtype, teacher_dtype)
 
 
-def _native_supports(device: torch.device) -> Support:
-    if device.type not in ("cpu", "cuda"):
-        return Support(False, f"its kernels are for CPUs and CUDA devices, and these tensors are on {device.type}")
-    extension, reason = load_extension()
-    if extension is None:
-        return Support(False, reason)
-    if device.type == "cuda":
-        return _cuda_supports(extension, device)
-    return Support(True, f"C++ kernels, {extension.instruction_set()} instructions, {torch.get_num_threads()} threads")
-
-
-def _cuda_supports(extension: ModuleType, device: torch.device) -> Support:
-    if not hasattr(extension, "ft_loss_cuda_forward"):
-        reason = build_report().get("without_cuda") or "it was built without nvcc"
-        return Support(False, f"the extension has no kernels for GPUs: {reason}")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return Support(False, f"its CUDA kernels need compute capability 8.0, and this device has {capability}")
-    if importlib.util.find_spec("triton") is None:
-        return Support(False, "its counters are those of the Triton launches, and the package triton is not installed")
-    if problem := _cuda_problem(torch.cuda.current_device() if device.index is None else device.index):
-        return Support(False, f"its CUDA kernels do not run on this device: {problem}")
-    return Support(True, "CUDA C++ kernels")
-
-
-@cache
-def _cuda_problem(index: int) -> str:
-    with torch.cuda.device(index):
-        return str(extension().ft_loss_cuda_problem(index))
-
-
-def _triton_supports(device: torch.device, teacher_dtype: torch.dtype) -> Support:
-    if importlib.util.find_spec("triton") is None:
-        return Support(False, "the package triton is not installed")
-    if device.type == "cpu":
-        if interpreting():
-            return Support(True, "Triton's interpreter (TRITON_INTERPRET=1), for tests: slow")
-        return Support(False, "Triton compiles for GPUs, and these tensors are on the CPU")
-    if device.type != "cuda":
-        return Support(False, f"its kernels are written for CUDA devices, and these tensors are on {device.type}")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return Support(False, f"its kernels need compute capability 8.0, and this device has {capability}")
-    if teacher_dtype == torch.float8_e4m3fn and capability < (8, 9):
-        return Support(False, f"float8_e4m3fn needs compute capability 8.9, and this device has {capability}")
-    return Support(True, "Triton kernels")
+def _automatic(device: torch.device) -> list[str]:
+    return [*(name for name, backend in BACKENDS.items() if device.type in backend.automatic_on), "reference"]
 
 
 def resolve(backend: str) -> str:
     """The requested backend: the argument, or FTFAST_BACKEND where the argument is "auto"."""
     if backend == "auto":
         backend = os.environ.get("FTFAST_BACKEND", "auto") or "auto"
-    if backend not in CHOICES:
-        raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(CHOICES)}.")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it takes one of auto, {', '.join(BACKENDS)}.")
     return backend
 
 
@@ -161,8 +66,7 @@ def _choose(requested: str, device: torch.device, student: torch.dtype, teacher:
         if not support.ok:
             raise RuntimeError(f'backend "{requested}" cannot run: {support.reason}; use backend="auto".')
         return requested
-    candidates = _PREFERENCE.get(device.type, ("reference",))
-    for backend in candidates:
+    for backend in _automatic(device):
         support = supports(backend, device, student, teacher)
         if support.ok:
             return backend
@@ -197,7 +101,7 @@ def explain(student_factor: Tensor, teacher_factor: Tensor) -> str:
     else:
         chosen = choose("auto", student_factor, teacher_factor)
         lines = [f"{chosen} runs{source}: {supports(chosen, device, *dtypes).reason}"]
-    candidates = _PREFERENCE.get(device.type, ("reference",))
+    candidates = _automatic(device)
     for backend in BACKENDS:
         if backend == chosen:
             continue

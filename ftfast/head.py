@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.arguments import check_features, check_map_dtype, check_options
+from ftfast.backends import Options
 from ftfast.loss import FTLoss
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_head import run
 from ftfast.ops.ft_head_operands import Plan
 from ftfast.ops.ft_head_plan import SEPARATE, describe, plan_head
-from ftfast.ops.ft_loss_launch import Options
 from ftfast.ops.maps import autocasts
 
 

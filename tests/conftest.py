@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ftfast.dispatch import interpreting, supports
+from ftfast.backends.triton import interpreting
+from ftfast.dispatch import supports
 
 CPU = torch.device("cpu")
 GUARD, GUARD_BYTES = 0xA5, 256

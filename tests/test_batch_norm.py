@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.dispatch import load_extension
 from ftfast.distill.models import registry, training_graph
 from ftfast.distill.models.training_graph import training_forward
+from ftfast.extension import load_extension
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")

@@ -27,7 +27,7 @@ from bench.kernels import ft_loss, loss_cases
 from bench.results import plots
 from bench.results.tables import derive
 from bench.shapes import parse_shape
-from ftfast.dispatch import interpreting
+from ftfast.backends.triton import interpreting
 from ftfast.distill.settings.run_settings import Settings as DistillSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent

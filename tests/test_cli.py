@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ftfast
+from ftfast.backends.triton import interpreting
 from ftfast.cli import COMMANDS, main
-from ftfast.dispatch import interpreting
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.settings.run_settings import Settings
 

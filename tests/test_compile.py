@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ftfast
 
 pytestmark = pytest.mark.skipif(
-    torch.compiler.is_compiling() or __import__("ftfast.dispatch", fromlist=["x"]).interpreting(),
+    torch.compiler.is_compiling() or __import__("ftfast.backends.triton", fromlist=["x"]).interpreting(),
     reason="the interpreter's launches cannot be traced",
 )
 

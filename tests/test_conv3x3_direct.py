@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.dispatch import load_extension
+from ftfast.extension import load_extension
 from ftfast.ops import conv3x3_direct as direct
 
 pytestmark = pytest.mark.skipif(

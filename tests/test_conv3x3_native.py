@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftfast.diagnosis.check_loss import relative_error
-from ftfast.dispatch import load_extension
+from ftfast.extension import load_extension
 from ftfast.ops import conv3x3_native
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")

@@ -5,12 +5,15 @@ import logging
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 import ftfast
 from ftfast import dispatch
+from ftfast.backends import KernelBackend, Support, native
+from ftfast.extension import load_extension
 from ftfast.ops import ft_loss as op
 
 FACTOR = torch.zeros(2, 8)
@@ -25,11 +28,11 @@ def _forget(monkeypatch):
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    monkeypatch.setattr(dispatch, "load_extension", lambda: (None, "no C++ compiler was found"))
+    monkeypatch.setattr(native, "load_extension", lambda: (None, "no C++ compiler was found"))
 
 
 def test_the_extension_is_loaded_where_it_must_be():
-    extension, reason = dispatch.load_extension()
+    extension, reason = load_extension()
     if os.environ.get("FTFAST_REQUIRE_NATIVE") == "1":
         assert extension is not None, reason
     elif extension is None:
@@ -41,7 +44,7 @@ def test_an_unknown_instruction_set_is_a_reason(monkeypatch):
     """It meant the slowest one, without a word."""
     monkeypatch.setenv("FTFAST_INSTRUCTION_SET", "avx3")
     reason = "FTFAST_INSTRUCTION_SET is 'avx3', and it takes avx512, avx2, baseline"
-    assert dispatch.load_extension.__wrapped__() == (None, reason)
+    assert load_extension.__wrapped__() == (None, reason)
 
 
 def test_auto_falls_back_and_says_so_once(no_extension, caplog):
@@ -81,6 +84,56 @@ def test_explain_gives_every_backend_a_line_and_a_reason():
     assert "meta" in meta
 
 
+class Plain(ModuleType):
+    """Kernels in torch's operators: p = 1, the mean, a student's gradient."""
+
+    @staticmethod
+    def ft_loss_forward(student, teacher, *, p, reduction, eps, weight):
+        loss = ftfast.reference.ft_loss(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
+        return loss.detach(), student.new_zeros(5, len(student))
+
+    @staticmethod
+    def ft_loss_backward(student, teacher, statistics, upstream, *, p, reduction, weight, **wanted):
+        assert (p, reduction, wanted) == (1, "mean", {"student_gradient": True, "teacher_gradient": False})
+        size = student.norm(dim=1, keepdim=True)
+        a, b = student / size, teacher / teacher.norm(dim=1, keepdim=True)
+        gradient = (a - b).sign()
+        gradient = (gradient - a * (gradient * a).sum(1, keepdim=True)) / (size * student.numel())
+        return gradient * weight * upstream, None
+
+
+class Toy(KernelBackend):
+    name = "toy"
+    automatic_on = device_types = ("cpu",)
+
+    def supports(self, device, student_dtype, teacher_dtype):
+        return Support(student_dtype == torch.float32, "operators of torch in float32")
+
+    def launchers(self, device):
+        return Plain("plain")
+
+
+@pytest.mark.parametrize("asked", ["toy", "auto"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backend_is_a_class_and_a_line_in_the_registry(monkeypatch, no_extension, asked, compiled):
+    monkeypatch.setitem(dispatch.BACKENDS, "toy", Toy())
+    student, teacher = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    launched, forward = [], KernelBackend.forward
+    monkeypatch.setattr(KernelBackend, "forward", lambda self, *a: launched.append(self.name) or forward(self, *a))
+    module = ftfast.FTLoss(weight=500.0, backend=asked)
+    loss = (torch.compile(module, backend="eager", fullgraph=True) if compiled else module)(student, teacher)
+    loss.backward()
+    assert launched == ["toy"]
+    exact = student.detach().double().requires_grad_()
+    wanted = ftfast.reference.ft_loss(exact, teacher.double(), weight=500.0)
+    wanted.backward()
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    assert ftfast.explain(student, teacher).startswith("toy runs: operators of torch in float32")
+    with pytest.raises(RuntimeError, match='backend "toy" cannot run: operators of torch'):
+        ftfast.ft_loss(student.double(), teacher, backend="toy")
+
+
 def test_unsupported_dtypes_have_a_reason():
     support = dispatch.supports("native", FACTOR.device, torch.complex64, torch.float32)
     assert not support.ok
@@ -110,7 +163,7 @@ def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
         "native._scale = lambda *a: right(*a) * 1.001\n"
         "from ftfast.cli import main; raise SystemExit(main(['check', '--backend', 'native']))"
     )
-    if dispatch.load_extension()[0] is None:
+    if load_extension()[0] is None:
         pytest.skip("no extension here")
     done = run("-c", script)
     assert done.returncode == 1
@@ -120,7 +173,7 @@ def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
 
 def test_check_of_a_backend_that_cannot_run_exits_with_2(tmp_path):
     script = (
-        "from ftfast import check, dispatch; from ftfast.cli import main\n"
+        "from ftfast import dispatch; from ftfast.cli import main; from ftfast.diagnosis import check\n"
         "check.supports = lambda *a: dispatch.Support(False, 'no C++ compiler was found')\n"
         "raise SystemExit(main(['check', '--backend', 'native']))"
     )

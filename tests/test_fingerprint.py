@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ftfast.dispatch import load_extension
+from ftfast.extension import load_extension
 from ftfast.ops.fingerprint import fingerprint
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension reads the contents")

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ftfast
 from ftfast import reference
+from ftfast.backends.triton import interpreting
 from ftfast.diagnosis.check_loss import relative_error
-from ftfast.dispatch import interpreting
 
 pytestmark = pytest.mark.usefixtures("ieee_float32")
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast import reference
+from ftfast.backends import Options
 from ftfast.ops import convolution_stack, ft_head
 from ftfast.ops.ft_head_operands import Plan
-from ftfast.ops.ft_loss_launch import Options
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if not INTERPRETED and not torch.cuda.is_available():

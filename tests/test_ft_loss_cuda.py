@@ -23,6 +23,8 @@ from torch import Tensor
 
 import ftfast
 from ftfast import dispatch, reference
+from ftfast.backends import native
+from ftfast.extension import extension, load_extension
 from ftfast.ops import ft_loss_cuda as kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -625,7 +627,7 @@ def test_counters_return_to_zero(place: torch.device) -> None:
 # The built extension, where it has kernels for GPUs
 
 needs_cuda_part = pytest.mark.skipif(
-    not hasattr(dispatch.load_extension()[0], "ft_loss_cuda_forward"), reason="the extension was built without nvcc"
+    not hasattr(load_extension()[0], "ft_loss_cuda_forward"), reason="the extension was built without nvcc"
 )
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -638,9 +640,9 @@ def _cuobjdump() -> str:
 
 @cache
 def _dump(option: str, architecture: str) -> str:
-    extension, _ = dispatch.load_extension()
-    assert extension is not None
-    command = [_cuobjdump(), option, "-arch", architecture, str(extension.__file__)]
+    found, _ = load_extension()
+    assert found is not None
+    command = [_cuobjdump(), option, "-arch", architecture, str(found.__file__)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -711,11 +713,11 @@ def test_the_final_sum_is_ordered_after_every_sample(architecture: str) -> None:
 @needs_cuda_part
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_launch_that_fails_says_why() -> None:
-    extension = dispatch.extension()
-    assert extension.ft_loss_cuda_problem(0)
+    found = extension()
+    assert found.ft_loss_cuda_problem(0)
     factor = (0, 1, 8)
     with pytest.raises(RuntimeError, match=r"^CUDA could not use the device of the factors: .*\.$"):
-        extension.ft_loss_cuda_forward(factor, factor, 1, 8, 1, False, 0.0, 1.0, 0, 0, 0, 0, 0, 0)
+        found.ft_loss_cuda_forward(factor, factor, 1, 8, 1, False, 0.0, 1.0, 0, 0, 0, 0, 0, 0)
 
 
 # Which backend runs
@@ -731,9 +733,9 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA device of capability 9.0 as far as dispatch can tell, and an extension that says it runs there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     made = SimpleNamespace(ft_loss_cuda_forward=None, instruction_set=lambda: "avx2")
-    monkeypatch.setattr(dispatch, "load_extension", lambda: (made, ""))
-    monkeypatch.setattr(dispatch, "_cuda_problem", lambda index: "")
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(native, "load_extension", lambda: (made, ""))
+    monkeypatch.setattr(native, "_cuda_problem", lambda index: "")
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
 
 
 def _supports(**device: Any) -> dispatch.Support:
@@ -749,17 +751,17 @@ def test_native_runs_on_a_gpu_when_asked_for(imagined_gpu: None) -> None:
 
 def test_every_obstacle_on_a_gpu_has_a_reason(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "_cuda_problem", lambda index: "CUDA driver version is insufficient")
+        patch.setattr(native, "_cuda_problem", lambda index: "CUDA driver version is insufficient")
         assert _supports() == (False, "its CUDA kernels do not run on this device: CUDA driver version is insufficient")
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert "need compute capability 8.0, and this device has (7, 5)" in _supports().reason
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "load_extension", lambda: (SimpleNamespace(), ""))
-        patch.setattr(dispatch, "build_report", lambda: {"without_cuda": "no nvcc was found"})
+        patch.setattr(native, "load_extension", lambda: (SimpleNamespace(), ""))
+        patch.setattr(native, "build_report", lambda: {"without_cuda": "no nvcc was found"})
         assert _supports().reason == "the extension has no kernels for GPUs: no nvcc was found"
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "load_extension", lambda: (None, "no C++ compiler was found"))
+        patch.setattr(native, "load_extension", lambda: (None, "no C++ compiler was found"))
         assert _supports() == (False, "no C++ compiler was found")
     assert "xpu" in dispatch.supports("native", torch.device("xpu"), torch.float32, torch.float32).reason
 

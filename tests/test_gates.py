@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from ftfast.backends.triton import interpreting
 from ftfast.diagnosis import check_head
 from ftfast.diagnosis.check_loss import LAYOUTS, check_case
-from ftfast.dispatch import interpreting
-from ftfast.ops import ft_head_native, ft_loss_native
+from ftfast.dispatch import BACKENDS
 from ftfast.ops import ft_loss as op
-from ftfast.ops.ft_loss_launch import launchers
+from ftfast.ops import ft_loss_native
 
 
 def scaled(results):
@@ -35,17 +35,17 @@ def last_row_skipped(results):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_the_check_is_green_on_the_real_kernels(backend, device, dtype, layout):
-    assert check_case(backend, torch.device(device), dtype, 1, layout).ok
+    assert check_case(BACKENDS[backend], torch.device(device), dtype, 1, layout).ok
 
 
 @pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_wrong_backward_is_seen(monkeypatch, backend, device, p, dtype, wrong):
-    kernels = launchers(backend, torch.device(device))
+    kernels = BACKENDS[backend].launchers(torch.device(device))
     right = kernels.ft_loss_backward
     monkeypatch.setattr(kernels, "ft_loss_backward", lambda *args, **options: tuple(wrong(right(*args, **options))))
-    assert not check_case(backend, torch.device(device), dtype, p, "nchw").ok
+    assert not check_case(BACKENDS[backend], torch.device(device), dtype, p, "nchw").ok
 
 
 @pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])
@@ -62,14 +62,14 @@ def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, ba
         loss, gradient = right(*args)
         return loss, wrong([gradient])[0]
 
-    assert check_case(backend, torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
+    assert check_case(BACKENDS[backend], torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
     monkeypatch.setattr(ft_loss_native, launcher, replaced)
-    assert not check_case(backend, torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
+    assert not check_case(BACKENDS[backend], torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
 
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device, p):
-    kernels = launchers(backend, torch.device(device))
+    kernels = BACKENDS[backend].launchers(torch.device(device))
     right = kernels.ft_loss_forward
 
     def wrong(*args, **options):
@@ -77,15 +77,15 @@ def test_a_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device, p):
         return loss * 1.001, statistics
 
     monkeypatch.setattr(kernels, "ft_loss_forward", wrong)
-    assert not check_case(backend, torch.device(device), torch.float32, p, "nchw").ok
+    assert not check_case(BACKENDS[backend], torch.device(device), torch.float32, p, "nchw").ok
 
 
 def test_the_named_backend_is_the_one_that_runs(monkeypatch, backend, device):
     """A test that names a backend must not pass on another one."""
     launches = []
-    right = launchers(backend, torch.device(device)).ft_loss_forward
+    right = BACKENDS[backend].launchers(torch.device(device)).ft_loss_forward
     monkeypatch.setattr(
-        launchers(backend, torch.device(device)),
+        BACKENDS[backend].launchers(torch.device(device)),
         "ft_loss_forward",
         lambda *args, **options: launches.append(1) or right(*args, **options),
     )
@@ -98,21 +98,15 @@ SHAPE = check_head.SHAPES["8x8"]
 
 
 def head_module(backend, device):
-    if backend == "native":
-        if device == "cuda":
-            pytest.skip("CUDA C++ has the loss alone")
-        return ft_head_native
-    from ftfast.ops import ft_head_triton
-
-    return ft_head_triton
+    module = BACKENDS[backend].head_kernels(torch.device(device))
+    return module or pytest.skip("CUDA C++ has the loss alone")
 
 
 def verdicts(backend, device):
+    kernels, place = BACKENDS[backend], torch.device(device)
     # Of float32 on a GPU, those that do not round to TF32.
-    ways = ("layers",) if device == "cuda" else check_head.ways(backend, torch.device(device), torch.float32, SHAPE)
-    return [
-        check_head.check_head(backend, torch.device(device), way, torch.float32, 1, "8x8", SHAPE).ok for way in ways
-    ]
+    ways = ("layers",) if device == "cuda" else check_head.ways(kernels, place, torch.float32, SHAPE)
+    return [check_head.check_head(kernels, place, way, torch.float32, 1, "8x8", SHAPE).ok for way in ways]
 
 
 @pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])

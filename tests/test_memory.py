@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ftfast
-from ftfast.dispatch import interpreting
+from ftfast.backends.triton import interpreting
 from ftfast.ops import batch_norm
 from ftfast.ops.attention import attention_difference
 from ftfast.ops.batch_norm import Layer, convolution_norm

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ftfast
-from ftfast import cli, dispatch, kernel_table
+from ftfast import cli, dispatch, extension, kernel_table
 from ftfast.cli import main
 from ftfast.diagnosis import check
 from ftfast.distill.data import datasets
@@ -72,7 +73,7 @@ def test_what_needs_a_home_folder_says_so(home, tmp_path, capsys):
     assert user_folder() is None
     with pytest.raises(datasets.DataError, match="there is no home folder with data; give --data-dir"):
         datasets.default_folder()
-    if dispatch.load_extension()[0] is not None:
+    if extension.load_extension()[0] is not None:
         assert main(["tune", "4x8+8:8x3x3"]) == 2
         assert "there is no home folder to keep the table in; give --out" in capsys.readouterr().err
 
@@ -154,9 +155,10 @@ def test_closed_streams_are_opened_before_a_checkpoint_gets_their_numbers(monkey
 
 
 def interpreter_that_says(monkeypatch, status, out, err):
-    monkeypatch.setattr(check, "_backends", lambda asked: [("native", CPU), ("triton", CPU)])
+    backends = [(dispatch.BACKENDS[name], CPU) for name in ("native", "triton")]
+    monkeypatch.setattr(check, "_backends", lambda asked: backends)
     monkeypatch.setattr(check, "supports", lambda backend, *rest: dispatch.Support(backend == "native", "on the CPU"))
-    monkeypatch.setattr(check, "interpreting", lambda: False)
+    monkeypatch.setattr(type(backends[1][0]), "environment_to_run", lambda self, device: {"TRITON_INTERPRET": "1"})
     monkeypatch.setattr(check.check_loss, "check_backend", lambda *rest: [check.check_loss.check_case(*CASE)])
     monkeypatch.setattr(check.check_head, "check_heads", lambda *rest: [])
     monkeypatch.setattr(
@@ -164,7 +166,7 @@ def interpreter_that_says(monkeypatch, status, out, err):
     )
 
 
-CASE = ("reference", CPU, torch.float32, 1, "nchw")
+CASE = (SimpleNamespace(name="reference", place=lambda device: "cpu"), CPU, torch.float32, 1, "nchw")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftfast.dispatch import load_extension
+from ftfast.extension import load_extension
 from ftfast.ops import read_rows as op
 from ftfast.ops.read_rows import RowError, read_rows
 

@@ -7,7 +7,7 @@ import torch
 
 from ftfast import kernel_table
 from ftfast.cli import main
-from ftfast.dispatch import load_extension
+from ftfast.extension import load_extension
 from ftfast.ops import conv3x3_native
 
 CPU = torch.device("cpu")

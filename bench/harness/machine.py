@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import ftfast
-from ftfast import dispatch
+from ftfast import extension
 from ftfast.distill.monitor import gpu_meter
 
 BUSY_SHARE = 0.25  # of the cores, as a load average before the start
@@ -216,7 +216,7 @@ def _memory_gib() -> float | None:
 def _extension() -> dict[str, Any]:
     """What the compiled extension was built with, and the version of that compiler as it is now."""
     try:
-        report = json.loads(dispatch.BUILD_REPORT.read_text())
+        report = json.loads(extension.BUILD_REPORT.read_text())
     except (OSError, json.JSONDecodeError):
         return {}
     compiler = report.get("compiler")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import ftfast
-from ftfast.dispatch import BACKENDS, build_report, explain, load_extension, supports
+from ftfast.dispatch import BACKENDS, explain, supports
+from ftfast.extension import build_report, load_extension
 
 _PACKAGES = ("torch", "triton", "torchvision", "numpy", "safetensors", "matplotlib", "rich")
 

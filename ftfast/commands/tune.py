@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ftfast import kernel_table
+from ftfast.backends import Options
 from ftfast.dispatch import supports
 from ftfast.kernel_table import Work
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops import conv3x3_native, ft_head
 from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_head_operands import Plan
-from ftfast.ops.ft_loss_launch import Options
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Two kernels for one result may differ by this much, relative to it; TF32 rounds float32 operands.

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ftfast.backends import KernelBackend
 from ftfast.diagnosis import check_head, check_loss
-from ftfast.dispatch import interpreting, supports
+from ftfast.dispatch import BACKENDS, supports
 
 
 @dataclass
@@ -26,25 +27,24 @@ class Findings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--backend", choices=("native", "triton"), help="check this backend only")
+    names = [backend.name for backend in _kernel_backends()]
+    parser.add_argument("--backend", choices=names, help="check this backend only")
 
 
 def run(args: argparse.Namespace) -> int:
     found, shown = Findings(), _Shown(silent=args.json)
     for backend, device in _backends(args.backend):
-        support = supports(backend, device, torch.float32, torch.float32)
+        support = supports(backend.name, device, torch.float32, torch.float32)
         if support.ok:
             found.losses += shown(check_loss.check_backend(backend, device))
-            if backend == "triton" or device.type == "cpu":  # CUDA C++ has the loss alone
-                found.heads += shown(check_head.check_heads(backend, device))
-        elif backend == "triton" and not interpreting() and "not installed" not in support.reason:
-            interpreted = _check_interpreted()
-            found.losses += shown(interpreted.losses)
-            found.heads += shown(interpreted.heads)
-            found.skipped += interpreted.skipped
+            found.heads += shown(check_head.check_heads(backend, device))
+        elif environment := backend.environment_to_run(device):
+            elsewhere = _check_elsewhere(backend.name, environment)
+            found.losses += shown(elsewhere.losses)
+            found.heads += shown(elsewhere.heads)
         else:
-            where = "here" if device.type == "cpu" or backend == "triton" else "on the GPU"
-            found.skipped.append(f"{backend} cannot run {where}: {support.reason}.")
+            where = "here" if device.type == "cpu" else "on the GPU"
+            found.skipped.append(f"{backend.name} cannot run {where}: {support.reason}.")
     if args.backend and not found.losses:
         print(f"ftfast check: error: {found.skipped[0]}", file=sys.stderr)
         return 2
@@ -78,22 +78,28 @@ class _Shown:
         return kept
 
 
-def _backends(asked: str | None) -> list[tuple[str, torch.device]]:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    if not torch.cuda.is_available():
-        pairs = [("native", cpu), ("triton", cpu)]
-    else:
-        pairs = [("native", cpu), ("native", gpu), ("triton", gpu)]
-    return [(backend, device) for backend, device in pairs if asked in (None, backend)]
+def _kernel_backends() -> list[KernelBackend]:
+    return [backend for backend in BACKENDS.values() if isinstance(backend, KernelBackend)]
 
 
-def _check_interpreted() -> Findings:
-    """Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter needs a process of its own.
+def _backends(asked: str | None) -> list[tuple[KernelBackend, torch.device]]:
+    """Each backend on every device here that its kernels are for; where there is none, on the CPU all the same."""
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        (backend, torch.device(kind))
+        for backend in _kernel_backends()
+        if asked in (None, backend.name)
+        for kind in [kind for kind in here if kind in backend.device_types] or ["cpu"]
+    ]
 
-    It needs numpy too, which neither Triton nor torch brings, and some of their versions do not go together.
+
+def _check_elsewhere(backend: str, environment: dict[str, str]) -> Findings:
+    """The findings of a process of its own, for a backend that cannot run in this one.
+
+    Triton's interpreter needs numpy too, which neither Triton nor torch brings, and some versions do not go together.
     """
-    command = [sys.executable, "-m", "ftfast", "check", "--backend", "triton", "--json"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ftfast", "check", "--backend", backend, "--json"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
         said = (done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"])[-1]
         reason = said.rpartition(": error: ")[2].rstrip(".")[:300]

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast import reference
+from ftfast.backends import KernelBackend, Options
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops import ft_head
 from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_head_operands import Plan
-from ftfast.ops.ft_loss_launch import Options
 
 # Relative L2. In 16 bits the error is that of the maps' roundings, which the head's own conditioning magnifies: there
 # each result may be off by this much more than torch's modules are in that dtype, and by one rounding.
@@ -43,29 +43,31 @@ class HeadOutcome:
     ok: bool
 
 
-def check_heads(backend: str, device: torch.device) -> Iterator[HeadOutcome]:
-    """Every way of one backend on one device."""
-    cases = [(torch.float32, 1), (torch.float32, 2)]
-    if backend == "triton":
-        cases.append((torch.float16, 2))
-    if backend == "native" or device.type == "cuda":  # Triton's interpreter rounds bfloat16 towards zero
+def check_heads(backend: KernelBackend, device: torch.device) -> Iterator[HeadOutcome]:
+    """Every way of one backend on one device; none of one that has the loss alone."""
+    cases = [(torch.float32, 1), (torch.float32, 2), (torch.float16, 2)]
+    if backend.place(device) != "interpreter":  # it rounds bfloat16 towards zero
         cases.append((torch.bfloat16, 2))
     for (maps, shape), (dtype, p) in itertools.product(SHAPES.items(), cases):
         for kernel in ways(backend, device, dtype, shape):
             yield check_head(backend, device, kernel, dtype, p, maps, shape)
 
 
-def ways(backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
-    if backend == "native":
-        return ("layers",)
-    from ftfast.ops import ft_head_triton
-
+def ways(backend: KernelBackend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The ways that a backend has to compute a head of one of SHAPES."""
+    kernels = backend.head_kernels(device)
     samples, student, teacher, factor, height, width = shape
-    return ft_head_triton.candidates(device, dtype, (samples, student, height, width), factor, teacher)
+    return kernels.candidates(device, dtype, (samples, student, height, width), factor, teacher) if kernels else ()
 
 
 def check_head(
-    backend: str, device: torch.device, kernel: str, dtype: torch.dtype, p: int, maps: str, shape: tuple[int, ...]
+    backend: KernelBackend,
+    device: torch.device,
+    kernel: str,
+    dtype: torch.dtype,
+    p: int,
+    maps: str,
+    shape: tuple[int, ...],
 ) -> HeadOutcome:
     """Loss and gradients of one head in a given way.
 
@@ -77,7 +79,7 @@ def check_head(
 
 
 def _check_head(
-    backend: str,
+    backend: KernelBackend,
     device: torch.device,
     kernel: str,
     dtype: torch.dtype,
@@ -97,7 +99,7 @@ def _check_head(
     stacks = convolution_stack(translator), convolution_stack(paraphraser)
     assert isinstance(stacks[0], Stack)
     assert isinstance(stacks[1], Stack)
-    plan = Plan(kernel, backend, dtype, "a check")
+    plan = Plan(kernel, backend.name, dtype, "a check")
     loss = ft_head.run(student, teacher, None, plan, stacks[0], stacks[1], Options(p, "mean", 1e-12, 1.0))
     upstream = torch.full_like(loss, student.numel())
     found = torch.autograd.grad(loss, [student, *translator.parameters()], upstream)
@@ -111,9 +113,9 @@ def _check_head(
         rounded = _by_reference(student, teacher, paraphraser, translator, p, upstream, alike)
         bounds = [allowance * (error + torch.finfo(alike).eps) for error in _errors(rounded, truth)]
     name = "tf32" if rounds_to_tf32 else str(dtype).removeprefix("torch.")
-    where = "interpreter" if backend == "triton" and device.type == "cpu" else device.type
     ok = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
-    return HeadOutcome(backend, where, kernel, name, p, maps, errors[0], errors[1], max(errors[2:]), ok)
+    where = backend.place(device)
+    return HeadOutcome(backend.name, where, kernel, name, p, maps, errors[0], errors[1], max(errors[2:]), ok)
 
 
 def _errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:

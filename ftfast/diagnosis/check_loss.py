@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ftfast import reference
+from ftfast.backends import KernelBackend
 from ftfast.loss import ft_loss
 
 # Relative: of the loss, and in L2 of a gradient. A gradient is rounded once to its dtype, so its bound is that of a
@@ -45,7 +46,7 @@ class Outcome:
     ok: bool
 
 
-def check_backend(backend: str, device: torch.device) -> Iterator[Outcome]:
+def check_backend(backend: KernelBackend, device: torch.device) -> Iterator[Outcome]:
     """Every dtype, p and layout of one backend on one device, with a trained and with a frozen teacher's side."""
     cases: list[dict[str, Any]] = []
     for dtype, p in itertools.product(GRADIENT_BOUNDS, (1, 2)):
@@ -58,14 +59,13 @@ def check_backend(backend: str, device: torch.device) -> Iterator[Outcome]:
     cases += [
         {**case, "stored": torch.int8} for case in cases if case.get("condition") in ("tiny eps", "norm overflows")
     ]
-    if backend == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        cases = [case for case in cases if case.get("stored") != torch.float8_e4m3fn]
     for case in cases:
-        yield check_case(backend, device, **case)
+        if backend.supports(device, case["dtype"], case.get("stored", case["dtype"])).ok:
+            yield check_case(backend, device, **case)
 
 
 def check_case(
-    backend: str,
+    backend: KernelBackend,
     device: torch.device,
     dtype: torch.dtype,
     p: int,
@@ -96,7 +96,7 @@ def check_case(
     if condition == "negated views":
         student, teacher = torch._neg_view(-student), torch._neg_view(-teacher)
     eps = CONDITIONS.get(condition, 1e-12)
-    loss, gradients = _loss_and_gradients(student, teacher, p, backend, frozen, eps)
+    loss, gradients = _loss_and_gradients(student, teacher, p, backend.name, frozen, eps)
     if condition == "norm overflows":  # as in torch's own float32, whose quotient by an infinite norm is 0
         exact_student[1] = 0
     exact_loss, exact_gradients = _loss_and_gradients(exact_student, exact_teacher, p, "reference", frozen, eps)
@@ -105,13 +105,13 @@ def check_case(
     loss_error = relative_error(loss, exact_loss)
     errors = [relative_error(got, exact) for got, exact in zip(gradients, exact_gradients, strict=True)]
     ok = loss_error <= LOSS_BOUNDS[dtype] and max(errors) <= GRADIENT_BOUNDS[dtype]
-    where = "interpreter" if backend == "triton" and device.type == "cpu" else device.type
     teacher_name = "frozen " * frozen + _name(stored or dtype)
     if shape != SHAPE:
         layout = f"{layout}, long"
     layout = condition or layout
     teacher_error = None if frozen else errors[1]
-    return Outcome(backend, where, _name(dtype), teacher_name, p, layout, loss_error, errors[0], teacher_error, ok)
+    where = backend.place(device)
+    return Outcome(backend.name, where, _name(dtype), teacher_name, p, layout, loss_error, errors[0], teacher_error, ok)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast import reference
-from ftfast.dispatch import interpreting, resolve, supports
+from ftfast.backends.triton import interpreting
+from ftfast.dispatch import resolve, supports
 from ftfast.ops import attention_native
 from ftfast.ops.ft_loss import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast

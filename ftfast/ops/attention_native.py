@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import extension
+from ftfast.extension import extension
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ftfast.dispatch import extension, load_extension
+from ftfast.extension import extension, load_extension
 from ftfast.ops import conv3x3_direct as direct
 from ftfast.ops.conv3x3_native import cast_weight, gradients
 from ftfast.ops.maps import as_map, map_dtype, no_autocast

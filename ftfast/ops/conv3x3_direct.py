@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import extension, load_extension
+from ftfast.extension import extension, load_extension
 from ftfast.ops.memory import plain
 
 _BLOCK = 16  # channels are multiples of it

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.dispatch import extension, load_extension
+from ftfast.extension import extension, load_extension
 from ftfast.kernel_table import Work, choose_kernel
 from ftfast.ops import conv3x3_direct as direct
 from ftfast.ops.conv3x3_direct import PackedWeight

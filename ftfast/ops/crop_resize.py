@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import Support, resolve, supports
+from ftfast.backends import Support
+from ftfast.dispatch import resolve, supports
 from ftfast.ops.memory import plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import load_extension
+from ftfast.extension import load_extension
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> int | None:

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftfast.ops import ft_head_native
+from ftfast.backends import KernelBackend, Options
+from ftfast.dispatch import BACKENDS
 from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_head_operands import Head, Plan
 from ftfast.ops.ft_loss import separate_weight
-from ftfast.ops.ft_loss_launch import Options
 from ftfast.ops.maps import no_autocast
 from ftfast.ops.memory import plain
 from ftfast.reference import scalar
@@ -35,7 +35,7 @@ def run(
         loss = FTHeadFunction.apply(student, teacher, teacher_factor, head, *parameters)
     else:
         with no_autocast(student.device.type):
-            loss, _ = _backend(plan).ft_head_forward(student, teacher, teacher_factor, head, keep=False)
+            loss, _ = _kernels(plan, student.device).ft_head_forward(student, teacher, teacher_factor, head, keep=False)
     return loss if multiplier is None else loss * scalar(multiplier, loss.dtype)
 
 
@@ -43,12 +43,10 @@ def _plain(stack: Stack) -> Stack:
     return stack._replace(weights=tuple(map(plain, stack.weights)), biases=tuple(map(plain, stack.biases)))
 
 
-def _backend(plan: Plan) -> Any:
-    if plan.backend == "native":
-        return ft_head_native
-    from ftfast.ops import ft_head_triton
-
-    return ft_head_triton
+def _kernels(plan: Plan, device: torch.device) -> Any:
+    backend = BACKENDS[plan.backend]
+    assert isinstance(backend, KernelBackend)
+    return backend.head_kernels(device)
 
 
 class FTHeadFunction(torch.autograd.Function):
@@ -67,7 +65,8 @@ class FTHeadFunction(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         with no_autocast(student.device.type):
-            loss, kept = _backend(head.plan).ft_head_forward(student, teacher, teacher_factor, head, keep=True)
+            kernels = _kernels(head.plan, student.device)
+            loss, kept = kernels.ft_head_forward(student, teacher, teacher_factor, head, keep=True)
         ctx.save_for_backward(*kept)
         ctx.head = head._replace(paraphraser=None)
         ctx.student_dtype = student.dtype
@@ -85,7 +84,8 @@ class FTHeadFunction(torch.autograd.Function):
             )
         needed, upstream = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]), plain(upstream)
         with no_autocast(upstream.device.type):
-            gradients = _backend(ctx.head.plan).ft_head_backward(list(ctx.saved_tensors), upstream, ctx.head, needed)
+            kernels = _kernels(ctx.head.plan, upstream.device)
+            gradients = kernels.ft_head_backward(list(ctx.saved_tensors), upstream, ctx.head, needed)
         if gradients[0] is not None:
             gradients[0] = gradients[0].to(ctx.student_dtype)
         return gradients[0], None, None, None, *gradients[1:]

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.kernels import activation
+from ftfast.kernels import activation, ft_loss
 from ftfast.kernels.ft_head_loss import head_loss, scaled_direction
 from ftfast.ops.convolution_stack import Stack, prepare_once
 from ftfast.ops.ft_head_operands import Head
-from ftfast.ops.ft_loss_launch import forward as loss_forward
 from ftfast.ops.maps import as_map
 
 
@@ -61,7 +60,7 @@ def ft_head_forward(
         maps.append(_layer(maps[-1], as_map(weight, dtype), bias, translator.negative_slope))
     student_factor = maps.pop()
     if not keep:
-        return loss_forward(student_factor, teacher_factor, options, "triton")[0], []
+        return ft_loss.ft_loss_forward(student_factor, teacher_factor, **options._asdict())[0], []
     loss, direction, inverse_norm = head_loss(
         nhwc(student_factor), nhwc(teacher_factor), **options._asdict(), negative_slope=translator.negative_slope
     )

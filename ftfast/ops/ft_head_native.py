@@ -10,9 +10,35 @@ from torch import Tensor
 from ftfast.ops import conv3x3_native as conv3x3
 from ftfast.ops.conv3x3_direct import PackedWeight
 from ftfast.ops.convolution_stack import Stack, prepare_once
-from ftfast.ops.ft_head_operands import Head
+from ftfast.ops.ft_head_operands import SEPARATE, Head
 from ftfast.ops.ft_loss_native import ft_loss_forward, ft_loss_forward_with_gradient
 from ftfast.ops.maps import as_map
+
+LAYERS = "layers"
+
+
+def candidates(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    factor_channels: int,
+    teacher_channels: int | None,
+) -> tuple[str, ...]:
+    """The ways that can compute a head of this student map ``[N, C, H, W]``."""
+    return (LAYERS,) if dtype in (torch.float32, torch.bfloat16) else ()
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    factor_channels: int,
+    teacher_channels: int | None,
+) -> tuple[str, str]:
+    """The way to compute a head of this student map, and why."""
+    if not candidates(device, dtype, shape, factor_channels, teacher_channels):
+        return SEPARATE, f"oneDNN trains in float32 and bfloat16, and these maps are {dtype}"
+    return LAYERS, "oneDNN's convolutions, everything between them in place"
 
 
 def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Tensor | PackedWeight, Tensor]]:

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from ftfast.backends import Options
 from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_loss_launch import Options
+
+SEPARATE = "separate"
 
 
 class Plan(NamedTuple):

@@ -5,13 +5,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import choose, interpreting, resolve
+from ftfast.backends import KernelBackend
+from ftfast.backends.triton import interpreting
+from ftfast.dispatch import BACKENDS, choose, resolve
 from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_operands import Plan
+from ftfast.ops.ft_head_operands import SEPARATE, Plan
 from ftfast.ops.ft_loss import needs_torch_operators
 from ftfast.ops.maps import map_dtype, rounds_to_tf32
-
-SEPARATE = "separate"
 
 
 def plan_head(
@@ -60,16 +60,12 @@ def _plan_kernel(
     factor_channels: int,
 ) -> Plan:
     backend, device, dtype, teacher_channels, _ = kind
-    if backend == "native" and device.type == "cpu":
-        if dtype not in (torch.float32, torch.bfloat16):
-            return Plan(SEPARATE, backend, dtype, f"oneDNN trains in float32 and bfloat16, and these maps are {dtype}")
-        return Plan("layers", backend, dtype, "oneDNN's convolutions, everything between them in place")
-    if backend == "triton":
-        from ftfast.ops import ft_head_triton
-
-        kernel, reason = ft_head_triton.choose(device, dtype, shape, factor_channels, teacher_channels)
-        return Plan(kernel, backend, dtype, reason)
-    return Plan(SEPARATE, backend, dtype, f"the {backend} backend has no kernels for a head on {device.type}")
+    found = BACKENDS[backend]
+    kernels = found.head_kernels(device) if isinstance(found, KernelBackend) else None
+    if kernels is None:
+        return Plan(SEPARATE, backend, dtype, f"the {backend} backend has no kernels for a head on {device.type}")
+    kernel, reason = kernels.choose(device, dtype, shape, factor_channels, teacher_channels)
+    return Plan(kernel, backend, dtype, reason)
 
 
 def describe(plan: Plan, requested: str) -> str:

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from ftfast import reference
 from ftfast.arguments import MAX_DIMS, check_factors, check_options
-from ftfast.dispatch import choose, resolve
+from ftfast.backends import KernelBackend, Options
+from ftfast.dispatch import BACKENDS, choose, resolve
 from ftfast.ops import ft_loss_compiled
 from ftfast.ops import ft_loss_native as native
-from ftfast.ops.ft_loss_launch import Options, backward, forward
 from ftfast.ops.memory import plain
-from ftfast.reference import compute_dtype, scalar
+from ftfast.reference import scalar
 
 # Calls whose options, dtypes and devices were found good, and the backend that they run on: what does not change from
 # step to step is checked once.
@@ -96,37 +96,33 @@ def _intercepts(kind: type[Tensor]) -> bool:
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def _run_kernels(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Tensor:
+def _run_kernels(student: Tensor, teacher: Tensor, options: Options, chosen: str) -> Tensor:
     if torch.compiler.is_compiling():
-        return ft_loss_compiled.ft_loss(student, teacher, options, backend)
+        return ft_loss_compiled.ft_loss(student, teacher, options, chosen)
+    backend = BACKENDS[chosen]
+    assert isinstance(backend, KernelBackend)
     student, teacher = plain(student), plain(teacher)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         return FTLossFunction.apply(student, teacher, options, backend)
-    return forward(student, teacher, options, backend)[0]
+    return backend.forward(student, teacher, options)[0]
 
 
 class FTLossFunction(torch.autograd.Function):
-    """Saves the factors and O(N) scalars; or, for float32 on the CPU, the one gradient that forward wrote.
-
-    There the factors are still in cache when the gradient can be written, which spares reading them a second time.
-    """
+    """Saves the factors and O(N) scalars; or, where the backend had better write it, the one gradient."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options, backend: str) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options, backend: KernelBackend) -> Tensor:
         ctx.options, ctx.backend = options, backend
         needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        ctx.holds_gradient = (
-            backend == "native"
-            and student.device.type == "cpu"
-            and needs_student
-            and not needs_teacher
-            and student.dtype == compute_dtype(student, teacher) == torch.float32
-        )
-        if ctx.holds_gradient:
-            loss, gradient = native.ft_loss_forward_with_gradient(student, teacher, *options)
+        written = None
+        if needs_student and not needs_teacher:
+            written = backend.forward_with_gradient(student, teacher, options)
+        ctx.holds_gradient = written is not None
+        if written is not None:
+            loss, gradient = written
             ctx.save_for_backward(gradient)
             return loss
-        loss, statistics = forward(student, teacher, options, backend)
+        loss, statistics = backend.forward(student, teacher, options)
         # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
         ctx.inference_teacher = teacher if teacher.is_inference() else None
         weights = (options.weight,) if isinstance(options.weight, Tensor) else ()
@@ -159,7 +155,8 @@ class FTLossFunction(torch.autograd.Function):
         if differentiable or batched:
             with torch.enable_grad():
                 return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
-        return (*backward(student, teacher, statistics, plain(upstream), options, ctx.backend, needed), None, None)
+        gradients = ctx.backend.backward(student, teacher, statistics, plain(upstream), options, needed)
+        return (*gradients, None, None)
 
 
 def _differentiable_backward(

@@ -9,15 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftfast.ops.ft_loss_launch import Options, backward, forward
+from ftfast.backends import KernelBackend, Options
+from ftfast.dispatch import BACKENDS
 from ftfast.reference import compute_dtype, scalar
+
+
+def _kernels(name: str) -> KernelBackend:
+    backend = BACKENDS[name]
+    assert isinstance(backend, KernelBackend)
+    return backend
 
 
 @torch.library.custom_op("ftfast::ft_loss_forward", mutates_args=())
 def _forward_op(
     student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return forward(student, teacher, Options(p, reduction, eps, 1.0), backend)
+    return _kernels(backend).forward(student, teacher, Options(p, reduction, eps, 1.0))
 
 
 @torch.library.custom_op("ftfast::ft_loss_backward", mutates_args=())
@@ -34,7 +41,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     """A gradient that is not needed comes back empty: an operator's results cannot be None."""
     options, needed = Options(p, reduction, 0.0, 1.0), (needs_student, needs_teacher)
-    for_student, for_teacher = backward(student, teacher, statistics, upstream, options, backend, needed)
+    for_student, for_teacher = _kernels(backend).backward(student, teacher, statistics, upstream, options, needed)
     return (
         statistics.new_empty(0) if for_student is None else for_student,
         statistics.new_empty(0) if for_teacher is None else for_teacher,

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import extension
+from ftfast.extension import extension
 from ftfast.reference import compute_dtype, reduction_divisor
 
 _DTYPE_CODES = {

@@ -6,7 +6,7 @@ The arguments were checked by ftfast.ops.ft_loss; the extension trusts what it g
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import extension
+from ftfast.extension import extension
 from ftfast.reference import compute_dtype, reduction_divisor
 
 _DTYPE_CODES = {

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.dispatch import load_extension
+from ftfast.extension import load_extension
 from ftfast.ops.memory import lies_in_memory
 
 
