@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftfast.commands.trained import describe_trained, read_trained
+from ftfast.distill.data import class_names
 from ftfast.distill.data.in_memory import DATASETS
 from ftfast.distill.data.photographs.decoding import of_photographs
 from ftfast.distill.monitor.plots import confusion_counts, draw_confusion
@@ -82,7 +83,7 @@ def evaluate_checkpoint(
         loader: of photographs.
 
     Raises:
-        CheckpointError: not a whole checkpoint of a teacher or student.
+        CheckpointError: not a whole checkpoint of a teacher or student, or trained on other classes.
         SettingsError: an unknown data set, device or dtype.
         DataError: the data set's files are not there or damaged.
     """
@@ -90,6 +91,8 @@ def evaluate_checkpoint(
     chosen = {"data": data or described["data"], "device": device or "auto", "dtype": dtype or described["dtype"]}
     if chosen["data"] in DATASETS and chosen["data"] != described["data"]:
         raise SettingsError(f"data is {chosen['data']!r}, and the checkpoint was trained on {described['data']!r}.")
+    if DATASETS[described["data"]].is_streamed:
+        class_names.check_same(folder, described, class_names.named(source.folder if source else None, loader))
     settings = settings_of(**chosen, **_of_photographs(described, loader, source)).resolved()
 
     from ftfast.distill.phases.setup import load_images, precision_of

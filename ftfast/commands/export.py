@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ftfast.commands.trained import Trained, read_trained
+from ftfast.distill.data import class_names
 from ftfast.distill.data.photographs.decoding import of_photographs
 from ftfast.distill.runtime import files
 from ftfast.errors import DistillError
@@ -102,7 +103,9 @@ def _write_tensors(trained: Trained, model: nn.Module, images: Tensor, path: Pat
 def _described(trained: Trained) -> str:
     """The model and its images in JSON, those of photographs with what they are normalised by."""
     described = {
-        key: trained.description[key] for key in ("model", "data", "photographs") if key in trained.description
+        key: trained.description[key]
+        for key in ("model", "data", "photographs", class_names.KEY)
+        if key in trained.description
     }
     if "photographs" in described:
         described["photographs"] = {**described["photographs"], **of_photographs(described["photographs"])._asdict()}

@@ -6,6 +6,7 @@ by their padding.
 
 import base64
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,7 @@ class PhotographViews:
         names, prefix = self.images.photographs.files, f"{self.folder}/"
         data = hashlib.sha256()
         for row in self.images.rows.tolist():
-            data.update(f"{names.name(row).removeprefix(prefix)}\n".encode())
+            data.update(os.fsencode(names.name(row).removeprefix(prefix)) + b"\n")
         data.update(self.labels.astype(np.int64).tobytes())
         return {"transform": hash_json(self.transform()), "decoder": _decoder_hash(), "data": data.hexdigest()}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftfast.distill.data import in_memory
+from ftfast.distill.data import class_names, in_memory
 from ftfast.distill.data.images import Images
 from ftfast.distill.data.in_memory import Dataset
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, to_photographs
@@ -128,10 +128,11 @@ class Setup:
 
     def describe(self, kind: str, model: dict[str, Any], **rest: Any) -> dict[str, Any]:
         settings, dataset = self.settings, self.settings.dataset()
-        photographs: dict[str, Any] = {"classes": dataset.classes, "size": dataset.image_shape[1]}
+        of_images: dict[str, Any] = {"data": settings.data}
         if dataset.is_streamed:
-            photographs |= to_photographs(Colours(settings.mean, settings.deviation))
-        of_images = {"data": settings.data, **({"photographs": photographs} if dataset.is_streamed else {})}
+            colours = to_photographs(Colours(settings.mean, settings.deviation))
+            of_images["photographs"] = {"classes": dataset.classes, "size": dataset.image_shape[1], **colours}
+            of_images |= class_names.named(settings.data_dir, settings.loader)
         return {"kind": kind, "model": model, **of_images, "dtype": settings.dtype, **rest}
 
     def finish(self, training: Training, path: Path, description: dict[str, Any]) -> None:

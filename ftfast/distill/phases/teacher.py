@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftfast.distill.data import class_names
 from ftfast.distill.data.augment import Mixing
 from ftfast.distill.models import checkpoint_names, libraries
 from ftfast.distill.models.frozen_teacher import FrozenTeacher, Teacher
@@ -36,7 +37,7 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
     They are those that ``settings.teacher_checkpoint`` names, or its library's.
 
     Raises:
-        CheckpointError: not readable, not plain tensors, or of another model.
+        CheckpointError: not readable, not plain tensors, of another model, or trained on other classes.
         SettingsError: a library's weights that cannot be had, or are for other classes.
     """
     dataset = settings.dataset()
@@ -57,6 +58,8 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
             f"{found.get('channels')} channels and {found.get('shortcut')} shortcuts; give --teacher, "
             "--teacher-channels and --shortcut to match."
         )
+    if dataset.is_streamed and (described := checkpoint.describe_weights(path)):
+        class_names.check_same(path, described, class_names.named(settings.data_dir, settings.loader))
     model = build(expected, dataset, seed=0, device=torch.device("cpu"))
     tensors = checkpoint_names.to_own_layout(tensors, model, path, settings.data)
     checkpoint.fill(model, tensors, path, title)

@@ -9,6 +9,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -152,6 +153,17 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(content.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from None
+
+
+def describe_weights(path: Path) -> dict[str, Any] | None:
+    """What a folder or an exported file of ours says of itself; None where it is not ours, or cannot be read."""
+    with suppress(CheckpointError, OSError, ValueError):
+        if path.is_dir():
+            return read_description(path)
+        if path.suffix == ".safetensors":
+            metadata = read_metadata(path)
+            return json.loads(metadata["ftfast"]) if "ftfast" in metadata else None
+    return None
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, model_title: str) -> None:

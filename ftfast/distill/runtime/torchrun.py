@@ -79,7 +79,7 @@ def is_first_to_say(sentence: str) -> bool | None:
     store = _reached()
     if store is None:
         return None
-    name = hashlib.sha1(sentence.encode(), usedforsecurity=False).hexdigest()
+    name = hashlib.sha1(sentence.encode(errors="backslashreplace"), usedforsecurity=False).hexdigest()
     try:
         return store.add(f"said/{restarts()}/{name}", 1) == 1
     except RuntimeError:

@@ -1,15 +1,12 @@
 """By which numbers the pixels of photographs are normalised: those that the networks' weights were trained with."""
 
-import json
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, of_photographs
 from ftfast.distill.models import libraries
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.settings.recipe import Recipe
-from ftfast.errors import CheckpointError, SettingsError
+from ftfast.errors import SettingsError
 
 
 def of_recipe(recipe: Recipe) -> Colours:
@@ -33,7 +30,7 @@ def of_recipe(recipe: Recipe) -> Colours:
 
 def _of_teacher(recipe: Recipe) -> Colours | None:
     if recipe.teacher_checkpoint is not None:
-        described = _described(Path(recipe.teacher_checkpoint))
+        described = checkpoint.describe_weights(Path(recipe.teacher_checkpoint))
         if described is not None:
             return of_photographs(described["photographs"]) if "photographs" in described else None
         return _of_library(recipe.teacher)  # a file of others, trained further from the library's weights perhaps
@@ -43,17 +40,6 @@ def _of_teacher(recipe: Recipe) -> Colours | None:
 def _of_library(model: str) -> Colours | None:
     found = libraries.pretrained_colours(model)
     return None if found is None else Colours(*found)
-
-
-def _described(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint of ours says of itself; None where it is not ours, or cannot be read, which is said later."""
-    with suppress(CheckpointError, OSError, ValueError):
-        if path.is_dir():
-            return checkpoint.read_description(path)
-        if path.suffix == ".safetensors":
-            metadata = checkpoint.read_metadata(path)
-            return json.loads(metadata["ftfast"]) if "ftfast" in metadata else None
-    return None
 
 
 def _shown(values: tuple[float, ...]) -> str:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ftfast.distill.data import class_names
 from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.photographs.readers import lost_readers_in_words
 from ftfast.distill.monitor.epochs import Epoch
@@ -50,9 +51,10 @@ def read_finished(folder: Path, expected: dict[str, Any]) -> Checkpoint | None:
 
 
 def _check_expected(found: Checkpoint, folder: Path, expected: dict[str, Any]) -> None:
+    class_names.check_same(folder, found.description, expected)  # checkpoints had none before they were kept
     for name, value in expected.items():
         other = found.description.get(name)
-        if other != value:
+        if other != value and name != class_names.KEY:
             raise CheckpointError(
                 f"{folder} is not this run's {expected['kind']}: {name} is {other!r}, not {value!r}; "
                 "remove the folder to have it made again."

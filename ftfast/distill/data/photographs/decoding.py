@@ -1,18 +1,17 @@
 """Photographs as their files' bytes, decoded by the processor one by one or by a GPU's nvJPEG in batches."""
 
 import logging
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from io import BytesIO
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.datasets import DataError, shown
 from ftfast.distill.data.in_memory import Normalisation
-from ftfast.distill.data.photographs import crops
+from ftfast.distill.data.photographs import crops, image_files
+from ftfast.distill.data.photographs.image_files import UndecodableError
 from ftfast.ops.crop_resize import can_crop, crop_resize
 
 
@@ -40,8 +39,6 @@ def to_photographs(colours: Colours) -> dict[str, Any]:
 
 
 _log = logging.getLogger("ftfast")
-_JPEG = b"\xff\xd8"
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers whose segment has the size in pixels
 
 
 class Encoded(NamedTuple):
@@ -57,49 +54,29 @@ class Encoded(NamedTuple):
         """Reads the header alone.
 
         Raises:
-            ValueError: no picture.
+            UndecodableError: no picture.
         """
-        height, width = _jpeg_size(content) or _picture_size(content)
+        height, width = image_files.size_of(content)
         return cls(torch.frombuffer(bytearray(content), dtype=torch.uint8), height, width, name)
 
     @property
     def is_jpeg(self) -> bool:
-        return bytes(self.content[:2].tolist()) == _JPEG
+        return bytes(self.content[:2].tolist()) == image_files.JPEG
 
     def decode(self) -> Tensor:
         """``[3, H, W]`` uint8, on the CPU.
 
         Raises:
-            RuntimeError: damaged.
+            UndecodableError: damaged.
         """
-        from torchvision.io import ImageReadMode, decode_image
+        pixels = image_files.decode(self.content)
+        if not self.fits(pixels):
+            raise UndecodableError(f"its header says {self.width} x {self.height} pixels, and it has others")
+        return pixels
 
-        return decode_image(self.content, ImageReadMode.RGB)
-
-
-def _jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Height and width, in a tenth of the time that Pillow takes; None where this is no plain JPEG file."""
-    place = 2
-    if content[:2] != _JPEG:
-        return None
-    while place + 9 <= len(content) and content[place] == 0xFF:
-        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
-        if marker in _FRAMES:
-            height, width = struct.unpack_from(">HH", content, place + 5)
-            return (height, width) if height and width else None
-        place += 1 if marker == 0xFF else 2 + length  # 0xFF fills
-    return None
-
-
-def _picture_size(content: bytes) -> tuple[int, int]:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(BytesIO(content)) as header:
-            width, height = header.size
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None
-    return height, width
+    def fits(self, pixels: Tensor) -> bool:
+        """Whether pixels have the size that the header gives, from which boxes are drawn."""
+        return pixels.shape == (3, self.height, self.width)
 
 
 class Read(NamedTuple):
@@ -137,7 +114,7 @@ def decode_batch(
     decoded = _decode(photographs, device, on_processor)
     damaged = [place for place in range(len(photographs)) if place not in decoded]
     if not decoded:
-        first = photographs[0].encoded.name
+        first = shown(photographs[0].encoded.name)
         raise DataError(f"none of {len(photographs)} photographs can be decoded, the first {first}.")
     stand_in = next(iter(decoded))
     places = [place if place in decoded else stand_in for place in range(len(photographs))]
@@ -192,7 +169,8 @@ def _decode(
         try:
             contents = [photographs[place].encoded.content for place in jpegs]
             if contents:
-                found |= zip(jpegs, decode_jpeg(contents, ImageReadMode.RGB, device=device), strict=True)
+                decoded = zip(jpegs, decode_jpeg(contents, ImageReadMode.RGB, device=device), strict=True)
+                found |= {place: pixels for place, pixels in decoded if photographs[place].encoded.fits(pixels)}
         except RuntimeError as error:  # one that it cannot decode spoils the batch
             _say_once(str(error).strip().partition("\n")[0])
     left = [place for place in range(len(photographs)) if place not in found]
@@ -212,5 +190,5 @@ def decode_or_none(encoded: Encoded) -> Tensor | None:
     """:meth:`Encoded.decode`, and None where it is damaged."""
     try:
         return encoded.decode()
-    except RuntimeError:
+    except UndecodableError:
         return None

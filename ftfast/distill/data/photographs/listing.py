@@ -1,13 +1,16 @@
-"""Which photographs there are: JPEG files in one folder a class, or tar shards; their labels, and how to read one."""
+"""Which photographs there are: files in one folder a class, or tar shards; their labels, and how to read one."""
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.class_names import difference
+from ftfast.distill.data.datasets import DataError, shown
 from ftfast.distill.data.photographs import tar_shards
+from ftfast.distill.data.photographs.image_files import KINDS
 
 TRAIN, TEST = "train", "val"
 
@@ -21,11 +24,16 @@ class Files(Protocol):
 
 
 class Photographs(NamedTuple):
-    """Photographs and their labels ``[N]`` int64, in an order that is the same at every call."""
+    """Photographs and their labels ``[N]`` int64, in an order that is the same at every call.
+
+    Attributes:
+        class_names: by label; None of shards, whose labels are numbers without a name.
+    """
 
     files: Files
     labels: np.ndarray
     classes: int
+    class_names: tuple[str, ...] | None = None
 
 
 class Counts(NamedTuple):
@@ -40,29 +48,29 @@ IMAGENET = Counts(1000, 1_281_167, 50_000)  # ILSVRC 2012
 
 
 class FolderFiles:
-    """Files below one folder; their paths are one array, which forked processes share."""
+    """Files below one folder; their paths are one array of the file system's bytes, which forked processes share."""
 
     def __init__(self, folder: Path, paths: list[str]) -> None:
         self._folder = folder
-        self._paths = np.array([path.encode() for path in paths])
+        self._paths = np.array([os.fsencode(path) for path in paths])
 
     def read(self, index: int) -> bytes:
         return Path(self.name(index)).read_bytes()
 
     def name(self, index: int) -> str:
-        return str(self._folder / self._paths[index].decode())
+        return str(self._folder / os.fsdecode(self._paths[index]))
 
 
 @lru_cache(maxsize=8)
 def list_photographs(folder: Path, loader: str, part: str) -> Photographs:
     """The photographs of ``"train"`` or ``"val"``: ``part/CLASS/*.jpeg``, or shards ``part-*.tar`` (``"webdataset"``).
 
-    The loader ``"gpu"`` takes both, files in folders where there are such.
+    The loader ``"gpu"`` takes both, files in folders where there are such to train on.
 
     Raises:
         DataError: none there, or shards that cannot be read.
     """
-    has_shards = not (folder / part).is_dir() and next(folder.glob(f"{part}-*.tar"), None) is not None
+    has_shards = not (folder / TRAIN).is_dir() and next(folder.glob(f"{TRAIN}-*.tar"), None) is not None
     if loader == "webdataset" or (loader == "gpu" and has_shards):
         found, labels = tar_shards.list_shards(folder, part)
         return Photographs(found, labels, int(labels.max()) + 1)
@@ -74,17 +82,41 @@ def _list_folder(folder: Path) -> Photographs:
 
     if not folder.is_dir():
         raise DataError(
-            f"{folder} is not there; photographs are taken from --data-dir with {TRAIN}/CLASS/*.jpeg and "
+            f"{shown(str(folder))} is not there; photographs are taken from --data-dir with {TRAIN}/CLASS/*.jpeg and "
             f"{TEST}/CLASS/*.jpeg, or with --loader webdataset from {TRAIN}-*.tar and {TEST}-*.tar."
         )
+    endings = tuple(f".{kind}" for kind in KINDS)
     try:
-        listed = ImageFolder(str(folder))
-    except FileNotFoundError as error:
+        listed = ImageFolder(str(folder), is_valid_file=lambda path: path.lower().endswith(endings), allow_empty=True)
+    except FileNotFoundError:
         raise DataError(
-            f"{folder} holds no photographs in one folder a class ({str(error).splitlines()[0]})."
+            f"{shown(str(folder))} holds no photographs in one folder a class: it has no folders."
         ) from None
+    labels = np.array(listed.targets, dtype=np.int64)
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(listed.classes)) == 0)
+    if len(empty):
+        raise DataError(
+            f"{shown(str(folder / listed.classes[empty[0]]))} holds no photographs, and is a class as every folder "
+            f"there is; it takes {', '.join(endings)}: bring some, or remove the folder."
+        )
     paths = [str(Path(path).relative_to(folder)) for path, _ in listed.samples]
-    return Photographs(FolderFiles(folder, paths), np.array(listed.targets, dtype=np.int64), len(listed.classes))
+    return Photographs(FolderFiles(folder, paths), labels, len(listed.classes), tuple(listed.classes))
+
+
+def list_both(folder: Path, loader: str) -> tuple[Photographs, Photographs]:
+    """Those to train on and those to test on, whose labels mean the same classes.
+
+    Raises:
+        DataError: none there, or training and test photographs of unlike classes.
+    """
+    train, test = (list_photographs(folder, loader, part) for part in (TRAIN, TEST))
+    unlike = difference((TRAIN, train.class_names), (TEST, test.class_names))
+    if train.classes != test.classes or unlike:
+        raise DataError(
+            f"{shown(str(folder))} has {train.classes} classes in {TRAIN} and {test.classes} in {TEST}{unlike}; it "
+            "takes the same in both."
+        )
+    return train, test
 
 
 def describe(folder: Path, loader: str) -> Counts:
@@ -93,11 +125,7 @@ def describe(folder: Path, loader: str) -> Counts:
     Raises:
         DataError: none there, or training and test photographs of unlike classes.
     """
-    train, test = (list_photographs(folder, loader, part) for part in (TRAIN, TEST))
-    if train.classes != test.classes:
-        raise DataError(
-            f"{folder} has {train.classes} classes in {TRAIN} and {test.classes} in {TEST}; it takes the same in both."
-        )
+    train, test = list_both(folder, loader)
     return Counts(train.classes, len(train.labels), len(test.labels))
 
 

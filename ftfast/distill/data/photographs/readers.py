@@ -2,11 +2,14 @@
 
 import errno
 import multiprocessing
+import multiprocessing.queues
+import os
+import re
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,16 +19,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils import signal_handling
 
-from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.datasets import DataError, shown
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, Encoded, Read
+from ftfast.distill.data.photographs.image_files import UndecodableError
 from ftfast.distill.data.photographs.listing import Files
 from ftfast.distill.runtime.signals import SIGNALS
 
 _TRIES = 20
+_SHARED_MEMORY = "/dev/shm"
+# How torch's words begin: on an error that a reading process raised, and on a process that is no longer there.
+_IN_READER = "in DataLoader worker process"
+_OF_READER = re.compile(rf"Caught \w+ {_IN_READER}")
+_LOST_READER = re.compile(r"DataLoader worker \(pid")
 _SECONDS_TO_ANOTHER_TRY = 0.2
 BATCHES_AHEAD = 4  # of each process
 
@@ -65,17 +75,25 @@ class Reader(Dataset[Any]):
     def _first_whole(self, key: Key, use: Callable[[Encoded, Key], Any]) -> tuple[Any, int, list[str]]:
         index = _number(key)
         damaged: list[str] = []
+        reason = ""
         for _ in range(min(_TRIES, len(self.labels))):
-            content = self._bytes(index)
+            content, name = self._bytes(index), self.files.name(index)
             try:
-                found = use(Encoded.of(content, self.files.name(index)), key)
-            except (RuntimeError, ValueError):
-                damaged.append(self.files.name(index))
+                found = use(Encoded.of(content, name), key)
+            except UndecodableError as error:
+                damaged.append(name)
+                reason = reason or shown(str(error))
                 index = (index + 1) % len(self.labels)
+            except Exception as error:  # no fault of the file's, which may help to find it all the same
+                error.add_note(f"This was at {shown(name)}.")
+                raise
             else:
                 # The others on the way have keys of their own, which count them.
                 return found, int(self.labels[index]), damaged[:1]
-        raise DataError(f"{len(damaged)} photographs one after the other cannot be decoded, the first {damaged[0]}.")
+        raise DataError(
+            f"{len(damaged)} photographs one after the other cannot be decoded, the first {shown(damaged[0])} "
+            f"({reason.rstrip('.')})."
+        )
 
     def _bytes(self, index: int) -> bytes:
         """Tried twice: a disk or server that fails says nothing of the picture, which nothing else can stand in for."""
@@ -92,7 +110,7 @@ class Reader(Dataset[Any]):
                 else "see to the disk or server that holds --data-dir"
             )
             raise DataError(
-                f"{self.files.name(index)} cannot be read ({error.strerror or error}); {advice}, and go on with "
+                f"{shown(self.files.name(index))} cannot be read ({error.strerror or error}); {advice}, and go on with "
                 "--resume."
             ) from None
 
@@ -162,23 +180,54 @@ def loader_of(reader: Reader, keys: Keys, workers: int, *, pinned: bool, persist
 
 
 def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Tensor | Squares, Tensor, list[str]]:
+    """In a reading process into shared memory at once, where its lack can still be said.
+
+    Raises:
+        DataError: the shared memory is full.
+    """
     found, labels, damaged = zip(*samples, strict=True)
-    pixels: Tensor | Squares
-    if isinstance(found[0], Squares):
-        pixels = Squares(*(torch.stack(parts) for parts in zip(*found, strict=True)))
-    else:
-        pixels = torch.stack(found)
-    return pixels, torch.tensor(labels), [name for names in damaged for name in names]
+    try:
+        pixels = default_collate(list(found))
+        return pixels, default_collate(list(torch.tensor(labels))), [name for names in damaged for name in names]
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise _shared_memory_is_full(sum(tensor.nbytes for tensor in _tensors(found))) from None
+
+
+def _tensors(found: Sequence[Any]) -> Iterator[Tensor]:
+    for one in found:
+        yield from one if isinstance(one, Squares) else (one,)
+
+
+def _shared_memory_is_full(batch: int | None = None) -> DataError:
+    """What to say of it; ``batch`` is the bytes of one."""
+    of_batch = "" if batch is None else f", where a batch takes {batch / 1e6:.1f} MB"
+    return DataError(
+        f"the shared memory in which reading processes hand over batches is full{_size_of_shared_memory()}{of_batch}; "
+        "enlarge it (docker run --shm-size 8g), give a smaller --batch-size or fewer --workers, or --workers 0, which "
+        "needs none."
+    )
+
+
+def _size_of_shared_memory() -> str:
+    try:
+        size = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return ""
+    return f" ({_SHARED_MEMORY} has {size.f_blocks * size.f_frsize / 1e6:.0f} MB)"
 
 
 def in_words(loader: Any) -> Iterator[Any]:
-    """What a reading process says, as one sentence without its traceback."""
+    """What a reading process says, as one sentence without its traceback; what it did not mean to say, as it is."""
     try:
         with lost_readers_in_words():
             try:
                 yield from loader
-            except (OSError, EOFError) as error:  # its batch lies in memory that went with it
-                raise RuntimeError(f"DataLoader worker: {error}") from None
+            except (OSError, EOFError) as error:
+                if _OF_READER.match(str(error)):
+                    raise
+                raise _reader_is_gone(str(error)) from None  # its batch lies in memory that went with it
     except DataError as error:
         raise DataError(
             str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
@@ -195,13 +244,19 @@ def lost_readers_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not _LOST_READER.match(str(error)):
             raise
-        _hear_no_more_of_it()
-        raise DataError(
-            "a reading process is gone, as where the system lacks memory "
-            f"({str(error).strip().splitlines()[0].rstrip('.')}); go on with --resume and fewer --workers."
-        ) from None
+        raise _reader_is_gone(str(error)) from None
+
+
+def _reader_is_gone(reason: str) -> DataError:
+    _hear_no_more_of_it()
+    if "Bus error" in reason:  # it wrote to shared memory that was promised, and is not there
+        return _shared_memory_is_full()
+    return DataError(
+        f"a reading process is gone, as where the system lacks memory ({reason.strip().splitlines()[0].rstrip('.')}); "
+        "go on with --resume and fewer --workers."
+    )
 
 
 def _hear_no_more_of_it() -> None:
@@ -228,6 +283,19 @@ def _begin(_worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _say_unless_cut_off
+    # A batch that cannot be handed over would be left out without a word, and the training wait for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_why_not  # type: ignore[attr-defined]
+
+
+def _hand_over_why_not(queue: Any, error: Exception, lacking: Any) -> None:
+    """In the place of a batch, by its number."""
+    if not isinstance(lacking, tuple):
+        os._exit(1)  # nobody knows which it was, and torch says that this process is gone
+    advice = "allow more open files (ulimit -n), or give fewer --workers"
+    try:
+        raise DataError(f"a batch cannot be handed over to the training ({shown(str(error))}); {advice}.")
+    except DataError:
+        queue.put((lacking[0], ExceptionWrapper(where=_IN_READER)))
 
 
 def _say_unless_cut_off(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:

@@ -14,10 +14,10 @@ from uuid import uuid4
 
 import numpy as np
 
-from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.datasets import DataError, shown
 from ftfast.user_folder import user_folder
 
-VERSION = 1
+VERSION = 2  # the first knew fewer kinds of pictures
 
 
 class Stamp(NamedTuple):
@@ -55,7 +55,7 @@ def _stamp(path: Path) -> Stamp:
     try:
         state = path.stat()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from None
+        raise DataError(f"{shown(str(path))} cannot be read ({error.strerror}).") from None
     return Stamp(path.name, state.st_size, state.st_mtime_ns)
 
 
@@ -63,7 +63,7 @@ def _places(folder: Path, part: str) -> list[Path]:
     """Beside the shards, and in the user's folder where these lie in one that cannot be written."""
     places = [folder / f".ftfast-{part}.npz"]
     if (kept := user_folder()) is not None:
-        name = sha256(str(folder.absolute()).encode()).hexdigest()[:32]
+        name = sha256(os.fsencode(folder.absolute())).hexdigest()[:32]
         places.append(kept / "shards" / f"{name}-{part}.npz")
     return places
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ftfast.distill.data.cuts import cut_rows
-from ftfast.distill.data.datasets import DataError, default_folder
+from ftfast.distill.data.datasets import DataError, default_folder, shown
 from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distill.data.photographs.gpu_pipeline import decoded_ahead
-from ftfast.distill.data.photographs.listing import TEST, TRAIN, WITHOUT_RAND_AUGMENT, Photographs, list_photographs
+from ftfast.distill.data.photographs.listing import TEST, TRAIN, WITHOUT_RAND_AUGMENT, Photographs, list_both
 from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, in_words, loader_of
 from ftfast.distill.data.synthetic import Synthetic
 from ftfast.distill.runtime.processes import WHOLE, Part
@@ -153,12 +153,12 @@ class Streamed:
         for pixels, labels, names, *boxes in self._batches(kind, keys):
             for name in names:
                 if name not in damaged and len(damaged) < SHOWN_DAMAGED:
-                    self.reading.report(f"warning: {name} cannot be decoded; the next one is taken in its place")
+                    self.reading.report(f"warning: {shown(name)} cannot be decoded; the next one is taken in its place")
                 damaged.add(name)
             if len(damaged) > _most_damaged(count):
                 raise DataError(
                     f"{len(damaged)} of {count} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}; the "
-                    f"last is {names[-1]}: check the files in --data-dir."
+                    f"last is {shown(names[-1])}: check the files in --data-dir."
                 )
             yield pixels, labels, *boxes
 
@@ -250,14 +250,22 @@ def load(
         raise SettingsError("loader is 'gpu', and the device is no GPU; take --loader folder.")
     count = default_workers() if workers < 0 else workers
     reading = Reading(image_size, device, count, rand_augment, on_device, report, colours)
+    folder = folder or default_folder()
+    both = list_both(folder, loader)
+    if both[0].classes != classes:
+        raise DataError(
+            f"{shown(str(folder))} has {both[0].classes} classes, and {classes} are asked for; leave --classes out, or "
+            "see --data-dir."
+        )
     parts: list[Images] = []
-    for part, wanted in ((TRAIN, train_images), (TEST, test_images)):
-        found = list_photographs(folder or default_folder(), loader, part)
+    for part, wanted, found in zip((TRAIN, TEST), (train_images, test_images), both, strict=True):
         whole = Streamed(
             found, reading if part == TRAIN else replace(reading, rand_augment=0), np.arange(len(found.labels))
         )
         if wanted > len(whole):
-            raise DataError(f"{folder} has {len(whole)} photographs in {part}, fewer than the {wanted} asked for.")
+            raise DataError(
+                f"{shown(str(folder))} has {len(whole)} photographs in {part}, fewer than the {wanted} asked for."
+            )
         parts.append(whole.cut(wanted)[0])
     return parts[0], parts[1]
 

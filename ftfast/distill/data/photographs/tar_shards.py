@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.datasets import DataError, shown
 from ftfast.distill.data.photographs import shard_index
+from ftfast.distill.data.photographs.image_files import KINDS
 
-IMAGES = ("jpg", "jpeg", "png")
 CLASS, DESCRIPTION = "cls", "json"
 MOST_OPEN = 256
 
@@ -46,7 +46,9 @@ class ShardFiles:
             while len(content) < size:
                 more = os.pread(handle.number, size - len(content), offset + len(content))
                 if not more:
-                    raise DataError(f"{self.name(index)} ends too early: the shard was changed since the run began.")
+                    raise DataError(
+                        f"{shown(self.name(index))} ends too early: the shard was changed since the run began."
+                    )
                 content += more
             return content
         except OSError:
@@ -87,13 +89,14 @@ def list_shards(folder: Path, part: str) -> tuple[ShardFiles, np.ndarray]:
     paths = sorted(folder.glob(f"{part}-*.tar"))
     if not paths:
         raise DataError(
-            f"{folder} has no {part}-*.tar; --loader webdataset takes such shards of photographs and labels."
+            f"{shown(str(folder))} has no {part}-*.tar; --loader webdataset takes such shards of photographs and "
+            "labels."
         )
     rows = shard_index.rows_of(folder, part, paths, _list_shard)
     number = np.repeat(np.arange(len(paths)), [len(own) for own in rows])
     found = np.concatenate(rows)
     if not len(found):
-        raise DataError(f"{folder} has no photographs ({', '.join(IMAGES)}) in its {part}-*.tar.")
+        raise DataError(f"{shown(str(folder))} has no photographs ({', '.join(KINDS)}) in its {part}-*.tar.")
     return ShardFiles(paths, np.column_stack([number, found[:, :2]])), found[:, 2].copy()
 
 
@@ -113,7 +116,9 @@ def _list_shard(path: Path) -> np.ndarray:
                 key, kind = f"{folder}/{stem}", kind.lower()
                 if not member.isreg():
                     continue
-                if kind in IMAGES:
+                if kind in KINDS:
+                    if key in images:
+                        raise DataError(f"{shown(str(path))} has two photographs of {_shown(key)}; leave one.")
                     images[key] = (member.offset_data, member.size)
                 elif kind in (CLASS, DESCRIPTION):
                     file = shard.extractfile(member)
@@ -123,11 +128,11 @@ def _list_shard(path: Path) -> np.ndarray:
                     else:
                         classes[key] = _checked(path, key, _class_of(file.read()))
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path} is cut short or no tar file ({error}).") from None
+        raise DataError(f"{shown(str(path))} is cut short or no tar file ({shown(str(error))}).") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from None
+        raise DataError(f"{shown(str(path))} cannot be read ({error.strerror or error}).") from None
     if images and max(offset + size for offset, size in images.values()) > path.stat().st_size:
-        raise DataError(f"{path} is cut short: its last photograph ends behind the file's end.")
+        raise DataError(f"{shown(str(path))} is cut short: its last photograph ends behind the file's end.")
     labels = {key: _label(path, key, classes.get(key), described.get(key)) for key in images}
     return np.array([(*place, labels[key]) for key, place in images.items()], dtype=np.int64).reshape(-1, 3)
 
@@ -136,14 +141,15 @@ def _label(path: Path, key: str, given: int | None, described: Any) -> int:
     """The class that is given, or else that of the description; raises DataError where there is none, or two."""
     if given is None and described is None:
         raise DataError(
-            f"{path} has {_shown(key)} without a label; it takes a .cls with a whole number beside each, or a .json "
-            '{"label": 3}.'
+            f"{shown(str(path))} has {_shown(key)} without a label; it takes a .cls with a whole number beside each, "
+            'or a .json {"label": 3}.'
         )
     if given is None:
         return _checked(path, key, described)
     if type(described) is int and described != given:
         raise DataError(
-            f"{path} has two labels of {_shown(key)}, {given} in its .cls and {described} in its .json; leave one."
+            f"{shown(str(path))} has two labels of {_shown(key)}, {given} in its .cls and {described} in its .json; "
+            "leave one."
         )
     return given
 
@@ -167,10 +173,11 @@ def _described_label(content: bytes) -> Any:
 def _checked(path: Path, key: str, label: Any) -> int:
     if type(label) is not int or not 0 <= label < 1 << 31:
         raise DataError(
-            f'{path} holds a label of {_shown(key)} that is no whole number: .cls takes one, .json {{"label": 3}}.'
+            f"{shown(str(path))} holds a label of {_shown(key)} that is no whole number: .cls takes one, .json "
+            '{"label": 3}.'
         )
     return label
 
 
 def _shown(key: str) -> str:
-    return key.lstrip("/")
+    return shown(key.lstrip("/"))
