@@ -93,11 +93,12 @@ def test_one_process_learns_from_photographs_and_is_evaluated(tmp_path: Path, ph
 def test_one_process_goes_through_shards_with_damaged_photographs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_folder(tmp_path / "folder", classes=4, train=60, val=16)
-    for file in sorted((tmp_path / "folder" / "train").rglob("*.jpeg"))[:3]:
+    data = tmp_path / os.fsdecode(b"caf\xe9")  # what is no UTF-8 goes through settings, records and messages
+    make_folder(data / "folder", classes=4, train=60, val=16)
+    for file in sorted((data / "folder" / "train").rglob("*.jpeg"))[:3]:
         file.write_bytes(file.read_bytes()[:200])
-    make_shards(tmp_path / "folder", tmp_path / "shards", images_per_shard=25)
-    shards = ["--data-dir", str(tmp_path / "shards"), "--loader", "webdataset"]
+    make_shards(data / "folder", data / "shards", images_per_shard=25)
+    shards = ["--data-dir", str(data / "shards"), "--loader", "webdataset"]
     smaller = [*("--teacher-epochs", "1", "--student-epochs", "2", "--paraphraser-held-out", "8", "--image-size", "24")]
     words = [*RECIPE, *smaller, *("--teacher-channels", "4", "--paraphraser-epochs", "6"), *shards]
     assert main([*words, "--output", str(tmp_path / "run")]) == 0

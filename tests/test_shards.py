@@ -14,6 +14,7 @@ import torch
 
 from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.photographs import listing, readers, shard_index, streamed, tar_shards
+from ftfast.distill.data.photographs.image_files import KINDS
 from ftfast.distill.data.photographs.readers import Reader
 from ftfast.distill.data.photographs.tar_shards import ShardFiles
 from tests.launching import ROOT
@@ -230,10 +231,7 @@ def test_a_bad_index_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(walked) == 2
 
 
-def test_shards_that_cannot_be_written_beside_are_known_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, walked = two_shards(tmp_path), walks(monkeypatch)
+def refuse_to_write_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Path.write_bytes
 
     def refuse(path: Path, content: bytes) -> int:
@@ -242,12 +240,48 @@ def test_shards_that_cannot_be_written_beside_are_known_from_the_cache(
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
+
+
+def test_shards_that_cannot_be_written_beside_are_known_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, walked = two_shards(tmp_path), walks(monkeypatch)
+    refuse_to_write_into(folder, monkeypatch)
     first = tar_shards.list_shards(folder, "train")
     assert not (folder / ".ftfast-train.npz").exists()
     assert len(list((tmp_path / "cache" / "ftfast" / "shards").glob("*-train.npz"))) == 1
     walked.clear()
     assert_same(tar_shards.list_shards(folder, "train"), first)
     assert walked == []
+
+
+def test_names_that_are_not_utf_8_are_indexed_in_the_cache_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = two_shards(tmp_path).rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    next(folder.glob("train-00001.tar")).rename(folder / os.fsdecode(b"train-\xff.tar"))
+    refuse_to_write_into(folder, monkeypatch)
+    walked = walks(monkeypatch)
+    first = tar_shards.list_shards(folder, "train")
+    assert len(walked) == 2
+    assert_same(tar_shards.list_shards(folder, "train"), first)
+    assert len(walked) == 2
+    os.truncate(folder / os.fsdecode(b"train-\xff.tar"), 700)
+    with pytest.raises(DataError) as raised:
+        Reader(*first, SIDE)[11]
+    assert str(raised.value).isprintable()
+
+
+def test_a_key_of_megabytes_is_told_in_a_line(tmp_path: Path) -> None:
+    key = "caf\udce9\n\x1b[31m" + "k" * 5_000_000
+    with pytest.raises(DataError, match="without a label") as raised:
+        tar_shards.list_shards(one_shard(tmp_path / "shards", (f"{key}.jpg", jpeg())), "train")
+    assert len(str(raised.value)) < 1000
+    assert str(raised.value).isprintable()
+
+
+def test_all_kinds_that_are_decoded_are_listed_in_shards_too(tmp_path: Path) -> None:
+    members = [member for kind in KINDS for member in ((f"{kind}.{kind.upper()}", jpeg()), (f"{kind}.cls", b"1"))]
+    found, _ = tar_shards.list_shards(one_shard(tmp_path / "shards", *members), "train")
+    assert [found.read(index) for index in range(len(KINDS))] == [jpeg()] * len(KINDS)
 
 
 def test_a_run_needs_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A factor store of photographs: boxes are drawn once, and every later epoch cuts the same ones."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from ftfast.cli import main
 from ftfast.distill.data.photographs import crops, decoding, listing, streamed
 from ftfast.distill.data.photographs.decoding import IMAGENET
 from ftfast.distill.data.stored_views import PhotographViews, viewed
+from ftfast.distill.runtime import checkpoint
 from ftfast.distill.store.read import Store
 from ftfast.errors import StoreError
 from tests.launching import results_of
@@ -101,6 +103,20 @@ def test_a_new_name_or_another_box_is_another_store(home: Path, monkeypatch: pyt
     assert {name for name in hashes if hashes[name] != changed[name]} == {"transform"}
     found = images_of(home / "webdataset", "webdataset").hashes()
     assert {name for name in hashes if hashes[name] != found[name]} == {"transform", "data"}
+
+
+def test_a_store_takes_photographs_of_the_classes_that_its_teacher_learned(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = checkpoint.read_description(home / "run" / "students" / "ft" / "seed0")
+    assert kept["class_names"] == [f"class{number:02}" for number in range(CLASSES)]
+    for part in ("train", "val"):
+        shutil.copytree(home / "folder" / part, tmp_path / "data" / part)
+        (tmp_path / "data" / part / "class00").rename(tmp_path / "data" / part / "zz")
+    words = ["store", "build", str(home / "run"), str(tmp_path / "store"), "--data-dir", str(tmp_path / "data")]
+    assert main([*words, "--device", "cpu", "--workers", "0"]) == 2
+    assert "run/teacher was trained on other classes than --data-dir has: the checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_gpus_decoder_is_refused(home: Path) -> None:

@@ -1,6 +1,8 @@
 """Photographs are drawn alike by every loader, process and resumption; damaged files and lost readers end in words."""
 
+import errno
 import io
+import multiprocessing.reduction
 import os
 import pickle
 import re
@@ -8,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +26,7 @@ from ftfast.distill.data.images import Images
 from ftfast.distill.data.photographs import crops, decoding, listing, readers, streamed
 from ftfast.distill.data.photographs.decoding import IMAGENET
 from ftfast.distill.data.photographs.streamed import Streamed
+from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.settings.presets import settings_of
 from ftfast.errors import SettingsError
@@ -333,6 +337,107 @@ except DataError as error:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("workers", "at_once"), [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, KeyError])
+def test_what_a_reader_raises_reaches_the_user_as_itself_with_the_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], workers: int, at_once: bool
+) -> None:
+    def fail(*_: object) -> crops.Box:
+        raise kind("no such box")
+
+    monkeypatch.setattr(crops, "draw_box", fail)
+    images = streamed_of(home / "folder", workers=workers)
+    with pytest.raises(kind) as raised:
+        drawn(on_device(images) if at_once else images)
+    images.close()
+    said = "".join(traceback.format_exception(raised.value))
+    assert "no such box" in said
+    assert re.search(r"This was at /\S+\.jpeg\.", said)
+    assert "a reading process is gone" not in said
+
+
+def test_words_of_torch_on_lost_readers_are_told_from_readers_own() -> None:
+    for words, expected in (
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible", "^the shared memory in which"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "^a reading process is gone, as where"),
+        ("Caught RuntimeError in DataLoader worker process 0.\nOriginal", "^Caught RuntimeError"),
+    ):
+        with pytest.raises((DataError, RuntimeError), match=expected), readers.lost_readers_in_words():
+            raise RuntimeError(words)
+
+
+def test_full_shared_memory_is_a_sentence(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+
+    for owner, name in ((torch.UntypedStorage, "_new_shared"), (torch.UntypedStorage, "_share_fd_cpu_")):
+        monkeypatch.setattr(owner, name, fail)
+    images = streamed_of(home / "folder", workers=1)
+    expected = r"^the shared memory in which .* is full.*, where a batch takes 0\.0 MB; enlarge it \(docker run"
+    with pytest.raises(DataError, match=expected):
+        drawn(images)
+    images.close()
+
+
+def test_a_batch_that_cannot_be_handed_over_is_not_waited_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(multiprocessing.reduction, "DupFd", fail)
+    images = streamed_of(home / "folder", workers=1)
+    with pytest.raises(DataError, match=r"^a batch cannot be handed over .*Too many open files.*; allow more open"):
+        drawn(images)
+    images.close()
+
+
+@pytest.mark.slow
+def test_a_container_with_little_shared_memory_is_told_so(home: Path) -> None:
+    """64 MB, Docker's default, for batches of 37 MB."""
+    code = f"""
+from tests.test_streamed import DataError, Path, streamed_of
+try:
+    list(streamed_of(Path({str(home / "folder")!r}), workers=2, image_size=640).draw(48, seed=0, epoch=0))
+except DataError as error:
+    print(error)
+"""
+    mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "-"]
+    if shutil.which("unshare") is None or subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        pytest.skip("mounting a small /dev/shm takes root")
+    done = subprocess.run([*mounted, sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert done.stdout.startswith(
+        "the shared memory in which reading processes hand over batches is full (/dev/shm has"
+    )
+    assert "where a batch takes 36.9 MB" in done.stdout
+
+
+def test_names_that_are_not_utf_8_are_read_and_told(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(home / "folder", folder)
+    for part in ("train", "val"):
+        (folder / part / "class01").rename(folder / part / os.fsdecode(b"\xff\x1b[31m"))
+    files = sorted(folder.glob("train/*/*"))
+    for number, file in enumerate(files[::7]):
+        file.rename(file.with_name(os.fsdecode(b"\xfe%d.jpeg" % number)))
+    damaged = next(folder.glob(os.fsdecode(b"train/class02/\xfe*")))
+    damaged.write_text("no picture")
+    expected, _ = drawn(streamed_of(home / "folder"))
+    for workers in (0, 1):
+        said: list[str] = []
+        images = streamed_of(folder, workers=workers, report=said.append)
+        pixels, _ = drawn(images)
+        images.close()
+        assert pixels.shape == expected.shape
+        assert len(said) == 1
+        assert re.match(r"warning: '/\S+caf\\udce9/train/class02/\\udcfe\d\.jpeg' cannot be decoded", said[0])
+        assert said[0].isprintable()
+    damaged.unlink()
+    assert set(viewed(streamed_of(folder), folder).hashes()) == {"transform", "decoder", "data"}
+    shutil.rmtree(folder / "val" / os.fsdecode(b"\xff\x1b[31m"))
+    with pytest.raises(DataError) as raised:
+        listing.describe(tmp_path / os.fsdecode(b"caf\xe9") / ".", "gpu")
+    assert str(raised.value).isprintable()
+
+
 def test_readers_that_were_left_behind_do_not_keep_a_process_from_ending(home: Path) -> None:
     code = f"""
 from tests.test_streamed import Path, streamed_of
@@ -436,6 +541,7 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path: Path, monkeypatch: py
         ((("a.jpg", b"x"), ("a.json", b'{"class": 1}')), "has a without a label"),
         ((("a.jpg", b"x"), ("a.cls", b"-1")), "label of a that is no whole number"),
         ((("a.cls", b"1"),), "has no photographs"),
+        ((("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")), "has two photographs of a; leave one"),
     ],
 )
 def test_shards_with_bad_labels_are_named(tmp_path: Path, members: tuple[tuple[str, bytes], ...], message: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 KINDS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
 """How the names of files that are taken end; what a file is, its first bytes tell."""
-MOST_PIXELS = 1 << 27  # of one picture, which takes 400 MB when decoded: a few bytes can claim any number
+MOST_PIXELS = 178_956_970  # of one picture, as Pillow has it: a few bytes can claim any number
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 # Pillow knows more kinds, of which some run other programs.
 _OF_PILLOW = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")

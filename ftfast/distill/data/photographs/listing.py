@@ -96,8 +96,8 @@ def _list_folder(folder: Path) -> Photographs:
     empty = np.flatnonzero(np.bincount(labels, minlength=len(listed.classes)) == 0)
     if len(empty):
         raise DataError(
-            f"{shown(str(folder / listed.classes[empty[0]]))} holds no photographs, and is a class as every folder "
-            f"there is; it takes {', '.join(endings)}: bring some, or remove the folder."
+            f"{shown(str(folder / listed.classes[empty[0]]))} holds no photographs; every folder there is a "
+            f"class and takes {', '.join(endings)}: bring some, or remove it."
         )
     paths = [str(Path(path).relative_to(folder)) for path, _ in listed.samples]
     return Photographs(FolderFiles(folder, paths), labels, len(listed.classes), tuple(listed.classes))

@@ -225,9 +225,9 @@ def in_words(loader: Any) -> Iterator[Any]:
             try:
                 yield from loader
             except (OSError, EOFError) as error:
-                if _OF_READER.match(str(error)):
+                if not loader.num_workers or _OF_READER.match(str(error)):
                     raise
-                raise _reader_is_gone(str(error)) from None  # its batch lies in memory that went with it
+                raise _reader_is_gone(error) from None  # its batch lies in memory that went with it
     except DataError as error:
         raise DataError(
             str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
@@ -246,16 +246,17 @@ def lost_readers_in_words() -> Iterator[None]:
     except RuntimeError as error:
         if not _LOST_READER.match(str(error)):
             raise
-        raise _reader_is_gone(str(error)) from None
+        raise _reader_is_gone(error) from None
 
 
-def _reader_is_gone(reason: str) -> DataError:
+def _reader_is_gone(error: Exception) -> DataError:
     _hear_no_more_of_it()
+    reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     if "Bus error" in reason:  # it wrote to shared memory that was promised, and is not there
         return _shared_memory_is_full()
     return DataError(
-        f"a reading process is gone, as where the system lacks memory ({reason.strip().splitlines()[0].rstrip('.')}); "
-        "go on with --resume and fewer --workers."
+        f"a reading process is gone, as where the system lacks memory ({reason}); go on "
+        "with --resume and fewer --workers."
     )
 
 
