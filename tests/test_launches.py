@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ftfast.distill.runtime import torchrun
 from tests.launching import (
     ROOT,
     finished,
@@ -103,6 +104,18 @@ def test_what_one_process_alone_refuses_is_said(tmp_path: Path, monkeypatch: pyt
     status, _, errors = finished(torchrun(2, worker, *TINY, "--output", str(tmp_path)))
     assert status == 1
     assert errors.count("the images of this machine cannot be read.") == 1, errors
+
+
+def test_a_sentence_with_a_name_that_is_not_utf_8_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, int] = {}
+
+    class Store:
+        def add(self, name: str, count: int) -> int:
+            said[name] = said.get(name, 0) + count
+            return said[name]
+
+    monkeypatch.setattr(torchrun, "_reached", Store)
+    assert [torchrun.is_first_to_say(os.fsdecode(name)) for name in (b"\xff", b"\xfe", b"\xff")] == [True, True, False]
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -366,15 +368,34 @@ def test_words_of_torch_on_lost_readers_are_told_from_readers_own() -> None:
             raise RuntimeError(words)
 
 
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fails where a wait has no end."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_full_shared_memory_is_a_sentence(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
 
-    for owner, name in ((torch.UntypedStorage, "_new_shared"), (torch.UntypedStorage, "_share_fd_cpu_")):
-        monkeypatch.setattr(owner, name, fail)
+    new, share = torch.UntypedStorage._new_shared, "_share_fd_cpu_"
+    monkeypatch.setattr(torch.UntypedStorage, share, fail)  # too late for a sentence
+    monkeypatch.setattr(
+        torch.UntypedStorage, "_new_shared", lambda size, **given: fail() if size > 9000 else new(size, **given)
+    )
     images = streamed_of(home / "folder", workers=1)
     expected = r"^the shared memory in which .* is full.*, where a batch takes 0\.0 MB; enlarge it \(docker run"
-    with pytest.raises(DataError, match=expected):
+    with within(30), pytest.raises(DataError, match=expected):
         drawn(images)
     images.close()
 
@@ -385,7 +406,10 @@ def test_a_batch_that_cannot_be_handed_over_is_not_waited_for(home: Path, monkey
 
     monkeypatch.setattr(multiprocessing.reduction, "DupFd", fail)
     images = streamed_of(home / "folder", workers=1)
-    with pytest.raises(DataError, match=r"^a batch cannot be handed over .*Too many open files.*; allow more open"):
+    with (
+        within(60),
+        pytest.raises(DataError, match=r"^a batch cannot be handed over .*Too many open files.*; allow more open"),
+    ):
         drawn(images)
     images.close()
 

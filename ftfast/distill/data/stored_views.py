@@ -20,6 +20,7 @@ from ftfast.distill.data.augment import Draws
 from ftfast.distill.data.images import Images
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.data.photographs import crops
+from ftfast.distill.data.photographs.image_files import decode
 from ftfast.distill.data.photographs.streamed import Streamed
 from ftfast.distill.runtime.files import hash_json
 from ftfast.errors import StoreError
@@ -208,10 +209,8 @@ class PhotographViews:
 
 def _decoder_hash() -> str:
     """Of the pixels that a known file becomes, so that a new version of the same decoder changes nothing."""
-    from torchvision.io import ImageReadMode, decode_image
-
     content = torch.frombuffer(bytearray(_KNOWN_JPEG), dtype=torch.uint8)
-    return hashlib.sha256(decode_image(content, ImageReadMode.RGB).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(decode(content).numpy().tobytes()).hexdigest()
 
 
 def viewed(images: Images, folder: Path | None) -> ViewedImages:

@@ -70,7 +70,7 @@ def remove_folder(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by ``text``; a kill on the way leaves the file as it was."""
-    write_bytes(path, text.encode(errors="surrogateescape"))  # names of files may be in it
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:

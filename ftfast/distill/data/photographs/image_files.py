@@ -76,7 +76,7 @@ def decode(content: Tensor) -> Tensor:
     read = _decode_by_torchvision if is_torchvisions else _decode_by_pillow
     try:
         return read(content)
-    except MemoryError:
+    except (MemoryError, ImportError):
         raise
     except Exception as error:
         if "DefaultCPUAllocator" in str(error):  # how torch says that it has no memory
