@@ -179,6 +179,12 @@ def loader_of(reader: Reader, keys: Keys, workers: int, *, pinned: bool, persist
     )
 
 
+def end_readers(loader: Any) -> None:
+    """Ends a persistent loader's processes, before the garbage collector takes the queues that tell them of it away."""
+    if (iterator := loader._iterator) is not None:
+        iterator._shutdown_workers()
+
+
 def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Tensor | Squares, Tensor, list[str]]:
     """In a reading process into shared memory at once, where its lack can still be said.
 

@@ -22,7 +22,7 @@ from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distill.data.photographs.gpu_pipeline import decoded_ahead
 from ftfast.distill.data.photographs.listing import TEST, TRAIN, WITHOUT_RAND_AUGMENT, Photographs, list_both
-from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, in_words, loader_of
+from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, end_readers, in_words, loader_of
 from ftfast.distill.data.synthetic import Synthetic
 from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.errors import SettingsError
@@ -137,8 +137,10 @@ class Streamed:
 
     def close(self) -> None:
         """Ends the reading processes, which take no signal; the next pass starts others."""
+        for loader, _ in self._loaders.values():
+            end_readers(loader)
         self._loaders.clear()
-        gc.collect()  # the loader's iterator, which ends them, may hang on a cycle
+        gc.collect()  # those of a test that was left early may hang on a cycle
 
     def at(self, rows: np.ndarray) -> Self:
         """Those of some rows of the photographs."""
