@@ -35,7 +35,7 @@ TINY = [
     "--student-channels",
     "2",
     "--student-epochs",
-    "2",
+    "3",  # after two, logits are ties within rounding, and what memory format decides is no accuracy
     "--student-images",
     "60",
     "--paraphraser-steps",

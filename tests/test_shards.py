@@ -47,8 +47,8 @@ def test_more_shards_than_files_that_may_be_open(many: Path, workers: int) -> No
     code = f"""
 import os, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from tests.test_shards import CPU, Path, drawn_twice, shards
-print(drawn_twice(Path({str(many)!r}), {workers}), shards._most_open(), len(os.listdir("/proc/self/fd")) < 40)
+from tests.test_shards import CPU, Path, drawn_twice, tar_shards
+print(drawn_twice(Path({str(many)!r}), {workers}), tar_shards._most_open(), len(os.listdir("/proc/self/fd")) < 40)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
     assert done.stdout == f"{2 * SHARDS} 16 True\n", done.stderr

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
             elsewhere = _check_elsewhere(backend.name, environment)
             found.losses += shown(elsewhere.losses)
             found.heads += shown(elsewhere.heads)
+            found.skipped += elsewhere.skipped
         else:
             where = "here" if device.type == "cpu" else "on the GPU"
             found.skipped.append(f"{backend.name} cannot run {where}: {support.reason}.")
