@@ -8,10 +8,12 @@ HEADERS := import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.g
 $(shell test -f ftfast/_build_report.json && ! grep -q '"reason": ""' ftfast/_build_report.json \
 	&& command -v $${CXX:-c++} >/dev/null && $(BIN)/python -c '$(HEADERS)' && rm -f $(VENV)/ready)
 
-.PHONY: help demo test test-versions lint bench clean
+.PHONY: help demo test test-all test-versions machine-code lint bench clean
 help:
 	@echo "make demo    check the kernels, distil digits with four methods over six seeds, time the loss"
-	@echo "make test    the test suite"
+	@echo "make test    the tests, but for those that take long or start many processes"
+	@echo "make test-all   all tests, as CI runs them"
+	@echo "make machine-code   compile every shipped Triton launch and keep the record of what passed"
 	@echo "make test-versions  its core with the oldest torch and with every Python, each in a .venv-* of its own"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   every benchmark, into runs/bench.json"
@@ -38,8 +40,16 @@ demo: $(VENV)/ready
 	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20 --layouts nchw --peers eager,compile
 
 test: $(VENV)/ready-for-tests
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not process" tests
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not process" $(INTERPRETED)
+
+test-all: $(VENV)/ready-for-tests
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED) tests/test_ft_head.py
+
+# Compiles what every shipped Triton launch becomes, and keeps which sources were found good; minutes.
+machine-code: $(VENV)/ready-for-tests
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --keep-machine-code $(wildcard tests/test_*_resources.py)
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
 INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_range.py tests/test_gates.py $(wildcard tests/test_*_triton.py)

@@ -322,6 +322,7 @@ def test_a_readme_without_a_known_block_is_refused(
 # The command line
 
 
+@pytest.mark.process
 def test_quick_run_from_the_command_line_gives_a_valid_record(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     command = [sys.executable, "-m", "bench", "ft_loss", "import_time", "--quick", "--shapes", TINY]

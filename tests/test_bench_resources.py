@@ -12,6 +12,7 @@ import torch
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.process
 def test_the_interpreter_is_refused_in_one_sentence() -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
     finished = subprocess.run(

@@ -194,6 +194,7 @@ def test_a_folder_where_a_file_should_be_is_named(
     assert last.endswith("results.json: Is a directory.")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_under_standard_output_is_one_sentence() -> None:
     with open("/dev/full", "w") as full:
@@ -212,6 +213,7 @@ def test_a_model_that_memory_does_not_hold_is_one_sentence(capsys: pytest.Captur
     assert "the memory does not suffice" in refused(capsys, *words)
 
 
+@pytest.mark.process
 def test_resuming_a_run_that_is_not_there_says_that_it_starts_anew(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = run_command(*TINY, "--methods", "none", "--resume", "--output", str(folder))
@@ -219,6 +221,7 @@ def test_resuming_a_run_that_is_not_there_says_that_it_starts_anew(tmp_path: Pat
     assert ended.stderr.splitlines()[0] == f"{folder} holds no run yet: --resume starts a new run"
 
 
+@pytest.mark.process
 def test_forced_colours_put_no_bars_into_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     ended = run_command(*TINY, "--methods", "none", "--output", str(tmp_path / "run"))
@@ -306,6 +309,7 @@ def test_printed_settings_are_resolved_and_can_be_read_back(capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("number", "moment"),
     [

@@ -504,6 +504,7 @@ def in_a_process_of_its_own(program: str) -> str:
     return finished.stdout.strip()
 
 
+@pytest.mark.process
 def test_without_torchdistill_the_classes_import_and_registering_names_the_extra():
     program = """
 import sys
@@ -522,6 +523,7 @@ for attempt in (register, lambda: __import__("ftfast.compat.torchdistill.replace
     assert lines == ["2 1", sentence, sentence]
 
 
+@pytest.mark.process
 def test_one_line_registers_in_a_fresh_process():
     program = """
 import logging

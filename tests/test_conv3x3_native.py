@@ -133,6 +133,7 @@ def test_an_unknown_kernel_is_refused():
         weight_gradient(*make((2, 16, 8, 4, 4)), "fastest")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("instructions", ["avx2", "baseline"])
 def test_it_is_no_candidate_where_its_instructions_are_ruled_out(instructions):
     script = "from ftfast.ops.conv3x3_native import CANDIDATES; print(*CANDIDATES)"

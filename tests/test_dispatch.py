@@ -157,6 +157,7 @@ def test_info_tells_every_reason():
     assert cpu["backends"]["native"]["reason"] in text
 
 
+@pytest.mark.process
 def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
     script = (
         "import torch; from ftfast.ops import ft_loss_native as native; right = native._scale\n"
@@ -171,6 +172,7 @@ def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
     assert run("-m", "ftfast", "check", "--backend", "native").returncode == 0
 
 
+@pytest.mark.process
 def test_check_of_a_backend_that_cannot_run_exits_with_2(tmp_path):
     script = (
         "from ftfast import dispatch; from ftfast.cli import main; from ftfast.diagnosis import check\n"
@@ -182,6 +184,7 @@ def test_check_of_a_backend_that_cannot_run_exits_with_2(tmp_path):
     assert done.stderr.strip() == "ftfast check: error: native cannot run here: no C++ compiler was found."
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("wanted", "words"), [("triton", "cannot run"), ("bogus", "backend is 'bogus'")])
 def test_info_explains_a_backend_that_the_environment_cannot_have(wanted, words):
     done = run("-m", "ftfast", "info", FTFAST_BACKEND=wanted)

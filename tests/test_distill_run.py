@@ -193,6 +193,7 @@ def test_a_killed_run_resumes_to_the_results_of_an_uninterrupted_one(
     assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
 
 
+@pytest.mark.process
 def test_a_run_killed_by_the_system_resumes_to_the_same_results(
     tmp_path: Path, whole: tuple[Path, dict[str, Any]]
 ) -> None:

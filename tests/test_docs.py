@@ -96,6 +96,7 @@ def test_yaml_names_modules_that_exist():
             assert importlib.util.find_spec(name), name
 
 
+@pytest.mark.process
 def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         pytest.importorskip(package)

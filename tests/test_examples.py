@@ -15,7 +15,7 @@ NEEDS = {
     "vit_to_vit.py": ("sklearn", "timm"),
     "timm_task.py": ("timm", "timm.task"),
 }
-LONG = ("timm_task.py", "vit_to_vit.py")
+LONG = ("accelerate_loop.py", "lightning_module.py", "timm_task.py", "vit_to_vit.py")
 CHANCE = 0.25  # of the fewest labels that an example has
 
 

@@ -96,6 +96,7 @@ def test_a_run_that_was_refused_is_not_gone_on_with_by_a_restart(tmp_path: Path)
     assert not (tmp_path / "teacher").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("refused", ["0", "1"])
 def test_what_one_process_alone_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
     """Those of another rank than 0 said nothing."""

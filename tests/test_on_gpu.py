@@ -151,6 +151,7 @@ def test_nothing_that_a_step_started_outlives_it(hangs: bool, tmp_path: Path) ->
     raise AssertionError("a process of the step still runs")
 
 
+@pytest.mark.process
 def test_told_to_end_it_leaves_what_it_has(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [str(SCRIPT), "--out", str(out), "--revision", "abc", "--dry-run", "--steps", "build,convolutions"]

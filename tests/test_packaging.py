@@ -87,6 +87,7 @@ def test_a_bare_checkout_imports(checkout):
     assert "has not been built" in info.stdout
 
 
+@pytest.mark.process
 def test_a_machine_without_a_compiler_installs_and_says_why(checkout):
     done = build_wheel(checkout, PATH="/nonexistent", CXX="")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -54,6 +54,7 @@ def test_many_processes_learn_what_one_learns_from_the_joined_batch(
         assert error < 2e-6, (name, error)
 
 
+@pytest.mark.process
 def test_two_processes_distil_and_one_speaks(tmp_path: Path) -> None:
     status, out, errors = finished(torchrun(2, "-m", "ftfast", *TINY, "--output", str(tmp_path / "run"), "--json"))
     assert status == 0, errors
@@ -77,6 +78,7 @@ def test_the_recorded_accuracy_is_that_of_the_weights_that_are_kept(tmp_path: Pa
         assert evaluate_checkpoint(folder, device="cpu")["accuracy"] == pytest.approx(wanted)
 
 
+@pytest.mark.process
 def test_a_refusal_is_said_once_and_ends_all(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
@@ -87,6 +89,7 @@ def test_a_refusal_is_said_once_and_ends_all(tmp_path: Path) -> None:
     assert "ftfast/distill" not in errors  # no traceback but torchrun's own
 
 
+@pytest.mark.process
 def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
     command = [*TINY, "--batch-size", "3", "--output", str(tmp_path / "run")]
     _, _, errors = finished(torchrun(2, "-m", "ftfast", *command))

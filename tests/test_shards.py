@@ -42,6 +42,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "shards"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_shards_than_files_that_may_be_open(many: Path, workers: int) -> None:
     code = f"""

@@ -189,6 +189,7 @@ def test_a_run_without_a_paraphraser_is_refused(run_folder: Path, tmp_path: Path
         (tmp_path / "aside").rename(paraphraser)
 
 
+@pytest.mark.process
 def test_two_processes_build_the_same_bytes(run_folder: Path, tmp_path: Path) -> None:
     whole = make_store(run_folder, tmp_path / "whole", MANY)
     words = ["-m", "ftfast", "store", "build", str(run_folder), str(tmp_path / "shared"), *WORDS]
@@ -198,6 +199,7 @@ def test_two_processes_build_the_same_bytes(run_folder: Path, tmp_path: Path) ->
     assert contents(tmp_path / "shared") == contents(whole)
 
 
+@pytest.mark.process
 def test_a_signal_ends_a_build_with_advice(run_folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     process = start(run_folder, store)

@@ -465,6 +465,7 @@ def test_names_that_are_not_utf_8_are_read_and_told(home: Path, tmp_path: Path) 
     assert str(raised.value).isprintable()
 
 
+@pytest.mark.process
 def test_readers_that_were_left_behind_do_not_keep_a_process_from_ending(home: Path) -> None:
     code = f"""
 from tests.test_streamed import Path, streamed_of

@@ -237,6 +237,7 @@ def test_a_run_ends_well_without_room_for_its_telemetry(tmp_path: Path, capsys: 
     assert "Traceback" not in said
 
 
+@pytest.mark.process
 def test_the_energy_of_all_gpus_is_that_of_all_images(tmp_path: Path) -> None:
     """Two processes, of which the second has the hungrier GPU and takes longer until the gradients meet."""
     process = torchrun(2, str(WORKER), str(tmp_path))
