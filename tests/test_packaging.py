@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -204,6 +205,13 @@ def test_one_place_for_pins():
     assert not list(ROOT.glob("requirements*.txt"))
     assert "install_requires" not in (ROOT / "setup.py").read_text()
     assert not re.search(r"\brev:|\d+\.\d+", (ROOT / ".pre-commit-config.yaml").read_text())
+
+
+def test_the_same_pythons_are_tested_and_built():
+    wheels = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]["build"]
+    tests = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    tested = re.findall(r'"3\.(\d+)"', re.findall(r"^ +python: \[(.*)\]$", tests, re.MULTILINE)[0])
+    assert [f"cp3{minor}-*" for minor in tested] == wheels
 
 
 def test_one_version():
