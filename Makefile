@@ -8,7 +8,7 @@ HEADERS := import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.g
 $(shell test -f ftfast/_build_report.json && ! grep -q '"reason": ""' ftfast/_build_report.json \
 	&& command -v $${CXX:-c++} >/dev/null && $(BIN)/python -c '$(HEADERS)' && rm -f $(VENV)/ready)
 
-.PHONY: help demo test test-all test-versions machine-code lint bench clean
+.PHONY: help demo test test-all test-versions machine-code lint bench wheel hub clean
 help:
 	@echo "make demo    check the kernels, distil digits with four methods over six seeds, time the loss"
 	@echo "make test    the tests, but for those that take long or start many processes"
@@ -17,7 +17,9 @@ help:
 	@echo "make test-versions  its core with the oldest torch and with every Python, each in a .venv-* of its own"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   every benchmark, into runs/bench.json"
-	@echo "make clean   removes .venv, .venv-*, build products and runs/demo"
+	@echo "make wheel   a wheel for other machines, in dist/, tested with the oldest and the newest torch"
+	@echo "make hub     the loss as Hugging Face's package kernels loads it, in dist/ftfast-loss"
+	@echo "make clean   removes .venv, .venv-*, build products, dist and runs/demo"
 
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cpu_bf16/* csrc/cuda/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }
@@ -45,14 +47,15 @@ test: $(VENV)/ready-for-tests
 
 test-all: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED) tests/test_ft_head.py
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_ft_head.py
 
 # Compiles what every shipped Triton launch becomes, and keeps which sources were found good; minutes.
 machine-code: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --keep-machine-code $(wildcard tests/test_*_resources.py)
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
-INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_range.py tests/test_gates.py $(wildcard tests/test_*_triton.py)
+INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_range.py tests/test_gates.py tests/test_hub_kernel.py $(wildcard tests/test_*_triton.py)
 
 test-versions:
 	@$(PYTHON) tests/versions.py
@@ -66,5 +69,11 @@ bench: $(VENV)/ready-for-tests
 	@mkdir -p runs
 	@$(BIN)/python -m bench --out runs/bench.json
 
+wheel:
+	@$(PYTHON) release/wheel.py
+
+hub:
+	@$(PYTHON) release/hub_kernel.py dist/ftfast-loss
+
 clean:
-	rm -rf $(VENV) .venv-py* build *.egg-info ftfast/_C*.so ftfast/_build_report.json runs/demo
+	rm -rf $(VENV) .venv-py* build dist *.egg-info ftfast/_C*.so ftfast/_build_report.json runs/demo

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import ftfast
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,9 +73,15 @@ def quick_compiler(tmp_path):
     return str(compiler)
 
 
-def build_wheel(checkout, **environment):
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "wheels"]
+def build_wheel(checkout, source=".", **environment):
+    command = [sys.executable, "-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "-w", "wheels"]
     return run(*command, cwd=checkout, **environment)
+
+
+def python_sources():
+    """The package's files by the names that a wheel gives them."""
+    sources = {f"ftfast/{path.relative_to(ROOT / 'ftfast')}" for path in (ROOT / "ftfast").rglob("*.py")}
+    return sources | {f"ftfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
 
 
 IMPORT_ALL = (
@@ -104,6 +115,26 @@ def test_a_machine_without_a_compiler_installs_and_says_why(checkout):
     assert run_apart("-c", IMPORT_ALL, cwd=site, first=site).returncode == 0
 
 
+def test_the_sdist_installs_and_holds_no_part_of_the_tests(checkout):
+    """setuptools took tests/test_*.py and left out what they import."""
+    (checkout / "tests").mkdir()
+    for name in ("test_something.py", "conftest.py", "what_tests_import.py"):
+        (checkout / "tests" / name).write_text("")
+    done = run(sys.executable, "setup.py", "-q", "sdist", cwd=checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert not [name for name in names if name.startswith("tests") or name.endswith((".pyc", ".so"))]
+    compiled = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
+    assert compiled | python_sources() <= names
+    done = build_wheel(checkout, sdist, PATH="/nonexistent", CXX="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (checkout / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert python_sources() <= set(archive.namelist())
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_compile_error_fails_the_install(checkout):
@@ -125,9 +156,7 @@ def test_the_wheel_holds_everything_and_runs_its_kernels(checkout):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(site)
-    sources = {f"ftfast/{path.relative_to(ROOT / 'ftfast')}" for path in (ROOT / "ftfast").rglob("*.py")}
-    sources |= {f"ftfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert sources <= names
+    assert python_sources() <= names
     assert not [name for name in names if name.startswith(("kernels/", "bench/", "tests/"))]
     assert "ftfast/py.typed" in names
     assert run_apart("-c", IMPORT_ALL, cwd=site, first=site).stdout.startswith(str(site))
@@ -185,9 +214,29 @@ def test_a_demo_installs_no_more_than_it_needs():
 
 
 def test_one_place_for_pins():
-    """Versions stand in pyproject.toml; no requirements file, and setup.py names none."""
+    """Versions stand in pyproject.toml; no requirements file, and neither setup.py nor the hooks name any."""
     assert not list(ROOT.glob("requirements*.txt"))
     assert "install_requires" not in (ROOT / "setup.py").read_text()
+    assert not re.search(r"\brev:|\d+\.\d+", (ROOT / ".pre-commit-config.yaml").read_text())
+
+
+def test_the_same_pythons_are_tested_and_built():
+    wheels = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]["build"]
+    tests = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    tested = re.findall(r'"3\.(\d+)"', re.findall(r"^ +python: \[(.*)\]$", tests, re.MULTILINE)[0])
+    assert [f"cp3{minor}-*" for minor in tested] == wheels
+
+
+def test_one_version():
+    """ftfast.__version__ is that of the citation and of the changelog's newest release."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [ftfast.__version__]
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.*)$", changelog, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(ftfast.__version__)}\]( - \d{{4}}-\d\d-\d\d)?", headings[1])
+    kinds = set(re.findall(r"^### (.*)$", changelog, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
 def test_kernels_are_reached_through_ftfast_alone():
