@@ -2,6 +2,17 @@
 
 # Ends advice to change a setting: --resume goes on with the same settings alone.
 IN_A_NEW_RUN = "in a new --output, with --teacher-checkpoint <this --output>/teacher"
+_MOST_SHOWN = 100
+
+
+def shown(text: str) -> str:
+    """A name or ``repr`` from a file, as a sentence or a terminal can take it.
+
+    What does not print, such as a terminal's escape codes, is escaped, and what is beyond 100 letters cut.
+    """
+    start = text[: _MOST_SHOWN + 1]
+    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in start)
+    return printable if len(printable) <= _MOST_SHOWN else f"{printable[: _MOST_SHOWN - 3]}..."
 
 
 class DistillError(ValueError):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftfast.errors import shown
 from ftfast.modules import _check_channels, _is_watched
 from ftfast.ops.conv3x3 import conv3x3_leaky_relu, takes
 
@@ -60,8 +61,8 @@ class PeerNetwork(nn.Module):
 
 def _some(keys: Iterable[str]) -> str:
     names = list(keys)
-    shown = ", ".join(names[:SHOWN_KEYS]) or "nothing"
-    return shown if len(names) <= SHOWN_KEYS else f"{shown} and {len(names) - SHOWN_KEYS} more"
+    some = ", ".join(shown(name) for name in names[:SHOWN_KEYS]) or "nothing"
+    return some if len(names) <= SHOWN_KEYS else f"{some} and {len(names) - SHOWN_KEYS} more"
 
 
 class ConvolutionSequence(nn.Sequential):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ftfast.conversion.layouts import LAYOUTS
 from ftfast.conversion.state_dicts import Conversion, convert
 from ftfast.distill.runtime import files
-from ftfast.errors import DistillError
+from ftfast.errors import DistillError, shown
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin", ".tar")
@@ -73,15 +73,15 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         try:
             return dict(load_file(path))
         except SafetensorError as error:
-            raise ConvertError(f"{path} is not a whole safetensors file ({error}).") from None
+            raise ConvertError(f"{path} is not a whole safetensors file ({shown(str(error))}).") from None
     try:
         with open(path, "rb") as file:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if refused := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
             raise ConvertError(
-                f"{path} holds {refused[1]} beside tensors, and objects are not loaded; save the network's state_dict "
-                "alone with torch.save."
+                f"{path} holds {shown(refused[1])} beside tensors, and objects are not loaded; save the network's "
+                "state_dict alone with torch.save."
             ) from None
         raise ConvertError(f"{path} is not a whole file of torch.save.") from None
     except _DAMAGES as error:
@@ -128,7 +128,10 @@ def _title(found: Conversion, to: str) -> str:
 
 def _as_text(found: Conversion, to: str, output: Path) -> str:
     rows = [("old key", "new key", "shape")]
-    rows += [(entry.old or NEW, entry.new, "x".join(map(str, entry.tensor.shape)) or "-") for entry in found.tensors]
+    rows += [
+        (shown(entry.old) or NEW, shown(entry.new), "x".join(map(str, entry.tensor.shape)) or "-")
+        for entry in found.tensors
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     table = [f"{old:{widths[0]}}  {new:{widths[1]}}  {shape}" for old, new, shape in rows]
     norm = ', norm="batch"' if found.has_norm else ""

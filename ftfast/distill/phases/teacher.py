@@ -22,7 +22,7 @@ from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import METHODS
 from ftfast.distill.training.step import Precision
-from ftfast.errors import CheckpointError
+from ftfast.errors import CheckpointError, shown
 
 
 def teacher_description(settings: Settings) -> dict[str, Any]:
@@ -52,10 +52,10 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} does not say what its model is: its settings.json was changed.")
     if found != expected:
+        name, channels, shortcut = (shown(str(found.get(key))) for key in ("name", "channels", "shortcut"))
         raise CheckpointError(
-            f"{path} is a checkpoint of another model than {title}: a {found.get('name')} with "
-            f"{found.get('channels')} channels and {found.get('shortcut')} shortcuts; give --teacher, "
-            "--teacher-channels and --shortcut to match."
+            f"{path} is a checkpoint of another model than {title}: a {name} with {channels} channels and {shortcut} "
+            "shortcuts; give --teacher, --teacher-channels and --shortcut to match."
         )
     model = build(expected, dataset, seed=0, device=torch.device("cpu"))
     tensors = checkpoint_names.to_own_layout(tensors, model, path, settings.data)

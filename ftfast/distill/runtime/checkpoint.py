@@ -21,7 +21,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from ftfast.distill.runtime import files
-from ftfast.errors import CheckpointError
+from ftfast.errors import CheckpointError, shown
 
 FORMAT = "ftfast-checkpoint"
 VERSION = 1
@@ -100,7 +100,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f'{folder} is no checkpoint folder: "format" in {SETTINGS_FILE} is not "{FORMAT}".')
     if description.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format version {description.get('version')!r}; "
+            f"{folder} has checkpoint format version {shown(repr(description.get('version')))}; "
             f"this ftfast reads version {VERSION}."
         )
     hashes = description.get("sha256")
@@ -137,7 +137,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} holds no model: it takes a dictionary of tensors by name.")
     for name, value in content.items():
         if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
-            raise CheckpointError(f"{path} holds {name!r} as a sparse, nested or empty tensor; it takes dense ones.")
+            raise CheckpointError(
+                f"{path} holds '{shown(name)}' as a sparse, nested or empty tensor; it takes dense ones."
+            )
     return content, {}
 
 
@@ -151,7 +153,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as content:
             return dict(content.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from None
+        raise CheckpointError(f"{path} cannot be read ({shown(str(error))}).") from None
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, model_title: str) -> None:
@@ -165,15 +167,15 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, model_title: 
     shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
     problem = ""
     if missing:
-        problem = f"it lacks {missing[0]!r}"
+        problem = f"it lacks {missing[0]!r}" + (f" and has '{shown(unknown[0])}'" if unknown else "")
     elif unknown:
-        problem = f"it has {unknown[0]!r}, which the model does not have"
+        problem = f"it has '{shown(unknown[0])}', which the model does not have"
     elif shapes:
         name = shapes[0]
         problem = f"{name!r} is {list(tensors[name].shape)} there and {list(own[name].shape)} in the model"
     if problem:
         raise CheckpointError(f"{path} is a checkpoint of another model than {model_title}: {problem}.")
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # whose names are the model's own now
         if own[name].is_floating_point() != tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized:
             kind = "floating-point numbers" if own[name].is_floating_point() else "integers"
             raise CheckpointError(f"{path} holds {name!r} in {tensor.dtype}; it takes {kind}.")
@@ -193,7 +195,7 @@ def _parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return load_safetensors(content)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the latter for dtypes that torch lacks
-        raise CheckpointError(f"{path} is cut short or no safetensors file ({error}).") from None
+        raise CheckpointError(f"{path} is cut short or no safetensors file ({shown(str(error))}).") from None
 
 
 def _parse_torch(content: bytes, path: Path) -> Any:
