@@ -83,7 +83,7 @@ def convert(
     for name, project in (("to", to), ("source", source)):
         if project not in LAYOUTS and (project is not None or name == "to"):
             raise ValueError(f"{name} is {project!r}; it takes {', '.join(LAYOUTS)}.")
-    tensors = dict(_flat(state_dict))
+    tensors = dict(flat_tensors(state_dict))
     found, forms = _find_network(tensors, source, part)
     known = forms[0]
     wanted = FORMS.get((to, known.network, known.has_norm))
@@ -97,14 +97,14 @@ def convert(
     return Conversion(sources, known.network, known.has_norm, in_channels, factor_channels, found, moved)
 
 
-def _flat(values: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def flat_tensors(values: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its dotted path; optimisers number their states by integers, and so drop out."""
     for key, value in values.items():
         if isinstance(key, str) and isinstance(value, Tensor):
             if key.rpartition(".")[2] != AVERAGES:
                 yield path + key, value
         elif isinstance(key, str) and isinstance(value, Mapping) and depth < _DEEPEST:
-            yield from _flat(value, f"{path}{key}.", depth + 1)
+            yield from flat_tensors(value, f"{path}{key}.", depth + 1)
 
 
 def _find_network(tensors: dict[str, Tensor], source: str | None, part: str) -> tuple[str, list[Form]]:

@@ -1,7 +1,7 @@
 """Checkpoint folders: ``model.safetensors``, ``state.pt`` (tensors and plain values) and ``settings.json``.
 
 A folder is written aside and renamed, so it is whole or not there; settings.json holds the other files' hashes. Files
-from others are read as tensors alone: a pickle with code in it is refused, never run.
+from others are read as tensors alone, and code in a pickle is never run.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from ftfast.conversion.stand_ins import load_torch
 from ftfast.distill.runtime import files
 from ftfast.errors import CheckpointError, shown
 
@@ -27,6 +29,9 @@ FORMAT = "ftfast-checkpoint"
 VERSION = 1
 MODEL_FILE, STATE_FILE, SETTINGS_FILE = "model.safetensors", "state.pt", "settings.json"
 _WRAPPERS = ("state_dict", "model", "net")
+_MAY_HOLD_CODE = (
+    "{} is no file of plain tensors, may hold code, and was not opened; save the model's state_dict() alone."
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def _hash_description(description: dict[str, Any]) -> str:
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A model's tensors from a checkpoint folder, a ``.safetensors`` file or a torch file, and their description.
 
-    A torch file holds the tensors by name, or has them under "state_dict", "model" or "net". The description is empty
+    A torch file holds the tensors by name, or has them under "state_dict", "model" or "net", beside which there may be
+    objects, such as a program's arguments, that are not read. The description is empty
     for files, which do not say what they are of.
 
     Raises:
@@ -128,13 +134,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return checkpoint.tensors, checkpoint.description
     if path.suffix == ".safetensors":
         return _parse_safetensors(_read_bytes(path), path), {}
-    content = _parse_torch(_read_bytes(path), path)
+    content, objects = _parse_torch(_read_bytes(path), path, load_torch)
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     if not named or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no model: it takes a dictionary of tensors by name.")
+        no_model = f"{path} holds no model: it takes a dictionary of tensors by name."
+        raise CheckpointError(_MAY_HOLD_CODE.format(path) if objects else no_model)
     for name, value in content.items():
         if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
             raise CheckpointError(
@@ -198,17 +205,18 @@ def _parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is cut short or no safetensors file ({shown(str(error))}).") from None
 
 
-def _parse_torch(content: bytes, path: Path) -> Any:
+def _load_plain(content: BytesIO) -> Any:
+    return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def _parse_torch(content: bytes, path: Path, load: Callable[[BytesIO], Any] = _load_plain) -> Any:
     cut = f"{path} is cut short or no torch file."
     try:
         if content.startswith(b"PK") and not zipfile.is_zipfile(BytesIO(content)):
             raise CheckpointError(cut)
         with warnings.catch_warnings(action="ignore"):  # torch's remark on a pickle's protocol
-            return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+            return load(BytesIO(content))
     except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} is no file of plain tensors, may hold code, and was not opened; "
-            "save the model's state_dict() alone."
-        ) from None
+        raise CheckpointError(_MAY_HOLD_CODE.format(path)) from None
     except Exception:  # what the zip and pickle readers raise for broken bytes has no common class
         raise CheckpointError(cut) from None
