@@ -360,16 +360,16 @@ def test_beta_follows_the_factors_size_and_can_be_set():
 def test_a_default_beta_is_that_of_the_first_batch():
     """Whatever size the models were made for, as with timm's --img-size."""
     task = task_of("test_resnet", "test_resnet")
-    height, width = SIZE[1] // 2, SIZE[2] // 2
-    half = torch.randn(2, 3, height, width), torch.arange(2)
-    assert task(*half)["kd_loss"].isfinite()
-    factor = task.paraphraser.encode(task.teacher_maps(half[0]))
+    height, width = 4 * SIZE[1], 4 * SIZE[2]
+    larger = torch.randn(2, 3, height, width), torch.arange(2)
+    assert task(*larger)["kd_loss"].isfinite()
+    factor = task.paraphraser.encode(task.teacher_maps(larger[0]))
     assert task.beta == pytest.approx(500 * math.sqrt(factor[0].numel() / 2048))
     task(*images())
     assert task.beta == pytest.approx(500 * math.sqrt(factor[0].numel() / 2048))
     for given in (task_of("test_resnet", "test_resnet", beta=7.0), task_of("test_resnet", "test_resnet")):
         given.beta = 7.0
-        given(*half)
+        given(*larger)
         assert given.beta == 7.0
 
 
@@ -387,7 +387,7 @@ def check_distributed(task, whole_batch, half):
     assert not any(isinstance(part, nn.parallel.DistributedDataParallel) for part in task.teacher.modules())
     with task.no_sync():
         assert not task.trainable_module.require_backward_grad_sync
-    task(*half)["loss"].backward()
+    task(*larger)["loss"].backward()
     for parameter, gradient in zip(task.trainable_module.parameters(), expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-9 * gradient.norm()
     assert set(task.get_checkpoint_state()["state_dict"]) == set(model("test_vit").state_dict())
