@@ -387,7 +387,7 @@ def check_distributed(task, whole_batch, half):
     assert not any(isinstance(part, nn.parallel.DistributedDataParallel) for part in task.teacher.modules())
     with task.no_sync():
         assert not task.trainable_module.require_backward_grad_sync
-    task(*larger)["loss"].backward()
+    task(*half)["loss"].backward()
     for parameter, gradient in zip(task.trainable_module.parameters(), expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-9 * gradient.norm()
     assert set(task.get_checkpoint_state()["state_dict"]) == set(model("test_vit").state_dict())

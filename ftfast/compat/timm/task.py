@@ -19,6 +19,7 @@ from ftfast.compat.timm.maps import check_sizes, input_size_of, shape_of_map
 from ftfast.compat.timm.paraphrasing import fill, fit, resolve_paraphraser, share
 from ftfast.compat.timm.teacher import TeacherMaps, TeacherNormalisation, frozen_teacher
 from ftfast.compat.timm.trainable import FactorTransferTrainableModule, StudentTap
+from ftfast.errors import shown
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
 
@@ -230,7 +231,9 @@ class FactorTransferTask(TrainingTask):
         if module is None:
             raise RuntimeError("there is no moving average to load task state into; call setup_ema() before.")
         if "translator" not in state and strict:
-            raise RuntimeError(f"task state has {', '.join(state)} and no translator; it is of another kind of task.")
+            raise RuntimeError(
+                f"task state has {shown(', '.join(state))} and no translator; it is of another kind of task."
+            )
         networks = {"translator": unwrap_model(module).translator, "paraphraser": None if ema else self.paraphraser}
         for name, network in networks.items():
             if network is not None and name in state:
