@@ -2,6 +2,16 @@
 
 # Ends advice to change a setting: --resume goes on with the same settings alone.
 IN_A_NEW_RUN = "in a new --output, with --teacher-checkpoint <this --output>/teacher"
+_MOST_SHOWN = 200
+
+
+def shown(text: str) -> str:
+    """A name or ``repr`` from a file, as a sentence or a terminal can take it, on one line.
+
+    What does not print, such as a terminal's escape codes, is escaped, and the middle of what is long is left out.
+    """
+    cut = text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
 
 
 class DistillError(ValueError):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ftfast.errors import shown
 from ftfast.user_folder import user_folder
 
 SHIPPED = Path(__file__).with_name("tuned")
@@ -78,7 +79,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable table of ftfast tune ({error}); delete it or tune again.") from None
+        raise ValueError(
+            f"{path} is not a readable table of ftfast tune ({shown(str(error))}); delete it or tune again."
+        ) from None
     if not isinstance(table, dict) or table.get("version") != VERSION or not isinstance(table.get("entries"), list):
         raise ValueError(f"{path} is not a table of version {VERSION}; delete it or run ftfast tune again.")
     return table["entries"]

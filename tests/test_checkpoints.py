@@ -1,5 +1,6 @@
 """Checkpoint folders come back as they were; what is not a whole checkpoint of plain tensors is refused."""
 
+import argparse
 import json
 import os
 import pickle
@@ -163,6 +164,13 @@ def test_cut_torch_files_are_refused(tmp_path: Path, keep: float, zipped: bool) 
     path.write_bytes(content[: int(keep if keep >= 1 or keep == 0 else keep * len(content))])
     with pytest.raises(CheckpointError, match="cut short"):
         checkpoint.load_tensors(path)
+
+
+def test_a_teacher_beside_its_scripts_arguments_is_read(tmp_path: Path) -> None:
+    """As timm and RepDistiller save theirs."""
+    own = small_model().state_dict()
+    torch.save({"opt": argparse.Namespace(lr=0.1), "model": own}, tmp_path / "teacher.pt")
+    assert checkpoint.load_tensors(tmp_path / "teacher.pt")[0].keys() == own.keys()
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch", "module"])

@@ -1,9 +1,13 @@
 """The peers' classes: their keys, defaults and numbers, and where theirs break, the right ones."""
 
 import copy
+import importlib
 import inspect
 import os
+import sys
 import time
+import types
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +19,9 @@ from torch import Tensor, nn
 
 import ftfast
 from ftfast.compat import mmrazor, official, repdistiller, zoo
+from ftfast.compat.torchdistill import networks as torchdistill_networks
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 FACTORS = (4, 6, 5, 3)
 
@@ -322,6 +328,157 @@ def test_a_sequence_can_be_copied_and_cut():
     assert relative_error(encoder[3:](encoder[:3](x)), encoder(x)) < 1e-5
 
 
+# Not the official and RepDistiller's paraphrasers, whose result's kind a flag decides.
+RECORDED: dict[str, Callable[[], nn.Module]] = {
+    name: make
+    for name, (make, _, _) in NETWORKS.items()
+    if name != "official paraphraser" and "repdistiller paraphraser" not in name
+} | {
+    "torchdistill paraphraser": lambda: torchdistill_networks.Paraphraser4FactorTransfer(0.5, 6),
+    "torchdistill translator": lambda: torchdistill_networks.Translator4FactorTransfer(6, 4, uses_bn=False),
+    "mmrazor train phase": lambda: mmrazor.Paraphraser(6, 4, phase="train"),
+}
+
+
+@pytest.mark.parametrize("record", [torch.jit.script, torch.fx.symbolic_trace], ids=["script", "fx"])
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_networks_can_be_scripted_and_traced_where_the_peers_can(name, record):
+    network = RECORDED[name]().eval()
+    recorded, x = record(network), torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(recorded(x), network(x))
+
+
+def test_a_paraphraser_with_a_flag_is_traced_for_one_value():
+    x = torch.randn(2, 6, 5, 5)
+    for network, flag, value in (
+        (official.Paraphraser(6, 4), "mode", 1),
+        (repdistiller.Paraphraser(x.shape), "is_factor", True),
+    ):
+        traced = torch.fx.symbolic_trace(network, concrete_args={flag: value})
+        torch.testing.assert_close(traced(x, value), network(x, value))
+
+
+class OwnFactor:
+    """Overrides what the peers' forward calls."""
+
+    def factor(self, f: Tensor) -> Tensor:
+        return f.flatten(1)
+
+    normalize = at = factor
+
+
+OWN: dict[str, tuple[type, Loss]] = {
+    "zoo": (zoo.FT, F.l1_loss),
+    "mmrazor": (mmrazor.FTLoss, F.l1_loss),
+    "repdistiller": (repdistiller.FactorTransfer, F.l1_loss),
+    "attention": (repdistiller.Attention, F.mse_loss),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_subclass_or_an_instance_overrides_is_what_runs(name):
+    home, formula = OWN[name]
+    student, teacher = maps(2, 4, 3, 3), maps(2, 4, 3, 3)
+    by_class, by_instance = type("Own", (OwnFactor, home), {})(), home()
+    for method in ("factor", "normalize", "at"):
+        if hasattr(home, method):
+            setattr(by_instance, method, lambda f: f.flatten(1))
+    for loss in (by_class, by_instance):
+        found = loss([student], [teacher])[0] if name == "attention" else loss(student, teacher)
+        assert relative_error(found, formula(student, teacher)) < 1e-12
+
+
+def test_mmrazors_criterion_can_be_replaced():
+    loss, student, teacher = mmrazor.FTLoss(loss_weight=3.0), maps(*FACTORS), maps(*FACTORS)
+    assert type(loss.criterion) is nn.L1Loss
+    loss.criterion = nn.MSELoss()
+    assert relative_error(loss(student, teacher), 3 * F.mse_loss(unit(student), unit(teacher))) < 1e-12
+    loss.forward_train = lambda s, t: (s - t).sum()
+    assert relative_error(loss(student, teacher), 3 * (student - teacher).sum()) < 1e-12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_peers_factors_on_their_own(layout):
+    x = maps(2, 4, 3, 5, layout=layout)
+    for found in (zoo.FT().normalize(x), mmrazor.FTLoss().factor(x), official.FT(x)):
+        assert relative_error(found, unit(x)) < 1e-12
+    assert relative_error(repdistiller.FactorTransfer(p1=3).factor(x), attention_map(x, 3)) < 1e-12
+    assert relative_error(repdistiller.Attention().at(x), attention_map(x, 2)) < 1e-12
+    loss = repdistiller.FactorTransfer(p2=3)
+    assert torch.equal(loss.factor_loss(x, 2 * x + 1), loss(x, 2 * x + 1))
+
+
+def test_attention_compares_as_many_pairs_as_the_shorter_list_has():
+    student, teacher = maps(2, 3, 4, 4), maps(2, 5, 4, 4)
+    attention = repdistiller.Attention()
+    found = attention(iter([student, student]), [teacher])
+    assert found == attention([student], [teacher])
+
+
+MMRAZOR = {
+    "__init__.py": "",
+    "registry.py": """
+class Registry:
+    found = {}
+
+    def register_module(self, force=False, module=None):
+        if module.__name__ in self.found and not force:
+            raise KeyError(f"{module.__name__} is already registered")
+        self.found[module.__name__] = module
+
+
+MODELS = Registry()
+""",
+    "models.py": """
+from mmrazor.registry import MODELS
+
+for name in ("FTLoss", "Paraphraser", "Translator", "CRDLoss"):
+    MODELS.register_module(module=type(name, (), {}))
+""",
+}
+
+
+def test_one_import_gives_mmrazors_names_to_our_classes(tmp_path, monkeypatch):
+    """Though its models, which register their own without force, were not imported before."""
+    (tmp_path / "mmrazor").mkdir()
+    for name, content in MMRAZOR.items():
+        (tmp_path / "mmrazor" / name).write_text(content)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mmrazor", None)
+        with pytest.raises(ImportError, match=r"mmrazor does not import .*ftfast\.compat\.mmrazor"):
+            importlib.import_module("ftfast.compat.mmrazor.replace")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        importlib.import_module("ftfast.compat.mmrazor.replace")
+        importlib.import_module("mmrazor.models")
+        found = importlib.import_module("mmrazor.registry").MODELS.found
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mmrazor"]:
+            del sys.modules[name]
+        sys.modules.pop("ftfast.compat.mmrazor.replace", None)
+    assert found["CRDLoss"].__module__ == "mmrazor.models"
+    for cls in (mmrazor.FTLoss, mmrazor.Paraphraser, mmrazor.Translator):
+        assert found[cls.__name__] is cls
+
+
+def test_init_cfg_is_acted_upon_once_by_mmengine(monkeypatch):
+    network = mmrazor.Translator(6, 4, init_cfg=[{"type": "Constant", "layer": "Conv2d", "val": 2.0}])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mmengine.model", None)
+        with pytest.raises(ImportError, match=r"init_cfg is .*Constant.*mmengine"):
+            network.init_weights()
+        mmrazor.Translator(6, 4).init_weights()  # asks for nothing
+    module = types.ModuleType("mmengine.model")
+    module.initialize = lambda given, configuration: given.encoder[0].weight.data.add_(configuration[0]["val"])
+    monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
+    monkeypatch.setitem(sys.modules, "mmengine.model", module)
+    before = network.encoder[0].weight.detach().clone()
+    network.init_weights()
+    network.init_weights()
+    torch.testing.assert_close(network.encoder[0].weight.detach(), before + 2)
+
+
 def test_mmrazor_train_phase_gives_factors_without_a_graph_and_may_be_changed():
     network, x = mmrazor.Paraphraser(6, 4), torch.randn(2, 6, 5, 5)
     assert network(x).shape == x.shape
@@ -340,7 +497,6 @@ def test_zoo_definitions_have_the_prefix_of_data_parallel():
 
 # --- Losses --------------------------------------------------------------------------------------------------------
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 # Ours, and theirs written out; by name.
 FACTOR_LOSSES: dict[str, tuple[Loss, Loss]] = {
     "official": (official.factor_transfer_loss, lambda s, t: 500 * l1_of_directions(s, t.detach())),
@@ -543,11 +699,6 @@ ONE_SENTENCE: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         r"s_shape\[1\] is 0; it takes",
         lambda: repdistiller.Translator((2, 0, 4, 4), (2, 4, 4, 4)),
     ),
-    "lists of unlike length": (
-        ValueError,
-        "g_s has 2 maps and g_t 1; give one",
-        lambda: repdistiller.Attention()([torch.ones(1, 2, 3, 3)] * 2, [torch.ones(1, 2, 3, 3)]),
-    ),
     "p2": (
         TypeError,
         "p2 is 'L1'; it takes a number",
@@ -601,6 +752,18 @@ def test_strict_false_still_loads_what_fits():
     result = network.load_state_dict({"conv0.bias": torch.ones(6), "other": torch.ones(1)}, strict=False)
     assert result.unexpected_keys == ["other"]
     assert network.conv0.bias.eq(1).all()
+
+
+def test_strict_false_says_where_nothing_fits():
+    """The official script loads so."""
+    network, theirs = official.Paraphraser(6, 4), {"module.conv0.bias": torch.ones(6)}
+    with pytest.warns(
+        UserWarning, match=r"nothing was loaded.* has module\.conv0\.bias, and .*official.Paraphraser has"
+    ):
+        network.load_state_dict(theirs, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.load_state_dict({"conv0.bias": torch.ones(6), "other": torch.ones(1)}, strict=False)
 
 
 # --- How fast ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import logging
 import math
 import runpy
 from contextlib import nullcontext
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -357,6 +357,22 @@ def test_beta_follows_the_factors_size_and_can_be_set():
     assert first > 0
 
 
+def test_a_default_beta_is_that_of_the_first_batch():
+    """Whatever size the models were made for, as with timm's --img-size."""
+    task = task_of("test_resnet", "test_resnet")
+    height, width = 4 * SIZE[1], 4 * SIZE[2]
+    larger = torch.randn(2, 3, height, width), torch.arange(2)
+    assert task(*larger)["kd_loss"].isfinite()
+    factor = task.paraphraser.encode(task.teacher_maps(larger[0]))
+    assert task.beta == pytest.approx(500 * math.sqrt(factor[0].numel() / 2048))
+    task(*images())
+    assert task.beta == pytest.approx(500 * math.sqrt(factor[0].numel() / 2048))
+    for given in (task_of("test_resnet", "test_resnet", beta=7.0), task_of("test_resnet", "test_resnet")):
+        given.beta = 7.0
+        given(*larger)
+        assert given.beta == 7.0
+
+
 def check_distributed(task, whole_batch, half):
     """DDP's averaged gradients are those of the whole batch; only what is trained is wrapped."""
     task.eval()
@@ -551,11 +567,11 @@ def test_without_timm_or_with_another_release_it_says_so(monkeypatch):
         with pytest.raises(ImportError, match=r"ftfast\[timm\]"):
             runpy.run_path(path)
     with monkeypatch.context() as patch:
-        patch.setattr(metadata, "version", lambda name: "0.9")
-        with pytest.warns(UserWarning, match=r"tested with timm .*1\.0\.31.*0\.9"):
-            runpy.run_path(path)
         import timm.task
 
+        patch.setattr(timm, "__version__", "0.9")  # a copy on the path, whatever is installed
+        with pytest.warns(UserWarning, match=r"tested with timm .*1\.0\.31.*0\.9"):
+            runpy.run_path(path)
         patch.delattr(timm.task, "TrainingTask")
         with pytest.raises(ImportError, match=r"timm 0\.9 lacks .*TrainingTask"), nullcontext():
             runpy.run_path(path)

@@ -127,8 +127,9 @@ def test_the_project_and_the_channels_are_recognised(source, network, norm):
         lambda own: {f"module.{key}": tensor for key, tensor in own.items()},
         lambda own: {"epoch": 3, "state_dict": own, "optimizer": {"state": {0: own}, "param_groups": [{"lr": 0.1}]}},
         lambda own: {"model": {f"module._orig_mod.{key}": tensor for key, tensor in own.items()}},
+        lambda own: {"n_averaged": torch.tensor(3)} | {f"module.{key}": tensor for key, tensor in own.items()},
     ],
-    ids=["DataParallel", "checkpoint", "both"],
+    ids=["DataParallel", "checkpoint", "both", "AveragedModel"],
 )
 @pytest.mark.parametrize(("source", "network", "norm"), CASES)
 def test_what_stands_around_the_network_is_taken_off(source, network, norm, wrap):
@@ -227,6 +228,21 @@ def test_what_fits_nothing_is_refused_in_a_sentence(state_dict, options, error, 
     }
     with pytest.raises(error, match=says):
         convert_state_dict(made[state_dict]() if isinstance(state_dict, str) else state_dict, **options)
+
+
+@pytest.mark.parametrize(
+    "key", ["\x1b[2J\x07", "x" * 5_000_000, "." * 5_000_000, "\u202e"], ids=["escape", "long", "dots", "bidi"]
+)
+def test_names_from_files_are_printed_escaped_and_cut(key):
+    own = build("official", "translator", False).state_dict()
+    for state_dict in (
+        {key: torch.zeros(1)},
+        {f"net.{name}": tensor for name, tensor in own.items()} | {key: torch.zeros(1)},
+    ):
+        with pytest.raises(ValueError, match="state_dict has") as raised:
+            convert_state_dict(state_dict)
+        assert str(raised.value).isprintable()
+        assert len(str(raised.value)) < 1000
 
 
 def test_the_networks_of_torchdistill_load_it():

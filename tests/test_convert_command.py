@@ -1,8 +1,11 @@
 """ftfast convert writes what convert_state_dict gives, whole or not at all, and says which key became which."""
 
 import argparse
+import importlib
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -79,6 +82,78 @@ def test_an_existing_file_is_kept_unless_asked(checkpoint, tmp_path, capsys):
     assert "encoder.0.weight" in read(checkpoint)
 
 
+class History:
+    """As mmengine keeps numbers: arrays, and its own methods by name."""
+
+    def __init__(self):
+        self.values = np.array([1.0, 2.0])
+
+    def mean(self):
+        return self.values.mean()
+
+    def __getstate__(self):
+        return {**self.__dict__, "methods": {"mean": History.mean}}
+
+
+class Hostile:
+    """Unpickling one calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+ran = []
+
+
+class Restored:
+    """Unpickling one calls its own method."""
+
+    def __init__(self):
+        self.content = 1
+
+    def __setstate__(self, state):
+        ran.append(state)
+
+
+TRAINING_CHECKPOINTS = {
+    "timm": {"args": argparse.Namespace(lr=0.1, betas=[0.9]), "metric": np.float64(71.5), "arch": "resnet18"},
+    "mmengine": {"meta": {"epoch": 3}, "message_hub": {"log_scalars": {"loss": History()}}},
+    "RepDistiller": {"opt": argparse.Namespace(lr=0.1), "accuracy": 71.5},
+    "hostile": {
+        "exec": Hostile(exec, "import pathlib; pathlib.Path('ran').touch()"),
+        "getattr": Hostile(getattr, "".join, "__class__"),
+        "setstate": Restored(),
+        "import": Hostile(importlib.import_module, "this"),
+    },
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("project", TRAINING_CHECKPOINTS)
+def test_tensors_are_taken_out_from_beside_objects_of_which_nothing_is_run(own, tmp_path, project, legacy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {"first": TRAINING_CHECKPOINTS[project], "state_dict": {"paraphraser": own, "fc.bias": torch.zeros(3)}}
+    torch.save({**content, **TRAINING_CHECKPOINTS[project]}, "in.pth", _use_new_zipfile_serialization=not legacy)
+    assert main(["convert", "in.pth", "out.pth", "--part", "paraphraser"]) == 0
+    written = read(tmp_path / "out.pth")
+    assert all(torch.equal(written[key], own[key]) for key in own)
+    assert not ran
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_call_of_the_system_is_refused_by_name(own, tmp_path, legacy, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hostile = {"state_dict": own, "x": Hostile(os.system, "touch ran")}
+    torch.save(hostile, "in.pth", _use_new_zipfile_serialization=not legacy)
+    assert main(["convert", "in.pth", "out.pth"]) == 2
+    assert "in.pth holds posix.system, and objects are not loaded" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth"]
+
+
 def write_bytes(content):
     return lambda path: path.write_bytes(content)
 
@@ -92,10 +167,10 @@ WRONG = {
     "text": (write_bytes(b"<html>"), "not a whole file of torch.save"),
     "empty": (write_bytes(b""), "not a whole file of torch.save"),
     "cut": (write_cut, "not a whole file of torch.save"),
-    "module": (lambda path: torch.save(ftfast.Translator(3, 2), path), "holds ftfast.modules.Translator beside"),
+    "module": (lambda path: torch.save(ftfast.Translator(3, 2), path), "holds ftfast.modules.Translator, and objects"),
     "options": (
         lambda path: torch.save({"model": {}, "opt": argparse.Namespace()}, path),
-        "holds argparse.Namespace beside",
+        "holds argparse.Namespace, and objects",
     ),
     "list": (lambda path: torch.save([1], path), "holds a list"),
     "foreign": (lambda path: torch.save({"fc.weight": torch.zeros(3, 3)}, path), "fits no project"),

@@ -285,6 +285,30 @@ def test_other_projects_layouts_give_the_same_model(layout: str, tmp_path: Path)
     assert torch.equal(model.eval()(images), source(images))
 
 
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.module.", "model.module.", "model._orig_mod.", "module.module.", "_orig_mod.model.module."]
+)
+def test_prefixes_nested_in_any_order_and_an_averages_count_are_taken_off(prefix: str, tmp_path: Path) -> None:
+    model = build("resnet8", 2)
+    theirs = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    theirs[f"{prefix.partition('.')[0]}.n_averaged"] = torch.tensor(3)
+    theirs["n_averaged"] = torch.tensor(3)
+    found = checkpoint_names.to_own_layout(theirs, model, tmp_path, "cifar10")
+    assert found.keys() == model.state_dict().keys()
+
+
+def test_what_is_lacking_is_said_beside_what_was_found(tmp_path: Path) -> None:
+    from ftfast.distill.runtime import checkpoint
+
+    model = build("resnet8", 2)
+    theirs = {f"\x1b[31m.{name}": tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"lacks 'classifier.bias' and has '\\x1b\[31m.classifier.bias'"
+    ) as raised:
+        checkpoint.fill(model, theirs, tmp_path, "resnet8")
+    assert str(raised.value).isprintable()
+
+
 def test_a_vgg_in_torchvisions_order_gives_the_same_model(tmp_path: Path) -> None:
     source = trained(torchvision.models.vgg13_bn(num_classes=10).features)
     head = nn.Linear(512, 10)

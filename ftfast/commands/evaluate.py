@@ -17,7 +17,7 @@ from ftfast.distill.monitor.plots import confusion_counts, draw_confusion
 from ftfast.distill.runtime import files
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import DTYPES
-from ftfast.errors import SettingsError
+from ftfast.errors import SettingsError, shown
 
 if TYPE_CHECKING:
     from ftfast.distill.data.in_memory import Source
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     )
     top5 = "" if found["top5_accuracy"] is None else f" (top 5: {found['top5_accuracy']:.2f} %)"
     line = (
-        f"{found['kind']} {found['model']['name']} with {found['model']['channels']} channels: "
+        f"{found['kind']} {shown(found['model']['name'])} with {found['model']['channels']} channels: "
         f"{found['accuracy']:.2f} %{top5} of {found['test_images']} test images of {found['data']} ({found['dtype']})"
     )
     if picture is not None:
@@ -90,7 +90,8 @@ def evaluate_checkpoint(
     described = describe_trained(folder)
     chosen = {"data": data or described["data"], "device": device or "auto", "dtype": dtype or described["dtype"]}
     if chosen["data"] in DATASETS and chosen["data"] != described["data"]:
-        raise SettingsError(f"data is {chosen['data']!r}, and the checkpoint was trained on {described['data']!r}.")
+        trained_on = shown(repr(described["data"]))
+        raise SettingsError(f"data is {chosen['data']!r}, and the checkpoint was trained on {trained_on}.")
     if DATASETS[described["data"]].is_streamed:
         class_names.check_same(folder, described, class_names.named(source.folder if source else None, loader))
     settings = settings_of(**chosen, **_of_photographs(described, loader, source)).resolved()

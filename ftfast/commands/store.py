@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftfast.distill.runtime.signals import Interrupted, signals_interrupt
-from ftfast.errors import StoreError
+from ftfast.errors import StoreError, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +113,7 @@ def _info(args: argparse.Namespace) -> int:
     rows += [(name, header.settings[name]) for name in ("data", "teacher", "teacher_layer", "rate")]
     rows += [("computed in", header.computed_in), ("views", f"{header.transform['cut']}, seed {header.seed}")]
     rows += [(f"hash of {name}", value) for name, value in header.hashes.items()]
-    print("\n".join(f"{name:20}{value}" for name, value in rows))
+    print("\n".join(f"{shown(name):20}{shown(str(value))}" for name, value in rows))
     return 0
 
 

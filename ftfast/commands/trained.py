@@ -9,7 +9,7 @@ from torch import nn
 
 from ftfast.distill.data.in_memory import Dataset, described_dataset
 from ftfast.distill.runtime.checkpoint import SETTINGS_FILE, fill, load, read_description
-from ftfast.errors import CheckpointError
+from ftfast.errors import CheckpointError, shown
 
 KINDS = ("teacher", "student")
 
@@ -31,7 +31,7 @@ class Trained:
         """``student resnet8 with 4 channels``."""
         model = self.description["model"]
         channels = f" with {model['channels']} channels" if model["channels"] else ""
-        return f"{self.description['kind']} {model['name']}{channels}"
+        return f"{self.description['kind']} {shown(model['name'])}{channels}"
 
 
 def _dataset_of(description: dict[str, Any]) -> Dataset:
@@ -47,7 +47,7 @@ def describe_trained(folder: Path) -> dict[str, Any]:
     description = read_description(folder)
     if description.get("kind") not in KINDS:
         raise CheckpointError(
-            f"{folder} is a checkpoint of kind {description.get('kind')!r}; it takes teacher or student."
+            f"{folder} is a checkpoint of kind {shown(repr(description.get('kind')))}; it takes teacher or student."
         )
     model = description.get("model")
     kinds = {"name": str, "channels": int, "shortcut": str}
@@ -69,5 +69,5 @@ def read_trained(folder: Path, device: torch.device) -> Trained:
     description = describe_trained(folder)
     found = load(folder)
     model = build(description["model"], _dataset_of(description), seed=0, device=device)
-    fill(model, found.tensors, folder, description["model"]["name"])
+    fill(model, found.tensors, folder, shown(description["model"]["name"]))
     return Trained(model.eval(), description)

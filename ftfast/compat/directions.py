@@ -7,6 +7,11 @@ from torch import Tensor
 EPS = 1e-12
 
 
+def is_overridden(instance: object, home: type, *methods: str) -> bool:
+    """Whether a subclass of a peer's class, or the instance, has methods of its own in the place of ``home``'s."""
+    return any(getattr(getattr(instance, name), "__func__", None) is not getattr(home, name) for name in methods)
+
+
 def direction(factor: Tensor) -> Tensor:
     """``[N, ...]`` to unit vectors ``[N, D]``, of any strides.
 

@@ -1,12 +1,15 @@
 """What the peers' networks share: their convolutions on ftfast's kernels, and a refusal of foreign checkpoints."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
+from ftfast.errors import shown
 from ftfast.modules import _check_channels, _is_watched
 from ftfast.ops.conv3x3 import conv3x3_leaky_relu, takes
 
@@ -40,7 +43,7 @@ class PeerNetwork(nn.Module):
     """Says in one sentence which keys a checkpoint has and which it needs, where torch lists every one on a line."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As :meth:`torch.nn.Module.load_state_dict`.
+        """As :meth:`torch.nn.Module.load_state_dict`; without ``strict``, warns where not one key fits.
 
         Raises:
             RuntimeError: with ``strict``, keys that do not fit, or tensors of another shape.
@@ -49,30 +52,45 @@ class PeerNetwork(nn.Module):
         foreign, absent = (
             [key for key in a if key not in b] for a, b in ((state_dict, expected), (expected, state_dict))
         )
+        advice = "strip a prefix such as module., or take ftfast.convert_state_dict for another library's layout."
+        home = f"{type(self).__module__}.{type(self).__name__}"
         if strict and (foreign or absent):
-            home = f"{type(self).__module__}.{type(self).__name__}"
             raise RuntimeError(
-                f"the state dict has {_some(foreign)} that {home} does not take, and lacks {_some(absent)}; strip a "
-                "prefix such as module., or take ftfast.convert_state_dict for another library's layout."
+                f"the state dict has {_some(foreign)} that {home} does not take, and lacks {_some(absent)}; {advice}"
+            )
+        if len(absent) == len(expected):
+            warnings.warn(
+                f"nothing was loaded: the state dict has {_some(foreign)}, and {home} has {_some(absent)}; {advice}",
+                stacklevel=2,
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def _some(keys: Iterable[str]) -> str:
     names = list(keys)
-    shown = ", ".join(names[:SHOWN_KEYS]) or "nothing"
-    return shown if len(names) <= SHOWN_KEYS else f"{shown} and {len(names) - SHOWN_KEYS} more"
+    some = ", ".join(shown(name) for name in names[:SHOWN_KEYS]) or "nothing"
+    return some if len(names) <= SHOWN_KEYS else f"{some} and {len(names) - SHOWN_KEYS} more"
 
 
 class ConvolutionSequence(nn.Sequential):
     """``nn.Sequential`` that runs a 3x3 convolution and the LeakyReLU behind it as one kernel where there is one.
 
     Keys, indices and results are those of ``nn.Sequential``. A layer that was replaced, parametrised or has hooks is
-    called as it stands.
+    called as it stands, and all are under ``torch.jit.script`` and ``torch.fx.symbolic_trace``.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  nn.Sequential calls it so
         """Features ``[N, C, H, W]`` through all layers."""
+        if torch.jit.is_scripting():
+            x = input
+            for layer in self:
+                x = layer(x)
+            return x
+        else:
+            return self._fused(input)
+
+    @torch.jit.unused
+    def _fused(self, input: Tensor) -> Tensor:  # noqa: A002
         layers = list(self._modules.values())
         x, place = input, 0
         while place < len(layers):
@@ -87,7 +105,12 @@ class ConvolutionSequence(nn.Sequential):
 
 def convolve(x: Tensor, layer: nn.Module, activation: nn.LeakyReLU) -> Tensor | None:
     """A convolution and its LeakyReLU as one kernel, or None where the two must be called as they stand."""
-    if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or _is_watched(layer) or _has_hooks(activation):
+    if (
+        isinstance(x, torch.fx.Proxy)
+        or not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+        or _is_watched(layer)
+        or _has_hooks(activation)
+    ):
         return None
     by_default = layer.kernel_size == (3, 3) and layer.stride == layer.padding == layer.dilation == (1, 1)
     if not by_default or layer.groups != 1 or layer.padding_mode != "zeros" or layer.output_padding not in ((0, 0), 0):
@@ -107,7 +130,12 @@ def laid_out_as_torch(x: Tensor, features: Tensor, layers: Iterable[nn.Module]) 
 
     The fused ones leave channels_last, on which the peers' own ``.view(N, -1)`` raises.
     """
-    if x.is_contiguous() or torch.compiler.is_compiling() or _is_channels_last(features):
+    if (
+        isinstance(x, torch.fx.Proxy)
+        or x.is_contiguous()
+        or torch.compiler.is_compiling()
+        or _is_channels_last(features)
+    ):
         return x
     if any(isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and _is_channels_last(layer.weight) for layer in layers):
         return x

@@ -6,6 +6,7 @@ script.
 say ``utils.FT``, which they may keep: these networks' outputs are laid out as torch's.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ftfast.compat.directions import EPS, direction
@@ -82,6 +83,14 @@ class Translator(PeerNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[N, in_planes, H, W]`` to factors ``[N, planes, H, W]``."""
+        if torch.jit.is_scripting():
+            y = self.leakyrelu(self.conv1(self.leakyrelu(self.conv0(x))))
+            return self.leakyrelu(self.conv2(y))
+        else:
+            return self._fused(x)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
         return _through(x, [self.conv0, self.conv1, self.conv2], self.leakyrelu)
 
 

@@ -5,12 +5,15 @@ Its ``FactorTransfer`` is not the paper's loss: it averages the channels away an
 the line to change in ``train_student.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftfast.compat.directions import direction, is_overridden
 from ftfast.compat.networks import PeerNetwork, check_channels, convolutions, truncated_channels
 from ftfast.ops.attention import attention_difference
+from ftfast.reference import attention_map
 
 __all__ = ["Attention", "FactorTransfer", "Paraphraser", "Translator"]
 
@@ -39,7 +42,18 @@ class FactorTransfer(nn.Module):
             TypeError, ValueError: maps or powers that cannot be compared, as
                 :func:`ftfast.ops.attention.attention_difference`.
         """
+        return self.factor_loss(f_s, f_t)
+
+    def factor_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        """What :meth:`forward` calls."""
+        if is_overridden(self, FactorTransfer, "factor"):
+            difference = _difference(self.factor, f_s, f_t)
+            return difference.abs().mean() if self.p2 == 1 else difference.pow(self.p2).mean()
         return attention_difference(f_s, f_t, exponent=self.p1, p=self.p2)
+
+    def factor(self, f: Tensor) -> Tensor:
+        """A map ``[N, C, H, W]`` to its normalised attention ``[N, H*W]``, float32 (float64 for float64)."""
+        return direction(attention_map(f, self.p1))
 
 
 class Attention(nn.Module):
@@ -54,19 +68,27 @@ class Attention(nn.Module):
         self.p = p
 
     def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
-        """Lists of maps ``[N, C, H, W]`` to a list of losses, 0-d.
-
-        Raises:
-            ValueError: lists of unlike length.
-        """
-        student, teacher = list(g_s), list(g_t)
-        if len(student) != len(teacher):
-            raise ValueError(f"g_s has {len(student)} maps and g_t {len(teacher)}; give one of each for every pair.")
-        return [self.at_loss(f_s, f_t) for f_s, f_t in zip(student, teacher, strict=True)]
+        """Lists of maps ``[N, C, H, W]`` to a list of losses, 0-d, as many as the shorter list has."""
+        return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
 
     def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """The loss of one pair."""
+        if is_overridden(self, Attention, "at"):
+            return _difference(self.at, f_s, f_t).square().mean()
         return attention_difference(f_s, f_t, exponent=self.p, p=2)
+
+    def at(self, f: Tensor) -> Tensor:
+        """A map ``[N, C, H, W]`` to its normalised attention ``[N, H*W]``, float32 (float64 for float64)."""
+        return direction(attention_map(f, self.p))
+
+
+def _difference(attention: Callable[[Tensor], Tensor], f_s: Tensor, f_t: Tensor) -> Tensor:
+    """Of two maps' attention, the larger map pooled to squares of the other's height."""
+    height = min(f_s.shape[2], f_t.shape[2])
+    student, teacher = (
+        attention(f if f.shape[2] == height else F.adaptive_avg_pool2d(f, (height, height))) for f in (f_s, f_t)
+    )
+    return student - teacher
 
 
 class Paraphraser(PeerNetwork):

@@ -1,15 +1,17 @@
 """AberHu/Knowledge-Distillation-Zoo: ``kd_losses/ft.py`` and the two networks of ``network.py``.
 
-Its ``train_ft.py`` changes its import lines: ``from ftfast.compat.zoo import FT, define_paraphraser,
-define_translator``. Checkpoints of the ``define_*`` functions have the prefix ``module.``, as there.
+``from ftfast.compat.zoo import FT, define_paraphraser, define_translator`` goes below the imports of ``train_ft.py``,
+whose ``from kd_losses import *`` would take ``FT`` back. Checkpoints of the ``define_*`` functions have the prefix
+``module.``, as there.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.compat.directions import EPS
+from ftfast.compat.directions import EPS, direction, is_overridden
 from ftfast.compat.networks import PeerNetwork, check_channels, convolutions, truncated_channels
 from ftfast.ops.ft_loss import run
 
@@ -26,7 +28,13 @@ class FT(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`ftfast.ft_loss`.
         """
+        if is_overridden(self, FT, "normalize"):
+            return F.l1_loss(self.normalize(factor_s), self.normalize(factor_t))
         return run(factor_s, factor_t, p=1, reduction="mean", eps=EPS, weight=1.0, backend="auto")
+
+    def normalize(self, factor: Tensor) -> Tensor:
+        """``[N, ...]`` to unit vectors ``[N, D]``, float32 (float64 for float64)."""
+        return direction(factor)
 
 
 class paraphraser(PeerNetwork):

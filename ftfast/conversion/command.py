@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ftfast.conversion.layouts import LAYOUTS
-from ftfast.conversion.state_dicts import Conversion, convert
+from ftfast.conversion.stand_ins import load_torch
+from ftfast.conversion.state_dicts import Conversion, convert, flat_tensors
 from ftfast.distill.runtime import files
-from ftfast.errors import DistillError
+from ftfast.errors import DistillError, shown
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin", ".tar")
@@ -63,8 +64,10 @@ def run(args: argparse.Namespace) -> int:
 def read_state_dict(path: Path) -> dict[str, Any]:
     """What is in a file of torch.save or safetensors, on the CPU; nothing in it is run.
 
+    Objects beside the tensors, such as a training script's arguments, are left unread.
+
     Raises:
-        ConvertError: a file that is cut short, of another kind, or holds more than plain tensors.
+        ConvertError: a file that is cut short, of another kind, or without a tensor outside its objects.
     """
     if path.suffix == SAFETENSORS:
         from safetensors import SafetensorError
@@ -73,24 +76,28 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         try:
             return dict(load_file(path))
         except SafetensorError as error:
-            raise ConvertError(f"{path} is not a whole safetensors file ({error}).") from None
+            raise ConvertError(f"{path} is not a whole safetensors file ({shown(str(error))}).") from None
     try:
-        with open(path, "rb") as file:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded, names = load_torch(path)
     except pickle.UnpicklingError as error:
-        if refused := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
-            raise ConvertError(
-                f"{path} holds {refused[1]} beside tensors, and objects are not loaded; save the network's state_dict "
-                "alone with torch.save."
-            ) from None
+        if refused := re.search(r"(?:GLOBAL|class) (\S+)", str(error)):
+            raise ConvertError(_objects(path, refused[1])) from None
         raise ConvertError(f"{path} is not a whole file of torch.save.") from None
     except _DAMAGES as error:
         if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OSError) and error.filename is not None):
             raise
         raise ConvertError(f"{path} is not a whole file of torch.save.") from None
+    if names and (not isinstance(loaded, dict) or not any(True for _ in flat_tensors(loaded))):
+        raise ConvertError(_objects(path, names[0]))
     if not isinstance(loaded, dict):
         raise ConvertError(f"{path} holds a {type(loaded).__name__}; it takes a state_dict or a dictionary with one.")
     return loaded
+
+
+def _objects(path: Path, name: str) -> str:
+    return (
+        f"{path} holds {shown(name)}, and objects are not loaded; save the network's state_dict alone with torch.save."
+    )
 
 
 def write_state_dict(path: Path, tensors: dict[str, Tensor], *, under: str = "") -> None:
@@ -128,7 +135,10 @@ def _title(found: Conversion, to: str) -> str:
 
 def _as_text(found: Conversion, to: str, output: Path) -> str:
     rows = [("old key", "new key", "shape")]
-    rows += [(entry.old or NEW, entry.new, "x".join(map(str, entry.tensor.shape)) or "-") for entry in found.tensors]
+    rows += [
+        (shown(entry.old) or NEW, shown(entry.new), "x".join(map(str, entry.tensor.shape)) or "-")
+        for entry in found.tensors
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     table = [f"{old:{widths[0]}}  {new:{widths[1]}}  {shape}" for old, new, shape in rows]
     norm = ', norm="batch"' if found.has_norm else ""

@@ -5,6 +5,8 @@ from itertools import product
 from typing import NamedTuple
 
 COUNTER = "num_batches_tracked"
+# AveragedModel's count of its updates, beside the network that it averages.
+AVERAGES = "n_averaged"
 # Of a batch norm; checkpoints of torch before 0.4.1 lack the counter.
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", COUNTER)
 # Our name of an encoder's or decoder's batch norms.

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ftfast.conversion.layouts import COUNTER, FORMS, LAYOUTS, NORM_OF, Form
+from ftfast.conversion.layouts import AVERAGES, COUNTER, FORMS, LAYOUTS, NORM_OF, Form
+from ftfast.errors import shown
 
 # How deep the tensors of a training checkpoint may lie: {"model": {"paraphraser": {...}}}.
 _DEEPEST = 4
 _MOST_NAMED = 6
+_LONGEST_KEY = 1000
 # Of the keys of one layout and those at hand: below it, naming the nearest layout would mislead.
 _LEAST_LIKENESS = 0.4
 
@@ -81,7 +83,7 @@ def convert(
     for name, project in (("to", to), ("source", source)):
         if project not in LAYOUTS and (project is not None or name == "to"):
             raise ValueError(f"{name} is {project!r}; it takes {', '.join(LAYOUTS)}.")
-    tensors = dict(_flat(state_dict))
+    tensors = dict(flat_tensors(state_dict))
     found, forms = _find_network(tensors, source, part)
     known = forms[0]
     wanted = FORMS.get((to, known.network, known.has_norm))
@@ -95,13 +97,14 @@ def convert(
     return Conversion(sources, known.network, known.has_norm, in_channels, factor_channels, found, moved)
 
 
-def _flat(values: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def flat_tensors(values: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its dotted path; optimisers number their states by integers, and so drop out."""
     for key, value in values.items():
         if isinstance(key, str) and isinstance(value, Tensor):
-            yield path + key, value
+            if key.rpartition(".")[2] != AVERAGES:
+                yield path + key, value
         elif isinstance(key, str) and isinstance(value, Mapping) and depth < _DEEPEST:
-            yield from _flat(value, f"{path}{key}.", depth + 1)
+            yield from flat_tensors(value, f"{path}{key}.", depth + 1)
 
 
 def _find_network(tensors: dict[str, Tensor], source: str | None, part: str) -> tuple[str, list[Form]]:
@@ -115,7 +118,7 @@ def _find_network(tensors: dict[str, Tensor], source: str | None, part: str) -> 
             fits[prefix] = forms
     if not fits:
         raise ValueError(_what_is_nearest(tensors))
-    listed = _listed([f"{forms[0]} under {prefix[:-1]!r}" for prefix, forms in fits.items()])
+    listed = _listed([f"{forms[0]} under '{shown(prefix[:-1])}'" for prefix, forms in fits.items()])
     within = [prefix for prefix in fits if not part or f".{part.strip('.')}." in f".{prefix}"]
     if not within:
         raise ValueError(f"part is {part!r}, under which state_dict has no whole network; it has {listed}.")
@@ -126,7 +129,7 @@ def _find_network(tensors: dict[str, Tensor], source: str | None, part: str) -> 
     if others and not part:
         raise ValueError(
             f"state_dict has {listed} and {len(others)} other tensors ({_listed(others)}); take the network alone with "
-            f"part={prefix[:-1]!r}."
+            f"part='{shown(prefix[:-1])}'."
         )
     forms = [form for form in fits[prefix] if source in (None, form.project)]
     if not forms:
@@ -136,16 +139,16 @@ def _find_network(tensors: dict[str, Tensor], source: str | None, part: str) -> 
 
 
 def _prefixes(tensors: dict[str, Tensor]) -> list[str]:
-    """Every dotted beginning of a key, the shortest first."""
+    """Every dotted beginning of a key, the shortest first; a key of megabytes has none that matters."""
     found = {""}
-    for key in tensors:
+    for key in (key for key in tensors if len(key) <= _LONGEST_KEY):
         found.update(key[: place + 1] for place, letter in enumerate(key) if letter == ".")
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
 def _listed(names: list[str]) -> str:
     more = f", ... ({len(names)} in all)" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    return ", ".join(shown(name) for name in names[:_MOST_NAMED]) + more
 
 
 def _what_is_nearest(tensors: dict[str, Tensor]) -> str:
@@ -184,7 +187,7 @@ def _check_shapes(ours: dict[str, Tensor], old: dict[str, str]) -> tuple[int, in
             expected = () if kind == COUNTER else (given,)
         if tuple(tensor.shape) != expected:
             raise ValueError(
-                f"state_dict's {old[role]} has shape {tuple(tensor.shape)}, and a network for {m} channels with "
+                f"state_dict's {shown(old[role])} has shape {tuple(tensor.shape)}, and a network for {m} channels with "
                 f"factors of {mk} has {expected} there; it takes three 3x3 convolutions m -> m -> m*k -> m*k, and a "
                 "decoder that mirrors them."
             )

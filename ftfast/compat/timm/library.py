@@ -1,7 +1,7 @@
 """The parts of timm that the task is built from, and what to do where they are missing."""
 
 import warnings
-from importlib import metadata, util
+from importlib import import_module, util
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ TESTED_VERSIONS = ("1.0.27", "1.0.28", "1.0.29", "1.0.30", "1.0.31")
 
 
 def version() -> str:
-    """The installed timm's."""
+    """That of the code that is imported: what is installed may be another copy."""
     try:
-        return metadata.version("timm")
-    except metadata.PackageNotFoundError:
+        return str(import_module("timm").__version__)
+    except (ImportError, AttributeError):
         return "of an unknown version"
 
 

@@ -1,6 +1,5 @@
 """The phase before distillation: a paraphraser is trained to reconstruct a teacher's maps, or loaded from a file."""
 
-import argparse
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.compat.timm.teacher import TeacherMaps
+from ftfast.conversion.stand_ins import load_torch
 from ftfast.conversion.state_dicts import convert_state_dict
+from ftfast.errors import shown
 from ftfast.modules import Paraphraser
 
 _logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def _report(loss: float, batch: Tensor, epoch: int, *, judge: bool) -> None:
 
 
 def load_paraphraser(path: str | Path) -> Paraphraser:
-    """The paraphraser in a file of torch.save, read with ``weights_only=True``; its shapes say rate and batch norm.
+    """The paraphraser in a file of torch.save, of which nothing is run; its shapes say rate and batch norm.
 
     Args:
         path: a state_dict, or a checkpoint that holds one, one that timm wrote for a
@@ -122,10 +123,9 @@ def load_paraphraser(path: str | Path) -> Paraphraser:
     if not Path(path).is_file():
         raise FileNotFoundError(f"paraphraser is {str(path)!r}, which is no file; give the path of a checkpoint.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm writes its arguments so
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content, _ = load_torch(Path(path))
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        reason = str(error).partition("\n")[0]
+        reason = shown(str(error).partition("\n")[0])
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors ({reason}).") from error
     state = content.get("task_state") if isinstance(content, dict) else None
     try:

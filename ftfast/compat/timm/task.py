@@ -19,6 +19,7 @@ from ftfast.compat.timm.maps import check_sizes, input_size_of, shape_of_map
 from ftfast.compat.timm.paraphrasing import fill, fit, resolve_paraphraser, share
 from ftfast.compat.timm.teacher import TeacherMaps, TeacherNormalisation, frozen_teacher
 from ftfast.compat.timm.trainable import FactorTransferTrainableModule, StudentTap
+from ftfast.errors import shown
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
 
@@ -48,7 +49,7 @@ class FactorTransferTask(TrainingTask):
         student_layer, teacher_layer: names of the layers to take; None takes what ``forward_features`` returns. Tokens
             become maps, without their class and register tokens; both maps must have the same height and width.
         beta: the paper's weight of the mean-form L1 loss; None takes ``500 * sqrt(D / 2048)``, D the elements of a
-            factor: the published 500 for CIFAR's 32x8x8, and about ImageNet's 1000 for 256x7x7.
+            factor of the first batch: the published 500 for CIFAR's 32x8x8, and about ImageNet's 1000 for 256x7x7.
         norm: of the translator and a new paraphraser, as :class:`ftfast.Translator`.
         input_size: ``(channels, height, width)`` of the images, where the student's configuration says otherwise.
         backend: as :class:`ftfast.FTLoss`.
@@ -110,8 +111,9 @@ class FactorTransferTask(TrainingTask):
         translator = Translator(student_feature_dim or student_shape[0], factor_channels, norm=norm)
         for network in (self.paraphraser, translator):
             network.to(device=self.device, dtype=self.dtype)
-        if beta is None:
-            beta = 500 * math.sqrt(factor_channels * math.prod(teacher_shape[1:]) / 2048)
+        self._beta_is_open = beta is None
+        if beta is None:  # until the first batch shows the images' size
+            beta = _default_beta(factor_channels, teacher_shape[1:])
         head = FactorTransfer(self.paraphraser, translator, weight=beta, backend=backend)
         self.trainable_module: Any = FactorTransferTrainableModule(student_model, head, tap)
         if self.verbose:
@@ -123,11 +125,15 @@ class FactorTransferTask(TrainingTask):
 
     @property
     def beta(self) -> float | Tensor:
-        """The weight of the factor transfer loss inside ``kd_loss``; may be set, to a 0-d tensor to warm it up."""
+        """The weight of the factor transfer loss inside ``kd_loss``; may be set, to a 0-d tensor to warm it up.
+
+        A default one is that of images of ``input_size`` until the first batch, and from there on of that batch's.
+        """
         return unwrap_model(self.trainable_module).head.loss.weight
 
     @beta.setter
     def beta(self, value: float | Tensor) -> None:
+        self._beta_is_open = False
         unwrap_model(self.trainable_module).head.loss.weight = value
 
     def train_paraphraser(self, loader: Iterable[Any], *, epochs: int = 1, learning_rate: float = 1e-3) -> Self:
@@ -225,7 +231,9 @@ class FactorTransferTask(TrainingTask):
         if module is None:
             raise RuntimeError("there is no moving average to load task state into; call setup_ema() before.")
         if "translator" not in state and strict:
-            raise RuntimeError(f"task state has {', '.join(state)} and no translator; it is of another kind of task.")
+            raise RuntimeError(
+                f"task state has {shown(', '.join(state))} and no translator; it is of another kind of task."
+            )
         networks = {"translator": unwrap_model(module).translator, "paraphraser": None if ema else self.paraphraser}
         for name, network in networks.items():
             if network is not None and name in state:
@@ -251,10 +259,19 @@ class FactorTransferTask(TrainingTask):
                 "the paraphraser is not trained: call train_paraphraser(loader), give the task a trained one, or "
                 "resume from a checkpoint."
             )
-        output, kd_loss = self.trainable_module(input, self.teacher_maps(input))
+        teacher_map = self.teacher_maps(input)
+        if self._beta_is_open:
+            self.beta = _default_beta(self.paraphraser.factor_channels, teacher_map.shape[2:])
+            if self.verbose:
+                _logger.info(f"FactorTransferTask: beta={self.beta:.4g} for images of {list(input.shape[1:])}")
+        output, kd_loss = self.trainable_module(input, teacher_map)
         task_loss = self.criterion(output, target)
         loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
         return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
+
+
+def _default_beta(factor_channels: int, size: Sequence[int]) -> float:
+    return 500 * math.sqrt(factor_channels * math.prod(size) / 2048)
 
 
 def _weights(task: float | None, distill: float | None) -> tuple[float, float]:

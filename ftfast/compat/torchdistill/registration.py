@@ -2,7 +2,7 @@
 
 import warnings
 from functools import cache
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -113,7 +113,8 @@ def _torchdistill() -> _Torchdistill:
 
 
 def _version() -> str:
+    """That of the code that is imported: what is installed may be another copy."""
     try:
-        return metadata.version("torchdistill")
-    except metadata.PackageNotFoundError:
+        return str(import_module("torchdistill").__version__)
+    except (ImportError, AttributeError):
         return "of an unknown version"

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftfast.distill.data.datasets import default_folder, shown
-from ftfast.errors import CheckpointError
+from ftfast.distill.data.datasets import default_folder
+from ftfast.errors import CheckpointError, shown
 
 KEY = "class_names"
 """Of a checkpoint's description: the classes' names by label, where they are known."""

@@ -32,15 +32,6 @@ PLACES = {
 }
 
 
-MOST_SHOWN = 200  # characters of a name in a message
-
-
-def shown(name: str) -> str:
-    """A file's name, or what a file says, as messages have it: on one line, without control characters, and cut."""
-    cut = name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN // 2]} ... {name[-MOST_SHOWN // 2 :]}"
-    return cut if cut.isprintable() else repr(cut)
-
-
 class DataError(DistillError):
     """A data set that is not there, cannot be downloaded, or is not as its makers published it."""
 

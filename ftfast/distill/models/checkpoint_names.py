@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ftfast.conversion.layouts import AVERAGES
 from ftfast.distill.models.cifar import VGG, ResNet, WideResNet
 from ftfast.errors import CheckpointError
 
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 # What is common to the authors' code and the CIFAR networks that most projects share. The first rule that fits a place
 # is the one that counts.
 _RESNET_RULES = (
@@ -32,8 +34,9 @@ _WIDE_RESNET_RULES = (
 def to_own_layout(tensors: dict[str, Tensor], model: nn.Module, path: Path, data: str) -> dict[str, Tensor]:
     """The tensors under the names that ``model`` has for them; names that nothing is known of stay.
 
-    Known are DataParallel's and compiled modules' prefixes, the layout of the authors' code and of the CIFAR ResNets,
-    WRNs and VGGs that most projects share, and for models of torchvision and timm those libraries' own.
+    Known are the prefixes of DataParallel, compiled and averaged modules in any order, the layout of the authors' code
+    and of the CIFAR ResNets, WRNs and VGGs that most projects share, and for models of torchvision and timm those
+    libraries' own.
 
     Args:
         path, data: what an error is about.
@@ -41,16 +44,25 @@ def to_own_layout(tensors: dict[str, Tensor], model: nn.Module, path: Path, data
     Raises:
         CheckpointError: a classifier for another number of classes than the data have.
     """
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     own = model.state_dict()
+    tensors = _unwrapped(tensors, own)
     if not own.keys() <= tensors.keys():
         tensors = _renamed(tensors, model)
     for name, value in own.items():  # checkpoints of torch before 0.4.1 lack these counters
         if name.endswith("num_batches_tracked") and name not in tensors:
             tensors[name] = torch.zeros_like(value)
     _check_classes(tensors, own, path, data)
+    return tensors
+
+
+def _unwrapped(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what stands before all names, in any order and number, and without AveragedModel's counts."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] != AVERAGES}
+    while tensors and not own.keys() <= tensors.keys():
+        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 

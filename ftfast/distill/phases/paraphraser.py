@@ -26,7 +26,7 @@ from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import METHODS, Terms
 from ftfast.distill.training.schedule import Schedule, cosine
 from ftfast.distill.training.step import Precision
-from ftfast.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError
+from ftfast.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError, shown
 from ftfast.modules import Paraphraser
 
 LEAST_EXPLAINED_VARIANCE = 0.5
@@ -86,7 +86,9 @@ def read_paraphraser(settings: Settings) -> dict[str, Tensor]:
     path = Path(settings.paraphraser_checkpoint)
     tensors, description = checkpoint.load_tensors(path)
     if (kind := description.get("kind", "paraphraser")) != "paraphraser":
-        raise CheckpointError(f"{path} is the checkpoint of a {kind}; paraphraser_checkpoint takes a paraphraser's.")
+        raise CheckpointError(
+            f"{path} is the checkpoint of a {shown(str(kind))}; paraphraser_checkpoint takes a paraphraser's."
+        )
     channels = settings.teacher_features().channels
     title = f"a paraphraser of {channels} channels at a rate of {settings.rate:g}"
     checkpoint.fill(Paraphraser(channels, settings.rate), tensors, path, title)

@@ -23,7 +23,7 @@ from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import METHODS
 from ftfast.distill.training.step import Precision
-from ftfast.errors import CheckpointError
+from ftfast.errors import CheckpointError, shown
 
 
 def teacher_description(settings: Settings) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} does not say what its model is: its settings.json was changed.")
     if found != expected:
+        name, channels, shortcut = (shown(str(found.get(key))) for key in ("name", "channels", "shortcut"))
         raise CheckpointError(
-            f"{path} is a checkpoint of another model than {title}: a {found.get('name')} with "
-            f"{found.get('channels')} channels and {found.get('shortcut')} shortcuts; give --teacher, "
-            "--teacher-channels and --shortcut to match."
+            f"{path} is a checkpoint of another model than {title}: a {name} with {channels} channels and {shortcut} "
+            "shortcuts; give --teacher, --teacher-channels and --shortcut to match."
         )
     if dataset.is_streamed and (described := checkpoint.describe_weights(path)):
         class_names.check_same(path, described, class_names.named(settings.data_dir, settings.loader))

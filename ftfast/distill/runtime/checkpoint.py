@@ -1,7 +1,7 @@
 """Checkpoint folders: ``model.safetensors``, ``state.pt`` (tensors and plain values) and ``settings.json``.
 
 A folder is written aside and renamed, so it is whole or not there; settings.json holds the other files' hashes. Files
-from others are read as tensors alone: a pickle with code in it is refused, never run.
+from others are read as tensors alone, and code in a pickle is never run.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,13 +22,17 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from ftfast.conversion.stand_ins import load_torch
 from ftfast.distill.runtime import files
-from ftfast.errors import CheckpointError
+from ftfast.errors import CheckpointError, shown
 
 FORMAT = "ftfast-checkpoint"
 VERSION = 1
 MODEL_FILE, STATE_FILE, SETTINGS_FILE = "model.safetensors", "state.pt", "settings.json"
 _WRAPPERS = ("state_dict", "model", "net")
+_MAY_HOLD_CODE = (
+    "{} is no file of plain tensors, may hold code, and was not opened; save the model's state_dict() alone."
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f'{folder} is no checkpoint folder: "format" in {SETTINGS_FILE} is not "{FORMAT}".')
     if description.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format version {description.get('version')!r}; "
+            f"{folder} has checkpoint format version {shown(repr(description.get('version')))}; "
             f"this ftfast reads version {VERSION}."
         )
     hashes = description.get("sha256")
@@ -118,7 +123,8 @@ def _hash_description(description: dict[str, Any]) -> str:
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A model's tensors from a checkpoint folder, a ``.safetensors`` file or a torch file, and their description.
 
-    A torch file holds the tensors by name, or has them under "state_dict", "model" or "net". The description is empty
+    A torch file holds the tensors by name, or has them under "state_dict", "model" or "net", beside which there may be
+    objects, such as a program's arguments, that are not read. The description is empty
     for files, which do not say what they are of.
 
     Raises:
@@ -129,16 +135,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return checkpoint.tensors, checkpoint.description
     if path.suffix == ".safetensors":
         return _parse_safetensors(_read_bytes(path), path), {}
-    content = _parse_torch(_read_bytes(path), path)
+    content, objects = _parse_torch(_read_bytes(path), path, load_torch)
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     if not named or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no model: it takes a dictionary of tensors by name.")
+        no_model = f"{path} holds no model: it takes a dictionary of tensors by name."
+        raise CheckpointError(_MAY_HOLD_CODE.format(path) if objects else no_model)
     for name, value in content.items():
         if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
-            raise CheckpointError(f"{path} holds {name!r} as a sparse, nested or empty tensor; it takes dense ones.")
+            raise CheckpointError(
+                f"{path} holds '{shown(name)}' as a sparse, nested or empty tensor; it takes dense ones."
+            )
     return content, {}
 
 
@@ -152,7 +161,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as content:
             return dict(content.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from None
+        raise CheckpointError(f"{path} cannot be read ({shown(str(error))}).") from None
 
 
 def describe_weights(path: Path) -> dict[str, Any] | None:
@@ -177,15 +186,15 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, model_title: 
     shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
     problem = ""
     if missing:
-        problem = f"it lacks {missing[0]!r}"
+        problem = f"it lacks {missing[0]!r}" + (f" and has '{shown(unknown[0])}'" if unknown else "")
     elif unknown:
-        problem = f"it has {unknown[0]!r}, which the model does not have"
+        problem = f"it has '{shown(unknown[0])}', which the model does not have"
     elif shapes:
         name = shapes[0]
         problem = f"{name!r} is {list(tensors[name].shape)} there and {list(own[name].shape)} in the model"
     if problem:
         raise CheckpointError(f"{path} is a checkpoint of another model than {model_title}: {problem}.")
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # whose names are the model's own now
         if own[name].is_floating_point() != tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized:
             kind = "floating-point numbers" if own[name].is_floating_point() else "integers"
             raise CheckpointError(f"{path} holds {name!r} in {tensor.dtype}; it takes {kind}.")
@@ -205,20 +214,21 @@ def _parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return load_safetensors(content)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the latter for dtypes that torch lacks
-        raise CheckpointError(f"{path} is cut short or no safetensors file ({error}).") from None
+        raise CheckpointError(f"{path} is cut short or no safetensors file ({shown(str(error))}).") from None
 
 
-def _parse_torch(content: bytes, path: Path) -> Any:
+def _load_plain(content: BytesIO) -> Any:
+    return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def _parse_torch(content: bytes, path: Path, load: Callable[[BytesIO], Any] = _load_plain) -> Any:
     cut = f"{path} is cut short or no torch file."
     try:
         if content.startswith(b"PK") and not zipfile.is_zipfile(BytesIO(content)):
             raise CheckpointError(cut)
         with warnings.catch_warnings(action="ignore"):  # torch's remark on a pickle's protocol
-            return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+            return load(BytesIO(content))
     except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} is no file of plain tensors, may hold code, and was not opened; "
-            "save the model's state_dict() alone."
-        ) from None
+        raise CheckpointError(_MAY_HOLD_CODE.format(path)) from None
     except Exception:  # what the zip and pickle readers raise for broken bytes has no common class
         raise CheckpointError(cut) from None

@@ -9,7 +9,7 @@ from typing import Any, Self
 from ftfast.distill.data.in_memory import DATASETS
 from ftfast.distill.runtime import files
 from ftfast.distill.settings.run_settings import Settings
-from ftfast.errors import StoreError
+from ftfast.errors import StoreError, shown
 
 FORMAT = "ftfast-store"
 VERSION = 1
@@ -85,13 +85,16 @@ class Header:
             raise StoreError(f'{path} is no factor store: "format" in {FILE} is not "{FORMAT}".')
         if content.get("version") != VERSION:
             raise StoreError(
-                f"{path} has store format version {content.get('version')!r}; this ftfast reads version {VERSION}."
+                f"{path} has store format version {shown(repr(content.get('version')))}; this ftfast reads version "
+                f"{VERSION}."
             )
         values = {name: value for name, value in content.items() if name not in ("format", "version")}
         known = {item.name for item in fields(cls)}
         if values.keys() != known or not values["settings"].keys() >= set(TAKEN):
             wrong = sorted(values.keys() ^ known) or sorted(set(TAKEN) - values["settings"].keys())
-            raise StoreError(f"{path / FILE} was changed: {wrong[0]!r} is missing or unknown; build the store anew.")
+            raise StoreError(
+                f"{path / FILE} was changed: '{shown(wrong[0])}' is missing or unknown; build the store anew."
+            )
         found = cls(**{**values, "factor": tuple(values["factor"])})
         if found.shards is not None and len(found.shards) != found.shard_count:
             raise StoreError(
@@ -151,7 +154,7 @@ def check_settings(path: Path, header: Header, settings: Settings) -> None:
         now, before = getattr(settings, name), header.settings[name]
         if now != before:
             raise StoreError(
-                f"{name} is {now!r}, and the store {path} was built with {before!r}; leave "
+                f"{name} is {now!r}, and the store {path} was built with {shown(repr(before))}; leave "
                 f"--{name.replace('_', '-')} out, or build a store for it."
             )
 
@@ -162,7 +165,7 @@ def check_hashes(path: Path, header: Header, found: Mapping[str, str]) -> None:
         if header.hashes.get(name) != value:
             raise StoreError(
                 f"{name} differs from what the store {path} was built with ({HASHES[name]}: hash {value[:12]} here, "
-                f"{str(header.hashes.get(name))[:12]} there); build a store for it, or go back to what it was."
+                f"{shown(str(header.hashes.get(name))[:12])} there); build a store for it, or go back to what it was."
             )
 
 
@@ -174,6 +177,6 @@ def check_same_build(path: Path, begun: Header, asked: Header) -> None:
         for name, value in part_now.items():
             if name not in ("settings", "shards") and part_before.get(name) != value:
                 raise StoreError(
-                    f"{name} is {value!r}, and the store {path} was begun with {part_before.get(name)!r}; go on as it "
-                    "was begun, or build another one."
+                    f"{name} is {value!r}, and the store {path} was begun with "
+                    f"{shown(repr(part_before.get(name)))}; go on as it was begun, or build another one."
                 )

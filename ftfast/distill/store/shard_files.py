@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ftfast.distill.runtime import files
 from ftfast.distill.store.header import Header
-from ftfast.errors import StoreError
+from ftfast.errors import StoreError, shown
 
 FACTORS, VIEWS, LABELS, LOGITS = "factors", "views", "labels", "logits"
 _LENGTH = struct.Struct("<Q")
@@ -119,8 +119,8 @@ def check_head(path: Path, head: Head, header: Header, shard: int) -> None:
     if found != expected or head.checksums.keys() != expected.keys():
         wrong = next((name for name in (*expected, *found) if found.get(name) != expected.get(name)), "its head")
         raise StoreError(
-            f"{path}: {wrong} is {found.get(wrong)} there and {expected.get(wrong)} by store.json; bring the shard "
-            "back, or build the store anew."
+            f"{path}: {shown(wrong)} is {shown(str(found.get(wrong)))} there and {expected.get(wrong)} by store.json; "
+            "bring the shard back, or build the store anew."
         )
     if header.shards is not None and header.shards[shard] != {"bytes": head.bytes, "head": head.checksum}:
         raise StoreError(f"{path}: its head is not as it was written; bring the shard back, or build the store anew.")

@@ -18,7 +18,7 @@ from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest
 from ftfast.distill.runtime.snapshots import Snapshots, is_finite
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.losses import DivergedError
-from ftfast.errors import IN_A_NEW_RUN, CheckpointError
+from ftfast.errors import IN_A_NEW_RUN, CheckpointError, shown
 
 _MODEL_PREFIX = "model."
 
@@ -56,7 +56,7 @@ def _check_expected(found: Checkpoint, folder: Path, expected: dict[str, Any]) -
         other = found.description.get(name)
         if other != value and name != class_names.KEY:
             raise CheckpointError(
-                f"{folder} is not this run's {expected['kind']}: {name} is {other!r}, not {value!r}; "
+                f"{folder} is not this run's {expected['kind']}: {name} is {shown(repr(other))}, not {value!r}; "
                 "remove the folder to have it made again."
             )
 

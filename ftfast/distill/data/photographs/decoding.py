@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ftfast.distill.data.datasets import DataError, shown
+from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.in_memory import Normalisation
 from ftfast.distill.data.photographs import crops, image_files
 from ftfast.distill.data.photographs.image_files import UndecodableError
+from ftfast.errors import shown
 from ftfast.ops.crop_resize import can_crop, crop_resize
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ftfast.distill.data.class_names import difference
-from ftfast.distill.data.datasets import DataError, shown
+from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.photographs import tar_shards
 from ftfast.distill.data.photographs.image_files import KINDS
+from ftfast.errors import shown
 
 TRAIN, TEST = "train", "val"
 

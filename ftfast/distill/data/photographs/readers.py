@@ -23,12 +23,13 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils import signal_handling
 
-from ftfast.distill.data.datasets import DataError, shown
+from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, Encoded, Read
 from ftfast.distill.data.photographs.image_files import UndecodableError
 from ftfast.distill.data.photographs.listing import Files
 from ftfast.distill.runtime.signals import SIGNALS
+from ftfast.errors import shown
 
 _TRIES = 20
 _SHARED_MEMORY = "/dev/shm"

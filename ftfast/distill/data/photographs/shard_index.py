@@ -14,7 +14,8 @@ from uuid import uuid4
 
 import numpy as np
 
-from ftfast.distill.data.datasets import DataError, shown
+from ftfast.distill.data.datasets import DataError
+from ftfast.errors import shown
 from ftfast.user_folder import user_folder
 
 VERSION = 2  # the first knew fewer kinds of pictures

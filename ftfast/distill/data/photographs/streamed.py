@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ftfast.distill.data.cuts import cut_rows
-from ftfast.distill.data.datasets import DataError, default_folder, shown
+from ftfast.distill.data.datasets import DataError, default_folder
 from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, normalise
@@ -25,7 +25,7 @@ from ftfast.distill.data.photographs.listing import TEST, TRAIN, WITHOUT_RAND_AU
 from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, end_readers, in_words, loader_of
 from ftfast.distill.data.synthetic import Synthetic
 from ftfast.distill.runtime.processes import WHOLE, Part
-from ftfast.errors import SettingsError
+from ftfast.errors import SettingsError, shown
 
 # As many are borne with, the larger of the two: of a process's share of a pass, and of all processes' together.
 FEWEST_DAMAGED, DAMAGED_SHARE = 10, 0.01

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ftfast.distill.data.datasets import DataError, shown
+from ftfast.distill.data.datasets import DataError
 from ftfast.distill.data.photographs import shard_index
 from ftfast.distill.data.photographs.image_files import KINDS
+from ftfast.errors import shown
 
 CLASS, DESCRIPTION = "cls", "json"
 MOST_OPEN = 256
