@@ -11,8 +11,7 @@ from ftfast.commands.evaluate import evaluate_checkpoint
 from ftfast.commands.export import export_checkpoint
 from ftfast.distill.data import class_names
 from ftfast.distill.data.class_names import difference
-from ftfast.distill.data.datasets import DataError
-from ftfast.distill.data.in_memory import Source
+from ftfast.distill.data.datasets import DataError, Source
 from ftfast.distill.data.photographs import listing, streamed
 from ftfast.distill.phases.teacher import build, read_teacher
 from ftfast.distill.runtime import checkpoint

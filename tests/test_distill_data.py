@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ftfast.distill.data import datasets, in_memory
 from ftfast.distill.data.augment import Augmentation, Draws
-from ftfast.distill.data.datasets import DataError
-from ftfast.distill.data.in_memory import Source, Split
+from ftfast.distill.data.datasets import DataError, Source
+from ftfast.distill.data.in_memory import Split
 from ftfast.distill.runtime.processes import Part
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.errors import SettingsError
@@ -189,14 +189,14 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         (packed / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
         (packed / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", packed)
-    small = replace(in_memory.DATASETS["fashion-mnist"], train_images=60, test_images=20)
-    monkeypatch.setitem(in_memory.DATASETS, "fashion-mnist", small)
+    small = replace(datasets.DATASETS["fashion-mnist"], train_images=60, test_images=20)
+    monkeypatch.setitem(datasets.DATASETS, "fashion-mnist", small)
     return packed
 
 
 def test_debians_fashion_mnist_is_unpacked_once(fashion: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    train, test = in_memory.load("fashion-mnist", CPU, Source(folder))
+    train, test = datasets.load("fashion-mnist", CPU, Source(folder))
     raw = folder / "FashionMNIST" / "raw"
     before = {path: path.stat().st_mtime_ns for path in raw.iterdir()}
     assert len(before) == 4
@@ -208,7 +208,7 @@ def test_debians_fashion_mnist_is_unpacked_once(fashion: Path, tmp_path: Path) -
     assert len(test) == 20
     for path in fashion.iterdir():
         path.write_bytes(b"no longer looked at")
-    in_memory.load("fashion-mnist", CPU, Source(folder))
+    datasets.load("fashion-mnist", CPU, Source(folder))
     assert {path: path.stat().st_mtime_ns for path in raw.iterdir()} == before
 
 
@@ -216,35 +216,35 @@ def test_a_damaged_package_leaves_nothing_behind(fashion: Path, tmp_path: Path) 
     path = fashion / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match="is damaged; install the package dataset-fashion-mnist again"):
-        in_memory.load("fashion-mnist", CPU, Source(tmp_path / "data"))
+        datasets.load("fashion-mnist", CPU, Source(tmp_path / "data"))
     assert not list((tmp_path / "data" / "FashionMNIST").iterdir())
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 10_000])
 def test_a_half_unpacked_fashion_mnist_is_refused_with_what_to_remove(fashion: Path, tmp_path: Path, kept: int) -> None:
     folder = tmp_path / "data"
-    in_memory.load("fashion-mnist", CPU, Source(folder))
+    datasets.load("fashion-mnist", CPU, Source(folder))
     cut = folder / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     cut.write_bytes(cut.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"fashion-mnist is incomplete or damaged; remove .*FashionMNIST/raw and run"):
-        in_memory.load("fashion-mnist", CPU, Source(folder))
+        datasets.load("fashion-mnist", CPU, Source(folder))
 
 
 def test_other_numbers_of_images_are_refused(fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        in_memory.DATASETS, "fashion-mnist", replace(in_memory.DATASETS["fashion-mnist"], train_images=61)
+        datasets.DATASETS, "fashion-mnist", replace(datasets.DATASETS["fashion-mnist"], train_images=61)
     )
     with pytest.raises(DataError, match="has 60 training and 20 test images, not 61 and 20"):
-        in_memory.load("fashion-mnist", CPU, Source(tmp_path / "data"))
+        datasets.load("fashion-mnist", CPU, Source(tmp_path / "data"))
 
 
 def test_without_files_no_network_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     for name, part in (("fashion-mnist", "FashionMNIST/raw"), ("cifar10", "cifar-10-batches-py")):
-        for attempt in (lambda name, source: in_memory.load(name, CPU, source), in_memory.check_files):
+        for attempt in (lambda name, source: datasets.load(name, CPU, source), datasets.check_files):
             with pytest.raises(DataError, match=rf"{name} is not in .*; give --download .*or --data-dir .*{part}"):
                 attempt(name, Source(tmp_path / "data"))
-        in_memory.check_files(name, Source(tmp_path / "data", download=True))
+        datasets.check_files(name, Source(tmp_path / "data", download=True))
     assert not (tmp_path / "data").exists()
 
 
@@ -259,7 +259,7 @@ def test_no_network_is_one_sentence(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", unreachable)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
     with pytest.raises(DataError, match=rf"^{name} cannot be downloaded .*bring .* from another machine\.$"):
-        in_memory.load(name, CPU, Source(tmp_path / "data", download=True))
+        datasets.load(name, CPU, Source(tmp_path / "data", download=True))
 
 
 @pytest.mark.parametrize(("name", "kind", "files"), [("cifar10", "CIFAR10", 5), ("cifar100", "CIFAR100", 1)])
@@ -268,9 +268,9 @@ def test_cifar_is_read_from_its_files(
 ) -> None:
     made = getattr(torchvision.datasets, kind)
     expected = write_cifar(tmp_path, made, monkeypatch, train=30, test=30)
-    small = replace(in_memory.DATASETS[name], train_images=30 * files, test_images=30)
-    monkeypatch.setitem(in_memory.DATASETS, name, small)
-    train, test = in_memory.load(name, CPU, Source(tmp_path, augmentation=Augmentation(4)))
+    small = replace(datasets.DATASETS[name], train_images=30 * files, test_images=30)
+    monkeypatch.setitem(datasets.DATASETS, name, small)
+    train, test = datasets.load(name, CPU, Source(tmp_path, augmentation=Augmentation(4)))
     assert torch.equal(train.pixels, expected)
     assert train.pixels.dtype == torch.uint8
     assert train.labels.tolist() == list(range(30)) * files if files == 1 else train.labels.max() == 9
@@ -278,7 +278,7 @@ def test_cifar_is_read_from_its_files(
     damaged = tmp_path / made.base_folder / made.train_list[0][0]
     damaged.write_bytes(damaged.read_bytes()[:1000])
     with pytest.raises(DataError, match=rf"{name} is incomplete or damaged; remove .*{made.base_folder} and run again"):
-        in_memory.load(name, CPU, Source(tmp_path))
+        datasets.load(name, CPU, Source(tmp_path))
 
 
 def test_digits_are_scikit_learns_in_its_order() -> None:
@@ -293,7 +293,7 @@ def test_digits_come_with_the_package_and_are_normalised(monkeypatch: pytest.Mon
     """They took scikit-learn."""
     for name in ("sklearn", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, name, None)
-    train, test = in_memory.load("digits", CPU)
+    train, test = datasets.load("digits", CPU)
     assert train.pixels.dtype == torch.uint8
     assert (len(train), len(test)) == (1000, 797)
     counts = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -316,7 +316,7 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
 
 @pytest.mark.skipif(not datasets.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not here")
 def test_the_real_fashion_mnist_has_the_constants_that_normalise_it(tmp_path: Path) -> None:
-    train, test = in_memory.load("fashion-mnist", CPU, Source(tmp_path))
+    train, test = datasets.load("fashion-mnist", CPU, Source(tmp_path))
     assert (len(train), len(test)) == (60_000, 10_000)
     assert train.labels.bincount().tolist() == [6000] * 10
     assert F.relu(train.images.double().mean().abs() - 1e-3) == 0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from ftfast import FactorTransfer, Paraphraser, Translator, reference
-from ftfast.distill.data import in_memory
+from ftfast.distill.data import datasets, in_memory
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.models import registry
 from ftfast.distill.models.frozen_teacher import Teacher
@@ -50,7 +50,7 @@ def small_settings(**changes: object) -> Settings:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Split, Split]:
-    return in_memory.load("digits", CPU)
+    return datasets.load("digits", CPU)
 
 
 def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[Split, Split]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill.data import in_memory
+from ftfast.distill.data import datasets, in_memory
 from ftfast.distill.phases import run_folder
 from ftfast.distill.phases.report import write_report
 from ftfast.distill.phases.run_folder import check_run_folder
@@ -126,13 +126,13 @@ def test_one_seed_starts_every_method_from_the_same_student_and_batches(
 def test_the_choice_of_weights_never_sees_the_test_images(
     tmp_path: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digits = in_memory.DATASETS["digits"]
+    digits = datasets.DATASETS["digits"]
 
     def spoilt(*_: object) -> tuple[in_memory.Split, in_memory.Split]:
         train, test = digits.load()
         return train, in_memory.Split(torch.randn_like(test.images), 9 - test.labels)
 
-    monkeypatch.setitem(in_memory.DATASETS, "digits", replace(digits, load=spoilt))
+    monkeypatch.setitem(datasets.DATASETS, "digits", replace(digits, load=spoilt))
     results = run(replace(SMALL, seeds=1), tmp_path / "run")
     assert results["teacher"]["accuracy"] != whole[1]["teacher"]["accuracy"]
     assert results["paraphraser"] == whole[1]["paraphraser"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ftfast.cli import main
 from ftfast.commands.evaluate import evaluate_checkpoint
 from ftfast.commands.export import export_checkpoint
-from ftfast.distill.data import in_memory
+from ftfast.distill.data import datasets
 from ftfast.distill.models import registry
 from ftfast.distill.monitor.plots import confusion_counts
 from ftfast.distill.runtime import checkpoint
@@ -91,7 +91,7 @@ def test_a_wrong_export_leaves_no_file(
 def test_evaluation_counts_what_the_logits_say(trained: tuple[Path, torch.nn.Module]) -> None:
     folder, model = trained
     found = evaluate_checkpoint(folder, device="cpu")
-    _, test = in_memory.load("digits", torch.device("cpu"))
+    _, test = datasets.load("digits", torch.device("cpu"))
     with torch.no_grad():
         logits = model(test.images)
     five = logits.topk(5, dim=1).indices

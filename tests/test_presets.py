@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftfast.cli import main
-from ftfast.distill.data import in_memory
+from ftfast.distill.data import datasets
 from ftfast.distill.settings.presets import PRESETS, preset_for, settings_of
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.errors import SettingsError
@@ -41,8 +41,8 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder with files in both formats of CIFAR: 200 images to train on, 100 to test."""
     for name, kind, each in (("cifar10", "CIFAR10", 40), ("cifar100", "CIFAR100", 200)):
         write_cifar(tmp_path / "data", getattr(torchvision.datasets, kind), monkeypatch, train=each, test=100)
-        small = replace(in_memory.DATASETS[name], train_images=200, test_images=100)
-        monkeypatch.setitem(in_memory.DATASETS, name, small)
+        small = replace(datasets.DATASETS[name], train_images=200, test_images=100)
+        monkeypatch.setitem(datasets.DATASETS, name, small)
     return tmp_path / "data"
 
 

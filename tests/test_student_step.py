@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.distill.data import in_memory
+from ftfast.distill.data import datasets, in_memory
 from ftfast.distill.models import registry
 from ftfast.distill.models.registry import Outputs
 from ftfast.distill.models.training_graph import training_forward
@@ -174,7 +174,7 @@ def test_figures_of_a_step_are_its_rate_and_in_float16_the_scale() -> None:
 
 
 def split_of(count: int = 43) -> in_memory.Split:
-    train, _ = in_memory.load("digits", CPU)
+    train, _ = datasets.load("digits", CPU)
     return train.cut(count)[0]
 
 

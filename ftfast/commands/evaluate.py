@@ -11,7 +11,7 @@ import torch
 
 from ftfast.commands.trained import describe_trained, read_trained
 from ftfast.distill.data import class_names
-from ftfast.distill.data.in_memory import DATASETS
+from ftfast.distill.data.datasets import DATASETS
 from ftfast.distill.data.photographs.decoding import of_photographs
 from ftfast.distill.monitor.plots import confusion_counts, draw_confusion
 from ftfast.distill.runtime import files
@@ -20,7 +20,7 @@ from ftfast.distill.settings.run_settings import DTYPES
 from ftfast.errors import SettingsError, shown
 
 if TYPE_CHECKING:
-    from ftfast.distill.data.in_memory import Source
+    from ftfast.distill.data.datasets import Source
 
 MOST_GUESSES = 5
 PICTURES = {".png": "png", ".svg": "svg"}
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the accuracy on the test images."""
-    from ftfast.distill.data.in_memory import Source
+    from ftfast.distill.data.datasets import Source
 
     picture = None if args.confusion is None else Path(args.confusion)
     if picture is not None and picture.suffix not in PICTURES:

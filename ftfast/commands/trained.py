@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftfast.distill.data.in_memory import Dataset, described_dataset
+from ftfast.distill.data.datasets import Dataset, described_dataset
 from ftfast.distill.runtime.checkpoint import SETTINGS_FILE, fill, load, read_description
 from ftfast.errors import CheckpointError, shown
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ftfast import dispatch
-from ftfast.distill.data import in_memory
+from ftfast.distill.data import datasets
 from ftfast.distill.data.photographs.readers import lost_readers_in_words
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.monitor.telemetry import SECONDS_BETWEEN_LINES
@@ -94,7 +94,7 @@ def _check(settings: Settings, processes: Processes) -> None:
             f"accumulate is {settings.accumulate}, more than the {smallest} images that a process may get; with "
             "--sync-batch-norm all take equally many parts: give a lower one, or a larger --batch-size."
         )
-    in_memory.check_files(settings.data, settings.image_source())
+    datasets.check_files(settings.data, settings.image_source())
     if settings.store is not None:
         store_training.check(settings)
     else:

@@ -1,4 +1,4 @@
-"""Public data sets as uint8 tensors, read by torchvision's own classes out of one folder, the data folder.
+"""The data sets, each an entry of :data:`DATASETS`; public ones are read by torchvision out of the data folder.
 
 Nothing is fetched over the network unless ``download`` asks for it.
 """
@@ -9,6 +9,8 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftfast.distill.data.augment import Augmentation
+from ftfast.distill.data.in_memory import Normalisation, Split
 from ftfast.errors import DistillError
 from ftfast.user_folder import user_folder
 
@@ -24,12 +28,6 @@ Labelled = tuple[Tensor, Tensor]
 """Images ``[N, C, H, W]`` uint8 and labels ``[N]`` int64."""
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-# Where torchvision's classes look in the data folder: what they read, and what they download it as.
-PLACES = {
-    "fashion-mnist": ("FashionMNIST/raw",),
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
-}
 
 
 class DataError(DistillError):
@@ -52,13 +50,13 @@ def default_folder() -> Path:
 
 def check_is_there(name: str, folder: Path, download: bool) -> None:
     """Raises DataError where nothing of a data set is in the folder, or can be brought there."""
-    if download or any((folder / place).exists() for place in PLACES[name]):
+    if download or any((folder / place).exists() for place in DATASETS[name].places):
         return
     if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
         return
     raise DataError(
         f"{name} is not in {folder}; give --download to fetch it, or --data-dir with the folder that holds "
-        f"{PLACES[name][0]}."
+        f"{DATASETS[name].places[0]}."
     )
 
 
@@ -79,7 +77,7 @@ def read_fashion_mnist(folder: Path, download: bool) -> tuple[Labelled, Labelled
     """
     from torchvision.datasets import FashionMNIST
 
-    raw = folder / PLACES["fashion-mnist"][0]
+    raw = folder / DATASETS["fashion-mnist"].places[0]
     if not raw.exists() and DEBIAN_FASHION_MNIST.is_dir():
         _unpack(DEBIAN_FASHION_MNIST, raw)
     parts = _read(FashionMNIST, "fashion-mnist", folder, download)
@@ -135,7 +133,7 @@ def _read(make: Callable[..., Any], name: str, folder: Path, download: bool) -> 
     except Exception as error:  # cut files make the readers fail in many ways
         if download and "rror downloading" in str(error):
             raise _not_downloaded(name, folder, "no mirror answered") from None
-        found = " and ".join(str(folder / place) for place in PLACES[name] if (folder / place).exists())
+        found = " and ".join(str(folder / place) for place in DATASETS[name].places if (folder / place).exists())
         raise DataError(
             f"{name} is incomplete or damaged; remove {found or folder} and run again with --download."
         ) from None
@@ -143,7 +141,7 @@ def _read(make: Callable[..., Any], name: str, folder: Path, download: bool) -> 
 
 def _not_downloaded(name: str, folder: Path, reason: object) -> DataError:
     return DataError(
-        f"{name} cannot be downloaded ({reason}); try again later, or bring {PLACES[name][0]} "
+        f"{name} cannot be downloaded ({reason}); try again later, or bring {DATASETS[name].places[0]} "
         f"into {folder} from another machine."
     )
 
@@ -169,3 +167,152 @@ def _unpack(source: Path, target: Path) -> None:
             raise DataError(f"{target} cannot be written ({error.strerror}); choose another --data-dir.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from, and what is done to those that are trained on.
+
+    Attributes:
+        folder: the data folder; None for ``$FTFAST_DATA`` or ``~/.cache/ftfast``.
+        download: whether the network may be asked for what is not there.
+        augmentation: of the training images.
+    """
+
+    folder: Path | None = None
+    download: bool = False
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run needs to know of a data set, and how to get it.
+
+    Attributes:
+        title: for reports.
+        image_shape: channels, height, width.
+        train_images, test_images: how many.
+        load: of a source, the images to train and to test on; None where they are read as they are needed.
+        places: in the data folder, what is read there and what it is downloaded as; none of one that needs no files.
+    """
+
+    title: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    train_images: int
+    test_images: int
+    load: Callable[[Source], tuple[Split, Split]] | None
+    places: tuple[str, ...] = ()
+
+    @property
+    def in_files(self) -> bool:
+        """Whether it lies in the data folder."""
+        return self.is_streamed or bool(self.places)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether images are read as they are needed; how many and of what size is then for the settings to say."""
+        return self.load is None
+
+
+def _load_digits(_source: Source) -> tuple[Split, Split]:
+    """1000 digits to train on, 797 to test."""
+    images, labels = read_digits()
+    train, test = Split(images, labels).cut(1000)
+    training = train.pixels.float() / 16
+    normalisation = Normalisation(16, *(value.reshape(1, 1, 1) for value in (training.mean(), training.std())))
+    return replace(train, normalisation=normalisation), replace(test, normalisation=normalisation)
+
+
+def _load_files(
+    read: Callable[..., tuple[Labelled, Labelled]], normalisation: Normalisation, source: Source
+) -> tuple[Split, Split]:
+    train, test = read(source.folder or default_folder(), source.download)
+    return Split(*train, normalisation=normalisation), Split(*test, normalisation=normalisation)
+
+
+# Mean and deviation of the training images; those of CIFAR-10 are the authors' code's, which its teachers were given.
+DATASETS = {
+    "digits": Dataset("handwritten digits of scikit-learn, 8x8 pixels", 10, (1, 8, 8), 1000, 797, _load_digits),
+    "fashion-mnist": Dataset(
+        "Fashion-MNIST, 28x28 pixels",
+        10,
+        (1, 28, 28),
+        60_000,
+        10_000,
+        partial(_load_files, read_fashion_mnist, Normalisation.of(255, (0.2860,), (0.3530,))),
+        ("FashionMNIST/raw",),
+    ),
+    "cifar10": Dataset(
+        "CIFAR-10, 32x32 pixels",
+        10,
+        (3, 32, 32),
+        50_000,
+        10_000,
+        partial(
+            _load_files,
+            read_cifar10,
+            Normalisation.of(255, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ),
+        ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    ),
+    "cifar100": Dataset(
+        "CIFAR-100, 32x32 pixels",
+        100,
+        (3, 32, 32),
+        50_000,
+        10_000,
+        partial(
+            _load_files,
+            read_cifar100,
+            Normalisation.of(255, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        ),
+        ("cifar-100-python", "cifar-100-python.tar.gz"),
+    ),
+    "images": Dataset("photographs", 0, (3, 0, 0), 0, 0, None),
+}
+
+
+def described_dataset(name: str, photographs: dict[str, int] | None = None) -> Dataset:
+    """A data set by name.
+
+    Args:
+        photographs: of ``"images"``: their classes, their side in pixels (``"size"``), and where they are known the
+            numbers of images (``"train"``, ``"test"``).
+    """
+    known = DATASETS[name]
+    if not known.is_streamed or photographs is None:
+        return known
+    size = photographs["size"]
+    return replace(
+        known,
+        title=f"photographs of {photographs['classes']} classes, {size}x{size} pixels",
+        classes=photographs["classes"],
+        image_shape=(3, size, size),
+        train_images=photographs.get("train", 0),
+        test_images=photographs.get("test", 0),
+    )
+
+
+def check_files(name: str, source: Source) -> None:
+    """Raises DataError where a data set's files are not there and are not to be downloaded; reads nothing."""
+    if DATASETS[name].in_files and not DATASETS[name].is_streamed:
+        check_is_there(name, source.folder or default_folder(), source.download)
+
+
+def load(name: str, device: torch.device, source: Source | None = None) -> tuple[Split, Split]:
+    """The train and test images of a data set, on the device; the former with the source's augmentation.
+
+    Raises:
+        DataError: its files are not there, damaged, or cannot be downloaded.
+    """
+    dataset, source = DATASETS[name], source or Source()
+    assert dataset.load is not None
+    train, test = dataset.load(source)
+    if (len(train), len(test)) != (dataset.train_images, dataset.test_images):
+        folder = source.folder or default_folder()
+        raise DataError(
+            f"{name} in {folder} has {len(train)} training and {len(test)} test images, not {dataset.train_images} "
+            f"and {dataset.test_images}; remove its files there and run again with --download."
+        )
+    return replace(train, augmentation=source.augmentation).to(device), test.to(device)

@@ -1,15 +1,12 @@
 """Labelled images as tensors on the device, and the order in which they are drawn."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill.data import datasets
 from ftfast.distill.data.augment import Augmentation
 from ftfast.distill.data.cuts import cut_rows, fold_rows
 from ftfast.distill.data.images import size_of, steps_of
@@ -147,138 +144,3 @@ class Split:
         """Pixels ``[N, C, H, W]`` of the split's kind to float32, channels_last; a floating-point dtype stays."""
         images = pixels if self.normalisation is None else self.normalisation.apply(pixels)
         return images.contiguous(memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where images come from, and what is done to those that are trained on.
-
-    Attributes:
-        folder: the data folder; None for ``$FTFAST_DATA`` or ``~/.cache/ftfast``.
-        download: whether the network may be asked for what is not there.
-        augmentation: of the training images.
-    """
-
-    folder: Path | None = None
-    download: bool = False
-    augmentation: Augmentation = field(default_factory=Augmentation)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What the recipes need to know about a data set, and how to get it."""
-
-    title: str
-    classes: int
-    image_shape: tuple[int, int, int]
-    train_images: int
-    test_images: int
-    load: Callable[..., tuple[Split, Split]] | None
-    in_files: bool = True
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether images are read as they are needed; how many and of what size is then for the settings to say."""
-        return self.load is None
-
-
-def _load_digits(_source: Source | None = None) -> tuple[Split, Split]:
-    """1000 digits to train on, 797 to test."""
-    images, labels = datasets.read_digits()
-    train, test = Split(images, labels).cut(1000)
-    training = train.pixels.float() / 16
-    normalisation = Normalisation(16, *(value.reshape(1, 1, 1) for value in (training.mean(), training.std())))
-    return replace(train, normalisation=normalisation), replace(test, normalisation=normalisation)
-
-
-def _load_files(
-    read: Callable[..., tuple[datasets.Labelled, datasets.Labelled]], normalisation: Normalisation, source: Source
-) -> tuple[Split, Split]:
-    train, test = read(source.folder or datasets.default_folder(), source.download)
-    return Split(*train, normalisation=normalisation), Split(*test, normalisation=normalisation)
-
-
-# Mean and deviation of the training images; those of CIFAR-10 are the authors' code's, which its teachers were given.
-DATASETS = {
-    "digits": Dataset(
-        "handwritten digits of scikit-learn, 8x8 pixels", 10, (1, 8, 8), 1000, 797, _load_digits, in_files=False
-    ),
-    "fashion-mnist": Dataset(
-        "Fashion-MNIST, 28x28 pixels",
-        10,
-        (1, 28, 28),
-        60_000,
-        10_000,
-        partial(_load_files, datasets.read_fashion_mnist, Normalisation.of(255, (0.2860,), (0.3530,))),
-    ),
-    "cifar10": Dataset(
-        "CIFAR-10, 32x32 pixels",
-        10,
-        (3, 32, 32),
-        50_000,
-        10_000,
-        partial(
-            _load_files,
-            datasets.read_cifar10,
-            Normalisation.of(255, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        ),
-    ),
-    "cifar100": Dataset(
-        "CIFAR-100, 32x32 pixels",
-        100,
-        (3, 32, 32),
-        50_000,
-        10_000,
-        partial(
-            _load_files,
-            datasets.read_cifar100,
-            Normalisation.of(255, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        ),
-    ),
-    "images": Dataset("photographs", 0, (3, 0, 0), 0, 0, None),
-}
-
-
-def described_dataset(name: str, photographs: dict[str, int] | None = None) -> Dataset:
-    """A data set by name.
-
-    Args:
-        photographs: of ``"images"``: their classes, their side in pixels (``"size"``), and where they are known the
-            numbers of images (``"train"``, ``"test"``).
-    """
-    known = DATASETS[name]
-    if not known.is_streamed or photographs is None:
-        return known
-    size = photographs["size"]
-    return replace(
-        known,
-        title=f"photographs of {photographs['classes']} classes, {size}x{size} pixels",
-        classes=photographs["classes"],
-        image_shape=(3, size, size),
-        train_images=photographs.get("train", 0),
-        test_images=photographs.get("test", 0),
-    )
-
-
-def check_files(name: str, source: Source) -> None:
-    """Raises DataError where a data set's files are not there and are not to be downloaded; reads nothing."""
-    if DATASETS[name].in_files and not DATASETS[name].is_streamed:
-        datasets.check_is_there(name, source.folder or datasets.default_folder(), source.download)
-
-
-def load(name: str, device: torch.device, source: Source | None = None) -> tuple[Split, Split]:
-    """The train and test images of a data set, on the device; the former with the source's augmentation.
-
-    Raises:
-        DataError: its files are not there, damaged, or cannot be downloaded.
-    """
-    dataset, source = DATASETS[name], source or Source()
-    assert dataset.load is not None
-    train, test = dataset.load(source) if dataset.in_files else dataset.load()
-    if (len(train), len(test)) != (dataset.train_images, dataset.test_images):
-        folder = source.folder or datasets.default_folder()
-        raise datasets.DataError(
-            f"{name} in {folder} has {len(train)} training and {len(test)} test images, not {dataset.train_images} "
-            f"and {dataset.test_images}; remove its files there and run again with --download."
-        )
-    return replace(train, augmentation=source.augmentation).to(device), test.to(device)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftfast.distill.data import class_names, in_memory
+from ftfast.distill.data import class_names, datasets
+from ftfast.distill.data.datasets import Dataset
 from ftfast.distill.data.images import Images
-from ftfast.distill.data.in_memory import Dataset
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, to_photographs
 from ftfast.distill.models import registry
 from ftfast.distill.monitor.gpu_meter import gpu_of, why_there_is_none
@@ -51,7 +51,7 @@ def precision_of(settings: Settings) -> Precision:
 
 
 def load_images(
-    settings: Settings, source: in_memory.Source | None = None, *, report: Callable[[str], None] = lambda _: None
+    settings: Settings, source: datasets.Source | None = None, *, report: Callable[[str], None] = lambda _: None
 ) -> tuple[Images, Images]:
     """The images to train on and to test on, of resolved settings.
 
@@ -64,7 +64,7 @@ def load_images(
     """
     device, source = torch.device(settings.device), source or settings.image_source()
     if not settings.dataset().is_streamed:
-        return in_memory.load(settings.data, device, source)
+        return datasets.load(settings.data, device, source)
     from ftfast.distill.data.photographs import streamed
 
     return streamed.load(

@@ -1,6 +1,6 @@
 """What the fields of a recipe may be together, as far as the fields alone tell."""
 
-from ftfast.distill.data.in_memory import DATASETS
+from ftfast.distill.data.datasets import DATASETS
 from ftfast.distill.data.photographs.listing import WITHOUT_RAND_AUGMENT
 from ftfast.distill.models import registry
 from ftfast.distill.settings.recipe import Recipe

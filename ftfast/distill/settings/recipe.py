@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ftfast.distill.data.in_memory import DATASETS
+from ftfast.distill.data.datasets import DATASETS
 from ftfast.distill.models import registry
 from ftfast.distill.settings.fields import setting
 from ftfast.distill.training.methods import METHODS, TEMPERATURE, WEIGHTS

@@ -12,8 +12,8 @@ import torch
 
 from ftfast.distill.data import datasets
 from ftfast.distill.data.augment import Augmentation
+from ftfast.distill.data.datasets import DATASETS, Dataset, Source, described_dataset
 from ftfast.distill.data.images import steps_of
-from ftfast.distill.data.in_memory import DATASETS, Dataset, Source, described_dataset
 from ftfast.distill.data.photographs import decoding
 from ftfast.distill.models import registry
 from ftfast.distill.settings import normalisation

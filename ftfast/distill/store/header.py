@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from ftfast.distill.data.in_memory import DATASETS
+from ftfast.distill.data.datasets import DATASETS
 from ftfast.distill.runtime import files
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.errors import StoreError, shown
