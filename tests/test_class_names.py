@@ -9,7 +9,6 @@ import torch
 
 from ftfast.commands.evaluate import evaluate_checkpoint
 from ftfast.commands.export import export_checkpoint
-from ftfast.distill.data import class_names
 from ftfast.distill.data.class_names import difference
 from ftfast.distill.data.datasets import DataError, Source
 from ftfast.distill.data.photographs import listing, streamed
@@ -105,7 +104,7 @@ def trained(folder: Path, tmp_path: Path) -> Path:
     """A teacher's checkpoint, as a run on the folder leaves it."""
     settings = settings_of("images", data_dir=str(folder), **small())
     model = build(MODEL, settings.dataset(), seed=0, device=CPU)
-    named = class_names.named(folder, "folder")
+    named = listing.named(folder, "folder")
     assert named == {"class_names": NAMES}
     description = {
         **{"kind": "teacher", "model": MODEL, "data": "images", "dtype": "float32", "accuracy": 50.0},
@@ -147,7 +146,7 @@ def test_a_teacher_of_other_classes_is_refused(trained: Path, folder: Path, othe
 def test_a_run_goes_on_with_its_own_classes_alone(trained: Path, folder: Path, others: Path) -> None:
     kept = checkpoint.read_description(trained)
     expected = {name: kept[name] for name in ("kind", "model", "photographs")}
-    for named in (class_names.named(folder, "folder"), {}):  # without names, as of shards or an earlier version
+    for named in (listing.named(folder, "folder"), {}):  # without names, as of shards or an earlier version
         assert resumable.read_finished(trained, {**expected, **named}) is not None
     with pytest.raises(CheckpointError, match=REFUSED):
-        resumable.read_finished(trained, {**expected, **class_names.named(others, "folder")})
+        resumable.read_finished(trained, {**expected, **listing.named(others, "folder")})

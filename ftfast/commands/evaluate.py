@@ -12,6 +12,7 @@ import torch
 from ftfast.commands.trained import describe_trained, read_trained
 from ftfast.distill.data import class_names
 from ftfast.distill.data.datasets import DATASETS
+from ftfast.distill.data.photographs import listing
 from ftfast.distill.data.photographs.decoding import of_photographs
 from ftfast.distill.monitor.plots import confusion_counts, draw_confusion
 from ftfast.distill.runtime import files
@@ -93,7 +94,7 @@ def evaluate_checkpoint(
         trained_on = shown(repr(described["data"]))
         raise SettingsError(f"data is {chosen['data']!r}, and the checkpoint was trained on {trained_on}.")
     if DATASETS[described["data"]].is_streamed:
-        class_names.check_same(folder, described, class_names.named(source.folder if source else None, loader))
+        class_names.check_same(folder, described, listing.named(source.folder if source else None, loader))
     settings = settings_of(**chosen, **_of_photographs(described, loader, source)).resolved()
 
     from ftfast.distill.phases.setup import load_images, precision_of

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftfast.distill.data.datasets import default_folder
 from ftfast.errors import CheckpointError, shown
 
 KEY = "class_names"
@@ -30,23 +29,6 @@ def difference(first: Side, second: Side) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return shown(", ".join(names))
-
-
-def named(folder: str | Path | None, loader: str) -> dict[str, list[str]]:
-    """What a checkpoint's description says of photographs that it was trained on.
-
-    Args:
-        folder: of the data; None for the default one.
-
-    Raises:
-        DataError: no photographs there.
-    """
-    from ftfast.distill.data.photographs.listing import TRAIN, list_photographs
-
-    if loader == "synthetic":
-        return {}
-    names = list_photographs(Path(folder or default_folder()), loader, TRAIN).class_names
-    return {} if names is None else {KEY: list(names)}
 
 
 def check_same(path: Path, described: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.distill.data.images import Images
+from ftfast.distill.data.photographs.listing import LOADERS
 from ftfast.distill.models.registry import place, seeded
 from ftfast.distill.phases.setup import Setup
 from ftfast.distill.runtime import checkpoint
@@ -211,7 +212,7 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
             features = teacher_features(teacher, fitted, setup.precision)
             train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
         features = teacher_features(teacher, held_out, setup.precision)
-        is_noise = settings.loader == "synthetic"
+        is_noise = LOADERS[settings.loader].is_noise
         diagnosis = setup.processes.on_first(
             lambda: diagnose(paraphraser, features, setup.precision, of_noise=is_noise)
         )

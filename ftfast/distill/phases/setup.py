@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftfast.distill.data import class_names, datasets
+from ftfast.distill.data import datasets
 from ftfast.distill.data.datasets import Dataset
 from ftfast.distill.data.images import Images
+from ftfast.distill.data.photographs import listing
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, to_photographs
 from ftfast.distill.models import registry
 from ftfast.distill.monitor.gpu_meter import gpu_of, why_there_is_none
@@ -132,7 +133,7 @@ class Setup:
         if dataset.is_streamed:
             colours = to_photographs(Colours(settings.mean, settings.deviation))
             of_images["photographs"] = {"classes": dataset.classes, "size": dataset.image_shape[1], **colours}
-            of_images |= class_names.named(settings.data_dir, settings.loader)
+            of_images |= listing.named(settings.data_dir, settings.loader)
         return {"kind": kind, "model": model, **of_images, "dtype": settings.dtype, **rest}
 
     def finish(self, training: Training, path: Path, description: dict[str, Any]) -> None:

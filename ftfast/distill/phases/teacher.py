@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftfast.distill.data import class_names
 from ftfast.distill.data.augment import Mixing
+from ftfast.distill.data.photographs import listing
 from ftfast.distill.models import checkpoint_names, libraries
 from ftfast.distill.models.frozen_teacher import FrozenTeacher, Teacher
 from ftfast.distill.models.registry import resized
@@ -59,7 +60,7 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
             "shortcuts; give --teacher, --teacher-channels and --shortcut to match."
         )
     if dataset.is_streamed and (described := checkpoint.describe_weights(path)):
-        class_names.check_same(path, described, class_names.named(settings.data_dir, settings.loader))
+        class_names.check_same(path, described, listing.named(settings.data_dir, settings.loader))
     model = build(expected, dataset, seed=0, device=torch.device("cpu"))
     tensors = checkpoint_names.to_own_layout(tensors, model, path, settings.data)
     checkpoint.fill(model, tensors, path, title)

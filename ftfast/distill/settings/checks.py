@@ -1,7 +1,7 @@
 """What the fields of a recipe may be together, as far as the fields alone tell."""
 
 from ftfast.distill.data.datasets import DATASETS
-from ftfast.distill.data.photographs.listing import WITHOUT_RAND_AUGMENT
+from ftfast.distill.data.photographs.listing import LOADERS
 from ftfast.distill.models import registry
 from ftfast.distill.settings.recipe import Recipe
 from ftfast.distill.training.methods import METHODS, WEIGHTS
@@ -40,7 +40,7 @@ def _check_photographs(recipe: Recipe) -> None:
                     f"{name} is {getattr(recipe, name)!r}, and data is {recipe.data!r}; it is for --data images."
                 )
         return
-    if recipe.rand_augment and recipe.loader in WITHOUT_RAND_AUGMENT:
+    if recipe.rand_augment and not LOADERS[recipe.loader].has_rand_augment:
         raise SettingsError(
             f"rand_augment is {recipe.rand_augment}, and --loader {recipe.loader} has no RandAugment; take --loader "
             "folder or webdataset."

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ftfast.distill.data.datasets import DATASETS
+from ftfast.distill.data.photographs.listing import LOADERS
 from ftfast.distill.models import registry
 from ftfast.distill.settings.fields import setting
 from ftfast.distill.training.methods import METHODS, TEMPERATURE, WEIGHTS
@@ -17,7 +18,6 @@ DECAYED = ("all", "matrices")
 OPTIMISERS = ("adam", "sgd")
 RECONSTRUCTION_LOSSES = ("l1", "mse")
 SCHEDULES = ("cosine", "steps")
-LOADERS = ("folder", "gpu", "webdataset", "synthetic")
 PARAPHRASER_SCHEDULES = ("cosine", "constant")
 
 
@@ -35,9 +35,8 @@ class RecipeFields:
     cutout: int = setting(0, "side of the square that is blanked in a training image", least=0, most=1024)
     loader: str = setting(
         "folder",
-        "how photographs (--data images) come: JPEG files of a folder or webdataset shards, decoded by the processor; "
-        "either of them decoded by the gpu; or synthetic ones without files",
-        choices=LOADERS,
+        f"how photographs (--data images) come: {'; '.join(f'{name}: {kind.title}' for name, kind in LOADERS.items())}",
+        choices=tuple(LOADERS),
     )
     image_size: int = setting(224, "pixels of a photograph's side as the networks take it", least=8, most=4096)
     mean: tuple[float, ...] = setting(

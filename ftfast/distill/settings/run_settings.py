@@ -205,7 +205,7 @@ class Settings(Recipe):
         """With the photographs counted, those of the folder or, where there is none, as many as ImageNet has."""
         from ftfast.distill.data.photographs import listing
 
-        if self.loader == "synthetic":
+        if listing.LOADERS[self.loader].is_noise:
             found = listing.IMAGENET
         else:
             found = listing.describe(Path(self.data_dir or datasets.default_folder()), self.loader)

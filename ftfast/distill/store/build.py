@@ -15,6 +15,7 @@ from typing import Any
 
 from ftfast.distill.data import class_names
 from ftfast.distill.data.images import Images
+from ftfast.distill.data.photographs import listing
 from ftfast.distill.data.photographs.readers import lost_readers_in_words
 from ftfast.distill.data.stored_views import SmallImages, ViewedImages, viewed
 from ftfast.distill.monitor.progress import Progress
@@ -110,7 +111,7 @@ def build_store(
         images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
         teacher, paraphraser = processes.on_first(lambda: read_run(run))
         if settings.dataset().is_streamed:
-            named = class_names.named(settings.data_dir, settings.loader)
+            named = listing.named(settings.data_dir, settings.loader)
             class_names.check_same(RunFolder(run).teacher, teacher.description, named)
         header = header_of(settings, images, teacher, paraphraser, request)
         maker = ShardMaker(

@@ -1,14 +1,16 @@
 """Which photographs there are: files in one folder a class, or tar shards; their labels, and how to read one."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ftfast.distill.data.class_names import difference
-from ftfast.distill.data.datasets import DataError
+from ftfast.distill.data.class_names import KEY, difference
+from ftfast.distill.data.datasets import DataError, default_folder
 from ftfast.distill.data.photographs import tar_shards
 from ftfast.distill.data.photographs.image_files import KINDS
 from ftfast.errors import shown
@@ -64,23 +66,31 @@ class FolderFiles:
 
 @lru_cache(maxsize=8)
 def list_photographs(folder: Path, loader: str, part: str) -> Photographs:
-    """The photographs of ``"train"`` or ``"val"``: ``part/CLASS/*.jpeg``, or shards ``part-*.tar`` (``"webdataset"``).
-
-    The loader ``"gpu"`` takes both, files in folders where there are such to train on.
+    """The photographs of ``"train"`` or ``"val"`` as a loader of :data:`LOADERS` that reads files finds them.
 
     Raises:
         DataError: none there, or shards that cannot be read.
     """
+    list_files = LOADERS[loader].list_files
+    assert list_files is not None
+    return list_files(folder, part)
+
+
+def _list_shards(folder: Path, part: str) -> Photographs:
+    found, labels = tar_shards.list_shards(folder, part)
+    return Photographs(found, labels, int(labels.max()) + 1)
+
+
+def _list_either(folder: Path, part: str) -> Photographs:
+    """Shards where there are such and no folders to train on, so that both parts are of one kind."""
     has_shards = not (folder / TRAIN).is_dir() and next(folder.glob(f"{TRAIN}-*.tar"), None) is not None
-    if loader == "webdataset" or (loader == "gpu" and has_shards):
-        found, labels = tar_shards.list_shards(folder, part)
-        return Photographs(found, labels, int(labels.max()) + 1)
-    return _list_folder(folder / part)
+    return (_list_shards if has_shards else _list_folders)(folder, part)
 
 
-def _list_folder(folder: Path) -> Photographs:
+def _list_folders(home: Path, part: str) -> Photographs:
     from torchvision.datasets import ImageFolder
 
+    folder = home / part
     if not folder.is_dir():
         raise DataError(
             f"{shown(str(folder))} is not there; photographs are taken from --data-dir with {TRAIN}/CLASS/*.jpeg and "
@@ -130,4 +140,46 @@ def describe(folder: Path, loader: str) -> Counts:
     return Counts(train.classes, len(train.labels), len(test.labels))
 
 
-WITHOUT_RAND_AUGMENT = ("gpu", "synthetic")
+def named(folder: str | Path | None, loader: str) -> dict[str, list[str]]:
+    """What a checkpoint's description says of photographs that it was trained on.
+
+    Args:
+        folder: of the data; None for the default one.
+
+    Raises:
+        DataError: no photographs there.
+    """
+    if LOADERS[loader].is_noise:
+        return {}
+    names = list_photographs(Path(folder or default_folder()), loader, TRAIN).class_names
+    return {} if names is None else {KEY: list(names)}
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A way in which photographs come; an entry of :data:`LOADERS` is all that a run needs to know of it.
+
+    Attributes:
+        title: what ``--help`` says of it.
+        list_files: of the data folder and ``"train"`` or ``"val"``, the photographs; None where there are no files.
+        on_device: decoded and cut by a GPU.
+        has_rand_augment: whether it can augment further.
+    """
+
+    title: str
+    list_files: Callable[[Path, str], Photographs] | None
+    on_device: bool = False
+    has_rand_augment: bool = True
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether its photographs show nothing."""
+        return self.list_files is None
+
+
+LOADERS = {
+    "folder": Loader("files in one folder a class", _list_folders),
+    "gpu": Loader("either of these decoded by the GPU", _list_either, on_device=True, has_rand_augment=False),
+    "webdataset": Loader("tar shards", _list_shards),
+    "synthetic": Loader("noise, without files", None, has_rand_augment=False),
+}

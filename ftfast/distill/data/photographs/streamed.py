@@ -21,7 +21,7 @@ from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distill.data.photographs.gpu_pipeline import decoded_ahead
-from ftfast.distill.data.photographs.listing import TEST, TRAIN, WITHOUT_RAND_AUGMENT, Photographs, list_both
+from ftfast.distill.data.photographs.listing import LOADERS, TEST, TRAIN, Photographs, list_both
 from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, end_readers, in_words, loader_of
 from ftfast.distill.data.synthetic import Synthetic
 from ftfast.distill.runtime.processes import WHOLE, Part
@@ -229,7 +229,7 @@ def load(
     """The photographs to train on and to test on.
 
     Args:
-        loader: ``"folder"``, ``"gpu"``, ``"webdataset"`` or ``"synthetic"``.
+        loader: one of :data:`ftfast.distill.data.photographs.listing.LOADERS`.
         workers: reading processes; -1 for this process's share of the processors.
         classes, train_images, test_images: what there is; fewer images are a cut with every class in proportion.
         report: takes a line on files that cannot be read.
@@ -239,19 +239,19 @@ def load(
         DataError: not there, or fewer than wanted.
         SettingsError: a loader that this machine cannot run.
     """
-    if loader in WITHOUT_RAND_AUGMENT and rand_augment:
+    kind = LOADERS[loader]
+    if rand_augment and not kind.has_rand_augment:
         raise SettingsError(
             f"rand_augment is {rand_augment}, and --loader {loader} has no RandAugment; take --loader folder or "
             "webdataset."
         )
-    if loader == "synthetic":
+    if kind.is_noise:
         train, test = (Synthetic.of(image_size, classes, count, device) for count in (train_images, test_images))
         return train, test
-    on_device = loader == "gpu"
-    if on_device and device.type != "cuda":
-        raise SettingsError("loader is 'gpu', and the device is no GPU; take --loader folder.")
+    if kind.on_device and device.type != "cuda":
+        raise SettingsError(f"loader is {loader!r}, and the device is no GPU; take --loader folder.")
     count = default_workers() if workers < 0 else workers
-    reading = Reading(image_size, device, count, rand_augment, on_device, report, colours)
+    reading = Reading(image_size, device, count, rand_augment, kind.on_device, report, colours)
     folder = folder or default_folder()
     both = list_both(folder, loader)
     if both[0].classes != classes:
