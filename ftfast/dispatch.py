@@ -12,15 +12,15 @@ import os
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ftfast.arguments import FACTOR_DTYPES, QUANTISED_DTYPES, check_factors
+from ftfast.arguments import FACTOR_DTYPES, QUANTISED_DTYPES, Backend, check_factors
 
-BACKENDS = ("reference", "native", "triton")
-CHOICES = ("auto", *BACKENDS)
+CHOICES: tuple[str, ...] = get_args(Backend)
+BACKENDS = CHOICES[1:]  # all but "auto"
 BUILD_REPORT = Path(__file__).with_name("_build_report.json")
 
 # Fastest first; the reference runs everywhere and closes every list.

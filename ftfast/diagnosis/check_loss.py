@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ftfast import reference
+from ftfast.arguments import Backend
 from ftfast.loss import ft_loss
 
 # Relative: of the loss, and in L2 of a gradient. A gradient is rounded once to its dtype, so its bound is that of a
@@ -118,7 +119,7 @@ def _loss_and_gradients(
     if backend == "reference":
         loss = reference.ft_loss(student, teacher, p=p)
     else:
-        loss = ft_loss(student, teacher, p=p, backend=backend)
+        loss = ft_loss(student, teacher, p=p, backend=cast(Backend, backend))
     return loss, torch.autograd.grad(loss, inputs, torch.full_like(loss, student.numel()))
 
 
