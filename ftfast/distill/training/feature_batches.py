@@ -1,7 +1,6 @@
 """A teacher's feature maps in batches without an end: drawn from those at hand, or made of a loader's images."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +24,20 @@ class FeatureBatches(NamedTuple):
     held_out: Tensor | None
 
 
-def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
-    """To ``dtype``, which float32 turns off; with None, what is round it goes on."""
-    if dtype is None:
-        return nullcontext()
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def autocast(dtype: torch.dtype, kind: str) -> torch.autocast:
+    """To ``dtype`` on a kind of device; float32 turns it off.
+
+    Nothing is kept: inside another autocast, torch would keep a weight's cast for as long as that lasts, past the steps
+    that change the weight.
+    """
+    return torch.autocast(kind, dtype, enabled=dtype in (torch.bfloat16, torch.float16), cache_enabled=False)
+
+
+def device_of(source: Tensor | nn.Module | None) -> torch.device | None:
+    """Where features lie or a module computes; None where nobody knows."""
+    parameter = next(source.parameters(), None) if isinstance(source, nn.Module) else None
+    found = getattr(source if parameter is None else parameter, "device", None)
+    return found if isinstance(found, torch.device) else None
 
 
 def draw(features: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -57,7 +65,7 @@ def of_features(features: Tensor, held_out: Any, batch_size: int, seed: int) -> 
 
 
 def of_images(
-    teacher: nn.Module, layer: str | None, loader: Iterable[Any] | None, held_out: Any, dtype: torch.dtype | None
+    teacher: nn.Module, layer: str | None, loader: Iterable[Any] | None, held_out: Any, dtype: torch.dtype
 ) -> FeatureBatches:
     """Of what the teacher, or its layer, makes of a loader's images."""
     if loader is None:
@@ -80,18 +88,16 @@ def of_images(
     return FeatureBatches((read(images) for images in _again_and_again(loader)), length, kept)
 
 
-def _reader(teacher: nn.Module, layer: str | None, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+def _reader(teacher: nn.Module, layer: str | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Images to maps, without a graph; images go where the teacher is."""
-    model = teacher.eval() if layer is None else FrozenTeacher(teacher, layer, dtype=dtype or torch.float32)
+    model = teacher.eval() if layer is None else FrozenTeacher(teacher, layer, dtype=dtype)
     parameter = next(teacher.parameters(), None)
-    where: dict[str, Any] = {"device": getattr(teacher, "device", None)}
-    if parameter is not None:
-        where = {"device": parameter.device, "dtype": parameter.dtype}
+    where: dict[str, Any] = {"device": device_of(teacher), "dtype": None if parameter is None else parameter.dtype}
 
     @torch.no_grad()
     def read(images: Tensor) -> Tensor:
         images = images.to(**where)
-        with autocast(dtype, images.device):
+        with autocast(dtype, images.device.type):
             found = model(images)
         return _check_maps(getattr(found, "features", found), "the teacher's output")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ftfast.distill.models.registry import place, seeded
 from ftfast.distill.training.diagnosis import diagnose_paraphraser
-from ftfast.distill.training.feature_batches import autocast, of_features, of_images
+from ftfast.distill.training.feature_batches import autocast, device_of, of_features, of_images
 from ftfast.distill.training.reconstruction import DISTANCES, fit
 from ftfast.distill.training.schedule import cosine
 from ftfast.errors import ParaphraserError
@@ -85,6 +85,10 @@ def train_paraphraser(
     for name, value in (("steps", steps), ("epochs", epochs), ("batch_size", batch_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; it takes a positive whole number.")
+    home = device_of(paraphraser) or (device_of(teacher) if device is None else torch.device(device))
+    kind = "cpu" if home is None else home.type
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     source = (
         of_features(teacher, held_out, batch_size, seed)
         if isinstance(teacher, Tensor)
@@ -96,8 +100,8 @@ def train_paraphraser(
     if paraphraser is None:
         with seeded(seed):
             paraphraser = Paraphraser(first.shape[1], rate, norm=norm)
-        place(paraphraser, first.device if device is None else torch.device(device))
-    cast = partial(autocast, dtype, next(paraphraser.parameters()).device)
+        place(paraphraser, first.device if home is None else home)
+    cast = partial(autocast, dtype, kind)
     judged = first if source.held_out is None else source.held_out
 
     def passing() -> Iterator[Tensor]:
@@ -109,7 +113,7 @@ def train_paraphraser(
 
     optimiser = torch.optim.Adam(paraphraser.parameters(), lr=learning_rate)
     try:
-        with _bar(count, shown=progress) as advance:
+        with torch.autocast(kind, enabled=False), _bar(count, shown=progress) as advance:
             fit(paraphraser, passing(), optimiser, lambda step: cosine(learning_rate, step, count), loss, cast, advance)
     finally:
         paraphraser.requires_grad_(False).eval()
