@@ -14,7 +14,8 @@ loader, test_loader = loaders()
 
 
 def transformer(width: int, depth: int) -> nn.Module:
-    size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10}
+    # The classifier reads the patches' tokens: where it reads the class token alone, they may be alike for all images.
+    size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "global_pool": "avg"}
     return VisionTransformer(**size, embed_dim=width, depth=depth, num_heads=width // 16).to(device)
 
 
@@ -24,7 +25,10 @@ def as_map(tokens: Tensor) -> Tensor:
 
 
 teacher = train_classifier(transformer(64, depth=3), device=device)
-teacher_tokens, student = FeatureTap(teacher, "norm", features_only=True), FeatureTap(transformer(32, depth=2), "norm")
+teacher_tokens, student = (
+    FeatureTap(teacher, "blocks", features_only=True),
+    FeatureTap(transformer(32, depth=2), "blocks"),
+)
 paraphraser = train_paraphraser(
     torch.cat([as_map(teacher_tokens(images.to(device))) for images, _ in loader]), rate=0.25
 )

@@ -206,8 +206,8 @@ class FrozenTeacher(nn.Module):
         if not self.error <= self.limit:
             raise TeacherError(
                 f"the frozen teacher's features are off by {self.error:.1e} of the teacher's own, and at most "
-                f"{self.limit:.0e} is taken in {str(self.dtype).removeprefix('torch.')}; take --dtype float32 or "
-                "--engine plain."
+                f"{self.limit:.0e} is taken in {str(self.dtype).removeprefix('torch.')}; take float32 "
+                "(--dtype) or the model as it is (--engine plain)."
             )
 
 
