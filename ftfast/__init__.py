@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ftfast.diagnosis.doctor import doctor
     from ftfast.dispatch import explain
     from ftfast.distill.models.frozen_teacher import FrozenTeacher
+    from ftfast.distill.store.dataset import FactorStore
+    from ftfast.distill.store.write import write_factors
     from ftfast.distill.training.diagnosis import diagnose_paraphraser
     from ftfast.distill.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
@@ -33,6 +35,8 @@ _HOMES = {
     "train_paraphraser": "distill.training.paraphraser",
     "diagnose_paraphraser": "distill.training.diagnosis",
     "FrozenTeacher": "distill.models.frozen_teacher",
+    "FactorStore": "distill.store.dataset",
+    "write_factors": "distill.store.write",
     "FeatureTap": "features",
     "FeatureTaps": "taps",
     "convert_state_dict": "conversion.state_dicts",
@@ -46,6 +50,7 @@ _HOMES = {
 __all__ = [
     "Backend",
     "FTLoss",
+    "FactorStore",
     "FactorTransfer",
     "FactorTransfers",
     "FeatureTap",
@@ -62,6 +67,7 @@ __all__ = [
     "ft_loss",
     "reference",
     "train_paraphraser",
+    "write_factors",
 ]
 
 

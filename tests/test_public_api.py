@@ -49,6 +49,11 @@ SIGNATURES = {
         "progress": True,
     },
     ftfast.diagnose_paraphraser: {"paraphraser": ..., "features": ...},
+    ftfast.write_factors: {
+        **{"path": ..., "teacher": ..., "paraphraser": ..., "loader": ...},
+        **{"dtype": "int8", "logits": False},
+    },
+    ftfast.FactorStore: {"path": ..., "images": None, "view": 0},
     ftfast.FrozenTeacher: {
         "model": ...,
         "layer": ...,
@@ -82,6 +87,8 @@ KEYWORD_ONLY = {
         *("rate", "norm", "paraphraser", "steps", "epochs", "batch_size", "learning_rate", "loss", "held_out"),
         *("strict", "seed", "device", "dtype", "progress"),
     ],
+    ftfast.write_factors: ["dtype", "logits"],
+    ftfast.FactorStore: ["view"],
     ftfast.FrozenTeacher: ["dtype", "classifier", "example", "execution"],
     ftfast.FeatureTap: ["features_only"],
     ftfast.FeatureTaps: ["features_only"],
@@ -104,6 +111,7 @@ def test_names():
     expected = {
         "Backend",
         "FTLoss",
+        "FactorStore",
         "FactorTransfer",
         "FactorTransfers",
         "FeatureTap",
@@ -119,6 +127,7 @@ def test_names():
         "ft_loss",
         "reference",
         "train_paraphraser",
+        "write_factors",
     }
     assert set(ftfast.__all__) == expected | {"__version__"} == set(dir(ftfast))
     for name in ftfast.__all__:

@@ -74,7 +74,7 @@ def of_images(
     kept = None
     if held_out is not None:
         found: list[Tensor] = []
-        for images in _images([held_out] if isinstance(held_out, Tensor) else held_out):
+        for images in images_of([held_out] if isinstance(held_out, Tensor) else held_out):
             found.append(read(images[: MOST_HELD_OUT - sum(map(len, found))]))
             if sum(map(len, found)) == MOST_HELD_OUT:
                 break
@@ -91,17 +91,27 @@ def of_images(
 def _reader(teacher: nn.Module, layer: str | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Images to maps, without a graph; images go where the teacher is."""
     model = teacher.eval() if layer is None else FrozenTeacher(teacher, layer, dtype=dtype)
-    parameter = next(teacher.parameters(), None)
-    where: dict[str, Any] = {"device": device_of(teacher), "dtype": None if parameter is None else parameter.dtype}
+    where = taken_by(teacher)
 
     @torch.no_grad()
     def read(images: Tensor) -> Tensor:
         images = images.to(**where)
         with autocast(dtype, images.device.type):
             found = model(images)
-        return _check_maps(getattr(found, "features", found), "the teacher's output")
+        return maps_of(found)
 
     return read
+
+
+def maps_of(output: Any) -> Tensor:
+    """The maps ``[N, C, H, W]`` that a teacher gives, or that are its output's ``features``."""
+    return _check_maps(getattr(output, "features", output), "the teacher's output")
+
+
+def taken_by(teacher: nn.Module) -> dict[str, Any]:
+    """What ``Tensor.to`` takes to make images those of a teacher's device and dtype."""
+    parameter = next(teacher.parameters(), None)
+    return {"device": device_of(teacher), "dtype": None if parameter is None else parameter.dtype}
 
 
 def _check_maps(features: Any, name: str) -> Tensor:
@@ -115,7 +125,8 @@ def _check_maps(features: Any, name: str) -> Tensor:
     return features
 
 
-def _images(loader: Iterable[Any]) -> Iterator[Tensor]:
+def images_of(loader: Iterable[Any]) -> Iterator[Tensor]:
+    """The images of a loader's batches, which may be tuples that begin with them."""
     for batch in loader:
         images = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, tuple | list) else None
         if not isinstance(images, Tensor):
@@ -126,7 +137,7 @@ def _images(loader: Iterable[Any]) -> Iterator[Tensor]:
 def _again_and_again(loader: Iterable[Any]) -> Iterator[Tensor]:
     while True:
         is_empty = True
-        for images in _images(loader):
+        for images in images_of(loader):
             is_empty = False
             yield images
         if is_empty:
