@@ -72,6 +72,11 @@ def paraphraser_from(tensors: dict[str, Tensor]) -> Paraphraser:
     return paraphraser.to(tensors["encoder.1.weight"].dtype)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def share(paraphraser: nn.Module, process_group: Any = None) -> None:
     """Gives every process the first one's paraphraser, where there are several."""
     if not (dist.is_available() and dist.is_initialized()):

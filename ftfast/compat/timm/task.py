@@ -17,7 +17,7 @@ from ftfast.compat.timm.library import (
     unwrap_model,
 )
 from ftfast.compat.timm.maps import check_sizes, input_size_of, shape_of_map
-from ftfast.compat.timm.paraphrasing import fill, resolve_paraphraser, share
+from ftfast.compat.timm.paraphrasing import fill, is_first, resolve_paraphraser, share
 from ftfast.compat.timm.teacher import TeacherMaps, TeacherNormalisation, frozen_teacher
 from ftfast.compat.timm.trainable import FactorTransferTrainableModule, StudentTap
 from ftfast.distill.training.paraphraser import train_paraphraser
@@ -143,6 +143,8 @@ class FactorTransferTask(TrainingTask):
         Returns:
             This task.
         """
+        if not is_first():
+            options["strict"] = False  # it is not taken, and an error here would leave the others waiting
         train_paraphraser(self.teacher_maps, loader, paraphraser=self.paraphraser, **options)
         share(self.paraphraser)
         self.paraphraser_is_trained = True
