@@ -7,46 +7,30 @@ from accelerate.utils import set_seed
 from digits import loaders, network, train_classifier
 from torch.optim import Adam
 
-from ftfast import FactorTransfer, FeatureTap, Paraphraser, Translator
+from ftfast import FactorTransfer, FeatureTap, FrozenTeacher, Translator, train_paraphraser
 
 set_seed(0)
 accelerator = Accelerator()
-loader, test_loader = accelerator.prepare(*loaders())
-# The teacher stays as it is, not prepared: what is frozen has no gradients to share.
-teacher = train_classifier(network(32), device=accelerator.device)
-teacher_map = FeatureTap(teacher, "features", features_only=True)
-
-
-def train(title, loss_of, optimizer, epochs):
-    losses = []
-    for images, labels in (batch for _ in range(epochs) for batch in loader):
-        loss = loss_of(images, labels)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        losses.append(loss.detach())
-    losses = accelerator.reduce(torch.stack(losses), "mean")
-    accelerator.print(f"{title} loss {losses[:10].mean():.4f} -> {losses[-10:].mean():.4f}")
-
-
-def reconstruction(images, _):
-    features = teacher_map(images)
-    return F.mse_loss(prepared(features), features)
-
-
-paraphraser = Paraphraser(32, rate=0.25)
-prepared, optimizer = accelerator.prepare(paraphraser, Adam(paraphraser.parameters(), lr=3e-3))
-train("paraphraser", reconstruction, optimizer, epochs=5)
-
-
-def distillation(images, labels):
-    logits, features = student(images)
-    return F.cross_entropy(logits, labels) + head(features, teacher_map(images))
-
+loader, test_loader = loaders()
+# Teacher and paraphraser are made before the loaders are shared out, so that every process has the same ones; they are
+# not prepared: what is frozen has no gradients to share.
+teacher = FrozenTeacher(train_classifier(network(32), device=accelerator.device), "features")
+paraphraser = train_paraphraser(teacher, loader, rate=0.25, progress=accelerator.is_main_process)
 
 student, head = FeatureTap(network(8), "features"), FactorTransfer(paraphraser, Translator(8, 8), weight=125.0)
 optimizer = Adam([*student.parameters(), *head.translator.parameters()], lr=3e-3)
-student, head, optimizer = accelerator.prepare(student, head, optimizer)
-train("student", distillation, optimizer, epochs=10)
+student, head, optimizer, loader, test_loader = accelerator.prepare(student, head, optimizer, loader, test_loader)
+
+losses = []
+for images, labels in (batch for _ in range(10) for batch in loader):
+    logits, features = student(images)
+    loss = F.cross_entropy(logits, labels) + head(features, teacher(images).features)
+    optimizer.zero_grad()
+    accelerator.backward(loss)
+    optimizer.step()
+    losses.append(loss.detach())
+
+losses = accelerator.reduce(torch.stack(losses), "mean")
+accelerator.print(f"student loss {losses[:10].mean():.4f} -> {losses[-10:].mean():.4f}")
 hits = [accelerator.gather_for_metrics(student(images)[0].argmax(1) == labels) for images, labels in test_loader]
 accelerator.print(f"student accuracy {torch.cat(hits).float().mean():.3f}")

@@ -1,4 +1,4 @@
-"""Factor Transfer as LightningModules, one for the paraphraser's phase and one for the student's."""
+"""Factor Transfer as a LightningModule; the teacher's paraphraser is trained beforehand."""
 
 import lightning.pytorch as pl
 import torch
@@ -6,41 +6,27 @@ import torch.nn.functional as F
 from digits import loaders, network, train_classifier
 from torch import nn
 
-from ftfast import FactorTransfer, FeatureTap, Paraphraser, Translator
+from ftfast import FactorTransfer, FeatureTap, FrozenTeacher, Paraphraser, Translator, train_paraphraser
 
 
-class Phase(pl.LightningModule):
+class Distillation(pl.LightningModule):
+    def __init__(self, student: nn.Module, channels: int, teacher: FrozenTeacher, paraphraser: Paraphraser):
+        super().__init__()
+        self.student, self.teacher = FeatureTap(student, "features"), teacher
+        self.head = FactorTransfer(paraphraser, Translator(channels, paraphraser.factor_channels), weight=125.0)
+
     def configure_optimizers(self):
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=3e-3)
+        return torch.optim.Adam([*self.student.parameters(), *self.head.translator.parameters()], lr=3e-3)
 
     def training_step(self, batch):
-        loss = self.loss(*batch)
+        images, labels = batch
+        logits, features = self.student(images)
+        loss = F.cross_entropy(logits, labels) + self.head(features, self.teacher(images).features)
         self.log("loss", loss, on_step=False, on_epoch=True)
         return loss
 
     def on_train_epoch_end(self):
-        print(f"{type(self).__name__} epoch {self.current_epoch} loss {self.trainer.callback_metrics['loss']:.4f}")
-
-
-class ParaphraserPhase(Phase):
-    def __init__(self, teacher_map: nn.Module, channels: int):
-        super().__init__()
-        self.teacher_map, self.paraphraser = teacher_map, Paraphraser(channels, rate=0.25)
-
-    def loss(self, images, labels):
-        features = self.teacher_map(images)
-        return F.mse_loss(self.paraphraser(features), features)
-
-
-class Distillation(Phase):
-    def __init__(self, student: nn.Module, channels: int, teacher_map: nn.Module, paraphraser: Paraphraser):
-        super().__init__()
-        self.student, self.teacher_map = FeatureTap(student, "features"), teacher_map
-        self.head = FactorTransfer(paraphraser, Translator(channels, paraphraser.factor_channels), weight=125.0)
-
-    def loss(self, images, labels):
-        logits, features = self.student(images)
-        return F.cross_entropy(logits, labels) + self.head(features, self.teacher_map(images))
+        print(f"student epoch {self.current_epoch} loss {self.trainer.callback_metrics['loss']:.4f}")
 
     def test_step(self, batch):
         self.log("accuracy", (self.student(batch[0])[0].argmax(1) == batch[1]).float().mean())
@@ -49,11 +35,11 @@ class Distillation(Phase):
 if __name__ == "__main__":
     pl.seed_everything(0)
     loader, test_loader = loaders()
+    # Frozen at its first images, where its model then is: Lightning moves a FrozenTeacher to no other device.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = FrozenTeacher(train_classifier(network(32), device=device), "features")
+    module = Distillation(network(8), 8, teacher, train_paraphraser(teacher, loader, rate=0.25))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    teacher_map = FeatureTap(train_classifier(network(32)), "features", features_only=True)
-    first = ParaphraserPhase(teacher_map, 32)
-    pl.Trainer(max_epochs=5, **quiet).fit(first, loader)
-    second = Distillation(network(8), 8, teacher_map, first.paraphraser)
     trainer = pl.Trainer(max_epochs=10, **quiet)
-    trainer.fit(second, loader)
-    print(f"student accuracy {trainer.test(second, test_loader, verbose=False)[0]['accuracy']:.3f}")
+    trainer.fit(module, loader)
+    print(f"student accuracy {trainer.test(module, test_loader, verbose=False)[0]['accuracy']:.3f}")

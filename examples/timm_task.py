@@ -21,7 +21,7 @@ loader = DataLoader(TensorDataset(pictures, colours), batch_size=32, shuffle=Tru
 student, teacher = (timm.create_model("test_resnet", num_classes=4).to(device) for _ in range(2))
 # Yours would be trained, or a name: FactorTransferTask(student, "resnet50", ...) takes timm's weights for it.
 task = FactorTransferTask(student, teacher, input_size=(3, 64, 64), device=device)
-task.train_paraphraser(loader, epochs=12, learning_rate=3e-3)
+task.train_paraphraser(loader)
 
 task.setup_ema(decay=0.9)  # before task.compile(), which comes before task.prepare_distributed()
 optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=2e-3, weight_decay=0.02)

@@ -10,9 +10,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ftfast import reference
+    from ftfast.arguments import Backend, Reduction
     from ftfast.conversion.state_dicts import convert_state_dict
     from ftfast.diagnosis.doctor import doctor
     from ftfast.dispatch import explain
+    from ftfast.distill.models.frozen_teacher import FrozenTeacher
+    from ftfast.distill.store.dataset import FactorStore
+    from ftfast.distill.store.write import write_factors
+    from ftfast.distill.training.diagnosis import diagnose_paraphraser
+    from ftfast.distill.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
     from ftfast.loss import FTLoss, ft_loss
@@ -26,28 +32,42 @@ _HOMES = {
     "FactorTransfers": "taps",
     "Paraphraser": "modules",
     "Translator": "modules",
+    "train_paraphraser": "distill.training.paraphraser",
+    "diagnose_paraphraser": "distill.training.diagnosis",
+    "FrozenTeacher": "distill.models.frozen_teacher",
+    "FactorStore": "distill.store.dataset",
+    "write_factors": "distill.store.write",
     "FeatureTap": "features",
     "FeatureTaps": "taps",
     "convert_state_dict": "conversion.state_dicts",
     "doctor": "diagnosis.doctor",
     "explain": "dispatch",
+    "Backend": "arguments",
+    "Reduction": "arguments",
     "reference": "",
 }
 
 __all__ = [
+    "Backend",
     "FTLoss",
+    "FactorStore",
     "FactorTransfer",
     "FactorTransfers",
     "FeatureTap",
     "FeatureTaps",
+    "FrozenTeacher",
     "Paraphraser",
+    "Reduction",
     "Translator",
     "__version__",
     "convert_state_dict",
+    "diagnose_paraphraser",
     "doctor",
     "explain",
     "ft_loss",
     "reference",
+    "train_paraphraser",
+    "write_factors",
 ]
 
 

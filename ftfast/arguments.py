@@ -1,12 +1,18 @@
 """What the loss takes, in one place: everything else is refused in a sentence before anything runs."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A stored teacher factor may be one of these: the loss sees only a factor's direction, so they need no scale.
 QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
-REDUCTIONS = ("mean", "batchmean", "sum", "none")
+Reduction = Literal["mean", "batchmean", "sum", "none"]
+"""What :func:`ftfast.ft_loss` takes as ``reduction``."""
+Backend = Literal["auto", "reference", "native", "triton"]
+"""What :func:`ftfast.ft_loss` takes as ``backend``."""
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 MAX_DIMS = 9
 
 

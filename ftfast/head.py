@@ -1,11 +1,11 @@
 """FactorTransfer: paraphraser, translator and loss as one module to put beside a student."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
-from ftfast.arguments import check_features, check_map_dtype, check_options
+from ftfast.arguments import Backend, Reduction, check_features, check_map_dtype, check_options
 from ftfast.backends import Options
 from ftfast.loss import FTLoss
 from ftfast.modules import Paraphraser, Translator, convolution_stack
@@ -43,10 +43,10 @@ class FactorTransfer(nn.Module):
         translator: Translator,
         *,
         p: int = 1,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         eps: float = 1e-12,
         weight: float | Tensor = 1.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if not hasattr(paraphraser, "encode"):
@@ -109,6 +109,16 @@ class FactorTransfer(nn.Module):
             with torch.no_grad():
                 teacher_factor = self.paraphraser.encode(teacher_features)
         return self.loss(self.translator(student_features), teacher_factor)
+
+    if TYPE_CHECKING:  # torch's own says that a call gives anything
+
+        def __call__(
+            self,
+            student_features: Tensor,
+            teacher_features: Tensor | None = None,
+            *,
+            teacher_factor: Tensor | None = None,
+        ) -> Tensor: ...
 
     def explain(
         self,

@@ -1,8 +1,10 @@
 """ft_loss and FTLoss: the factor transfer loss on the fastest backend there is."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from ftfast.arguments import check_options
+from ftfast.arguments import Backend, Reduction, check_options
 from ftfast.dispatch import resolve
 from ftfast.ops.ft_loss import run
 
@@ -12,10 +14,10 @@ def ft_loss(
     teacher_factor: Tensor,
     *,
     p: int = 1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     eps: float = 1e-12,
     weight: float | Tensor = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The p-norm between two normalised factors, section 3.2 of the paper.
 
@@ -56,19 +58,19 @@ class FTLoss(nn.Module):
     def __init__(
         self,
         p: int = 1,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         eps: float = 1e-12,
         weight: float | Tensor = 1.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         check_options(p=p, reduction=reduction, eps=eps, weight=weight)
         resolve(backend)
         self.p = p
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
         self.eps = eps
         self.weight = weight
-        self.backend = backend
+        self.backend: Backend = backend
 
     def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
         """The loss of ``student_factor`` and ``teacher_factor``, both ``[N, ...]``."""
@@ -81,6 +83,10 @@ class FTLoss(nn.Module):
             weight=self.weight,
             backend=self.backend,
         )
+
+    if TYPE_CHECKING:  # torch's own says that a call gives anything
+
+        def __call__(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return (

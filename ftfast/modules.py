@@ -5,6 +5,7 @@ convolutions with stride 1 and padding 1, LeakyReLU(0.1) after every one of them
 """
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -164,6 +165,10 @@ class Paraphraser(nn.Module):
         """The reconstruction ``decode(encode(features))``, whose distance to ``features`` is the training loss."""
         return self.decode(self.encode(features))
 
+    if TYPE_CHECKING:  # torch's own says that a call gives anything
+
+        def __call__(self, features: Tensor) -> Tensor: ...
+
 
 class Translator(nn.Module):
     """Maps student features to factors of the teacher's shape; trained together with the student.
@@ -193,3 +198,7 @@ class Translator(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` to factors ``[N, factor_channels, H, W]``."""
         return _run_layers(features, self.encoder, self.norm, self.negative_slope)
+
+    if TYPE_CHECKING:  # torch's own says that a call gives anything
+
+        def __call__(self, features: Tensor) -> Tensor: ...

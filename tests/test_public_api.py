@@ -1,8 +1,10 @@
 """Public names and signatures: a change here breaks somebody's training code."""
 
 import inspect
+from typing import get_args
 
 import pytest
+import torch
 
 import ftfast
 from ftfast import reference
@@ -30,6 +32,39 @@ SIGNATURES = {
     ftfast.FactorTransfer.hold_weights: {"self": ...},
     ftfast.FactorTransfer.weights_changed: {"self": ...},
     ftfast.FeatureTap.close: {"self": ...},
+    ftfast.train_paraphraser: {
+        "teacher": ...,
+        "loader": None,
+        "layer": None,
+        "rate": 0.5,
+        "norm": None,
+        "paraphraser": None,
+        "steps": None,
+        "epochs": None,
+        "batch_size": 128,
+        "learning_rate": 3e-3,
+        "loss": "l1",
+        "held_out": None,
+        "strict": True,
+        "seed": 0,
+        "device": None,
+        "dtype": None,
+        "progress": True,
+    },
+    ftfast.diagnose_paraphraser: {"paraphraser": ..., "features": ...},
+    ftfast.write_factors: {
+        **{"path": ..., "teacher": ..., "paraphraser": ..., "loader": ...},
+        **{"dtype": "int8", "logits": False},
+    },
+    ftfast.FactorStore: {"path": ..., "images": None, "view": 0},
+    ftfast.FrozenTeacher: {
+        "model": ...,
+        "layer": ...,
+        "dtype": torch.float32,
+        "classifier": False,
+        "example": None,
+        "execution": "eager",
+    },
     ftfast.FeatureTap: {"model": ..., "layer": ..., "features_only": False},
     ftfast.FeatureTaps: {"model": ..., "layers": ..., "features_only": False},
     ftfast.FactorTransfers: {"heads": ...},
@@ -51,6 +86,13 @@ KEYWORD_ONLY = {
     ftfast.Translator: ["norm", "negative_slope"],
     ftfast.FactorTransfer: [*OPTIONS, "backend"],
     ftfast.FactorTransfer.forward: ["teacher_factor"],
+    ftfast.train_paraphraser: [
+        *("rate", "norm", "paraphraser", "steps", "epochs", "batch_size", "learning_rate", "loss", "held_out"),
+        *("strict", "seed", "device", "dtype", "progress"),
+    ],
+    ftfast.write_factors: ["dtype", "logits"],
+    ftfast.FactorStore: ["view"],
+    ftfast.FrozenTeacher: ["dtype", "classifier", "example", "execution"],
     ftfast.FeatureTap: ["features_only"],
     ftfast.FeatureTaps: ["features_only"],
     ftfast.convert_state_dict: ["source", "part", "prefix"],
@@ -70,18 +112,25 @@ def test_signature(function):
 
 def test_names():
     expected = {
+        "Backend",
         "FTLoss",
+        "FactorStore",
         "FactorTransfer",
         "FactorTransfers",
         "FeatureTap",
         "FeatureTaps",
+        "FrozenTeacher",
         "Paraphraser",
+        "Reduction",
         "Translator",
         "convert_state_dict",
+        "diagnose_paraphraser",
         "doctor",
         "explain",
         "ft_loss",
         "reference",
+        "train_paraphraser",
+        "write_factors",
     }
     assert set(ftfast.__all__) == expected | {"__version__"} == set(dir(ftfast))
     for name in ftfast.__all__:
@@ -90,7 +139,16 @@ def test_names():
         _ = ftfast.loss_of_factors
 
 
-@pytest.mark.parametrize("name", sorted(set(ftfast.__all__) - {"__version__"}))
+def test_literals_are_what_the_loss_takes():
+    factor = torch.ones(2, 3)
+    for name in get_args(ftfast.Reduction):
+        ftfast.ft_loss(factor, factor, reduction=name)
+    for option, literal in (("reduction", ftfast.Reduction), ("backend", ftfast.Backend)):
+        with pytest.raises(ValueError, match=", ".join(get_args(literal)[-1:])):
+            ftfast.ft_loss(factor, factor, **{option: "other"})
+
+
+@pytest.mark.parametrize("name", sorted(set(ftfast.__all__) - {"__version__", "Backend", "Reduction"}))
 def test_every_public_name_is_documented_and_typed(name):
     thing = getattr(ftfast, name)
     assert thing.__doc__

@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ftfast.distill.phases import paraphraser
 from ftfast.distill.run import run
 from ftfast.distill.settings.presets import settings_of
+from ftfast.distill.training import diagnosis
 
 
 def main(given: dict[str, Any]) -> None:
     """``ftfast distill`` with a preset; results.json and telemetry.jsonl are left in the output folder."""
-    paraphraser.LEAST_SPREAD = 0.0  # random teachers may see all pictures alike, and cost the same
+    diagnosis.LEAST_SPREAD = 0.0  # random teachers may see all pictures alike, and cost the same
     run(
         settings_of(given["preset"], **given["settings"]),
         Path(given["output"]),

@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ftfast import reference
+from ftfast.arguments import Backend
 from ftfast.backends import KernelBackend
 from ftfast.loss import ft_loss
 
@@ -148,7 +149,7 @@ def _loss_and_gradients(
     if backend == "reference":
         loss = reference.ft_loss(student, teacher, p=p, eps=eps)
     else:
-        loss = ft_loss(student, teacher, p=p, eps=eps, backend=backend)
+        loss = ft_loss(student, teacher, p=p, eps=eps, backend=cast(Backend, backend))
     return loss, torch.autograd.grad(loss, inputs, torch.full_like(loss, student.numel()))
 
 

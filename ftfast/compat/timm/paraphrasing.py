@@ -1,112 +1,37 @@
 """The phase before distillation: a paraphraser is trained to reconstruct a teacher's maps, or loaded from a file."""
 
-import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.compat.timm.teacher import TeacherMaps
 from ftfast.conversion.stand_ins import load_torch
 from ftfast.conversion.state_dicts import convert_state_dict
+from ftfast.distill.training import paraphraser as training
 from ftfast.errors import shown
 from ftfast.modules import Paraphraser
 
-_logger = logging.getLogger(__name__)
-
-LEAST_EXPLAINED_VARIANCE = 0.5
-
 
 def train_paraphraser(
-    teacher: nn.Module,
-    loader: Iterable[Any],
-    *,
-    layer: str | None = None,
-    rate: float = 0.5,
-    norm: str | None = None,
-    epochs: int = 1,
-    learning_rate: float = 1e-3,
+    teacher: nn.Module, loader: Iterable[Any], *, layer: str | None = None, **options: Any
 ) -> Paraphraser:
-    """A paraphraser for a teacher's map, trained without labels by Adam on the squared error (the paper's equation 1).
-
-    Under ``torch.autocast`` teacher and paraphraser follow it.
+    """:func:`ftfast.train_paraphraser` on a timm model's maps; under ``torch.autocast`` both networks follow it.
 
     Args:
         teacher: a timm model, or any other with a named layer; put in eval mode and run without a graph, on the
             device that it is on.
-        loader: gives images ``[N, C, H, W]`` as the teacher takes them, or tuples whose first item they are; gone
-            through ``epochs`` times.
-        layer: the teacher's layer to take; None takes what ``forward_features`` returns.
-        rate, norm: as :class:`ftfast.Paraphraser`.
+        loader: gives images ``[N, C, H, W]`` as the teacher takes them, or tuples whose first item they are.
+        layer: the teacher's layer to take, tokens as maps; None takes what ``forward_features`` returns.
+        options: the rest of :func:`ftfast.train_paraphraser`'s.
 
     Raises:
         ValueError: a layer that the teacher does not have, an empty loader, or an argument out of range.
-        RuntimeError: the loss is not finite.
+        ParaphraserError: factors that are of no use.
     """
-    maps = TeacherMaps(teacher, layer)
-    parameter = next(teacher.parameters())
-    paraphraser: Paraphraser | None = None
-    for images in _images(loader):
-        channels = maps(images.to(parameter)).shape[1]
-        paraphraser = Paraphraser(channels, rate, norm=norm).to(parameter)
-        break
-    if paraphraser is None:
-        raise ValueError("loader gives no batch; it takes one that gives images.")
-    fit(paraphraser, maps, loader, epochs, learning_rate)
-    return paraphraser
-
-
-def fit(
-    paraphraser: Paraphraser,
-    maps: Callable[[Tensor], Tensor],
-    loader: Iterable[Any],
-    epochs: int,
-    learning_rate: float,
-) -> None:
-    """Trains a paraphraser in place, and leaves it frozen and in eval."""
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs is {epochs!r}; it takes a positive whole number.")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate!r}; it takes a positive number.")
-    paraphraser.requires_grad_(True).train()
-    parameter = next(paraphraser.parameters())
-    optimiser = torch.optim.Adam(paraphraser.parameters(), lr=learning_rate)
-    try:
-        for epoch in range(epochs):
-            batch = loss = None
-            for images in _images(loader):
-                batch = maps(images.to(parameter))
-                loss = F.mse_loss(paraphraser(batch).to(parameter.dtype), batch.to(parameter.dtype))
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-            if batch is None or loss is None:
-                raise ValueError(f"loader gives no batch in epoch {epoch + 1}; it takes one that gives images anew.")
-            _report(loss.item(), batch, epoch + 1, judge=epoch + 1 == epochs and len(batch) > 1)
-    finally:
-        paraphraser.requires_grad_(False).eval()
-
-
-def _images(loader: Iterable[Any]) -> Iterable[Tensor]:
-    return (batch if isinstance(batch, Tensor) else batch[0] for batch in loader)
-
-
-def _report(loss: float, batch: Tensor, epoch: int, *, judge: bool) -> None:
-    if not math.isfinite(loss):
-        raise RuntimeError(f"the paraphraser's loss is {loss} after epoch {epoch}; lower learning_rate.")
-    variance = float(batch.float().var(0, correction=0).mean())
-    explained = 1 - loss / variance if variance > 0 else 0.0
-    _logger.info(f"Paraphraser epoch {epoch}: loss {loss:.4g}, {explained:.2f} of the variance explained")
-    if judge and explained < LEAST_EXPLAINED_VARIANCE:
-        _logger.warning(
-            f"The paraphraser explains {explained:.2f} of its last batch's variance, less than "
-            f"{LEAST_EXPLAINED_VARIANCE}; give it more epochs or another learning_rate."
-        )
+    return training.train_paraphraser(TeacherMaps(teacher, layer), loader, **options)
 
 
 def load_paraphraser(path: str | Path) -> Paraphraser:
@@ -144,6 +69,11 @@ def paraphraser_from(tensors: dict[str, Tensor]) -> Paraphraser:
     paraphraser = Paraphraser(in_channels, factor_channels=factor_channels, norm=norm)
     paraphraser.load_state_dict(tensors)
     return paraphraser.to(tensors["encoder.1.weight"].dtype)
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def share(paraphraser: nn.Module, process_group: Any = None) -> None:

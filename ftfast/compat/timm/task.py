@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ftfast.arguments import Backend
 from ftfast.compat.timm.library import (
     DistillationTeacher,
     TrainingTask,
@@ -16,9 +17,10 @@ from ftfast.compat.timm.library import (
     unwrap_model,
 )
 from ftfast.compat.timm.maps import check_sizes, input_size_of, shape_of_map
-from ftfast.compat.timm.paraphrasing import fill, fit, resolve_paraphraser, share
+from ftfast.compat.timm.paraphrasing import fill, is_first, resolve_paraphraser, share
 from ftfast.compat.timm.teacher import TeacherMaps, TeacherNormalisation, frozen_teacher
 from ftfast.compat.timm.trainable import FactorTransferTrainableModule, StudentTap
+from ftfast.distill.training.paraphraser import train_paraphraser
 from ftfast.errors import shown
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
@@ -83,7 +85,7 @@ class FactorTransferTask(TrainingTask):
         beta: float | None = None,
         norm: str | None = None,
         input_size: Sequence[int] | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         student = unwrap_model(student_model)
@@ -136,23 +138,20 @@ class FactorTransferTask(TrainingTask):
         self._beta_is_open = False
         unwrap_model(self.trainable_module).head.loss.weight = value
 
-    def train_paraphraser(self, loader: Iterable[Any], *, epochs: int = 1, learning_rate: float = 1e-3) -> Self:
-        """Trains the paraphraser on the teacher's maps, as :func:`train_paraphraser` does; call it before step one.
+    def train_paraphraser(self, loader: Iterable[Any], **options: Any) -> Self:
+        """Trains the paraphraser on the teacher's maps; call it before step one.
 
         Args:
             loader: gives images normalised for the student, or tuples whose first item they are. Under
                 torch.distributed every process trains on its own, and the first one's paraphraser is taken by all.
+            options: of :func:`ftfast.train_paraphraser`: ``epochs`` or ``steps``, ``learning_rate`` and so on.
 
         Returns:
             This task.
         """
-        fit(
-            self.paraphraser,
-            self.teacher_maps,
-            loader,
-            epochs,
-            learning_rate,
-        )
+        if not is_first():
+            options["strict"] = False  # it is not taken, and an error here would leave the others waiting
+        train_paraphraser(self.teacher_maps, loader, paraphraser=self.paraphraser, **options)
         share(self.paraphraser)
         self.paraphraser_is_trained = True
         return self

@@ -4,7 +4,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class TeacherError(DistillError):
 class FrozenTeacher(nn.Module):
     """A copy of a model for inference alone: in eval whatever is asked of it, without parameters and without a graph.
 
+    ``FrozenTeacher(model, "layer4")(images).features`` is what ``layer4`` gives in eval.
+
     Batch norms are folded into the convolutions before them, weights are in ``dtype`` and channels_last, nothing runs
     past the layer unless the classifier is kept, and on a CPU each convolution takes its residual and ReLU along
     (our own 3x3 convolution or oneDNN's fused operators, no compiler). What cannot be done is said by :meth:`explain`;
@@ -42,11 +44,13 @@ class FrozenTeacher(nn.Module):
         layer: the submodule whose output ``[N, C', H', W']`` students learn from.
         dtype: float32, bfloat16 or, on a GPU, float16.
         classifier: keep the logits too, which soft labels need.
-        example: images of the size and batch size to come, on the model's device; a few do as well.
+        example: images of the size and batch size to come, on the model's device; a few do as well. None takes those
+            of the first call, at which the copy is then made.
         execution: ``"eager"``; ``"compile"`` for torch.compile, which constant-folds on the CPU; ``"graph"`` for a
             CUDA graph of each input shape.
 
     Attributes:
+        device: the model's, where images are to come.
         error: relative L2 distance of the features from the model's own in float32, on ``example``.
         limit: the largest ``error`` that is taken: 1e-4, 1e-2 and 5e-2 for float32, float16 and bfloat16.
 
@@ -60,17 +64,28 @@ class FrozenTeacher(nn.Module):
         model: nn.Module,
         layer: str,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype = torch.float32,
         classifier: bool = False,
-        example: Tensor,
+        example: Tensor | None = None,
         execution: str = "eager",
     ) -> None:
         super().__init__()
         self.layer, self.dtype, self.classifier = layer, dtype, classifier
         self._notes: list[str] = []
-        _check(model, layer, dtype, example, execution)
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        if example is not None:
+            self.device = example.device
+        _check(model, layer, dtype, self.device, execution)
         self.limit = LIMITS[dtype]
-        expected = _reference(model.eval(), layer, example)
+        self._run: Callable[[Tensor], Any] | None = None
+        # Hidden from torch: it is no part of this module.
+        self._freeze_at = partial(self._freeze, model, execution)
+        if example is not None:
+            self._freeze_at(example)
+        self.eval()
+
+    def _freeze(self, model: nn.Module, execution: str, example: Tensor) -> None:
+        expected = _reference(model.eval(), self.layer, example)
         self._sources = [weakref.ref(module) for module in model.modules()]
         self._state = _state(self._sources)
         # The compiler fuses by itself.
@@ -82,12 +97,12 @@ class FrozenTeacher(nn.Module):
         elif execution == "graph":
             run = Captured(run)
             self._notes.append("as a CUDA graph")
-        # Hidden from torch: moved or cast, the weights would no longer be those that were compared.
-        self._run = partial(run)
         if execution != "eager":
             self.error = self._distance(run, example, expected)
         self._refuse_above_the_limit()
-        self.eval()
+        # Hidden from torch: moved or cast, the weights would no longer be those that were compared.
+        self._run = partial(run)
+        del self._freeze_at  # and with it the model
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
@@ -100,12 +115,21 @@ class FrozenTeacher(nn.Module):
         Raises:
             TeacherError: the model that this was made from has changed since.
         """
+        if self._run is None:
+            self._freeze_at(images)
+            assert self._run is not None
         if (state := _state(self._sources)) is not None and state != self._state:
             raise TeacherError("the teacher was changed after it had been frozen; freeze it again: FrozenTeacher(...).")
         return self._outputs(self._run, images)
 
+    if TYPE_CHECKING:  # torch's own says that a call gives anything
+
+        def __call__(self, images: Tensor) -> Outputs: ...
+
     def explain(self) -> str:
         """What was done to the model, what could not be and why, and the error that it leaves, in one line."""
+        if self._run is None:
+            return "to be frozen at its first images"
         return (
             f"{'; '.join(self._notes)}; relative error of its features {self.error:.1e}, at most {self.limit:.0e} taken"
         )
@@ -185,15 +209,15 @@ class FrozenTeacher(nn.Module):
         if not self.error <= self.limit:
             raise TeacherError(
                 f"the frozen teacher's features are off by {self.error:.1e} of the teacher's own, and at most "
-                f"{self.limit:.0e} is taken in {str(self.dtype).removeprefix('torch.')}; take --dtype float32 or "
-                "--engine plain."
+                f"{self.limit:.0e} is taken in {str(self.dtype).removeprefix('torch.')}; take float32 "
+                "(--dtype) or the model as it is (--engine plain)."
             )
 
 
-def _check(model: nn.Module, layer: str, dtype: torch.dtype, example: Tensor, execution: str) -> None:
-    if dtype not in LIMITS or (dtype == torch.float16 and example.device.type == "cpu"):
+def _check(model: nn.Module, layer: str, dtype: torch.dtype, device: torch.device, execution: str) -> None:
+    if dtype not in LIMITS or (dtype == torch.float16 and device.type == "cpu"):
         raise TeacherError(f"dtype is {dtype}; it takes torch.float32, torch.bfloat16 or, on a GPU, torch.float16.")
-    if execution not in EXECUTIONS or (execution == "graph" and example.device.type != "cuda"):
+    if execution not in EXECUTIONS or (execution == "graph" and device.type != "cuda"):
         raise TeacherError(f"execution is {execution!r}; it takes eager, compile or, on a CUDA GPU, graph.")
     if not layer or layer not in dict(model.named_modules()):
         top = ", ".join(name for name, _ in model.named_children())

@@ -5,7 +5,8 @@ Epochs that take a while have a line each.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -110,6 +111,20 @@ class _Column(ProgressColumn):
         return Text(self._words(task))
 
 
+def _shows_bars(console: Console) -> bool:
+    """Whether it is a notebook or a terminal; FORCE_COLOR makes a file neither."""
+    return console.is_jupyter or (console.is_terminal and console.file.isatty())
+
+
+@contextmanager
+def bar(title: str, steps: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
+    """A bar on standard error of something outside a run, with what advances it; none off terminals and notebooks."""
+    console = console or Console(stderr=True)
+    with Bars(console=console, transient=True, disable=not _shows_bars(console)) as bars:
+        task = bars.add_task(title, total=steps)
+        yield lambda: bars.advance(task)
+
+
 class Progress:
     """Bars and lines on standard error; used as a context manager, which takes the bars away at the end.
 
@@ -129,7 +144,7 @@ class Progress:
             _Column(self._time_left_in_words),
             console=self.console,
             transient=True,
-            disable=not (self.console.is_terminal and self.console.file.isatty()),
+            disable=not _shows_bars(self.console),
         )
         self._all = self._bars.add_task("the run", total=images)
         self._left = 0

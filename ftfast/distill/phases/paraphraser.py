@@ -1,19 +1,14 @@
-"""The paraphraser's phase: trained without labels to reconstruct the teacher's features, then judged before it is used.
+"""The paraphraser's phase: trained without labels to reconstruct the teacher's features, and judged before its use."""
 
-A paraphraser that learned nothing still gives factors, and students learn from them without a complaint; so its
-explained variance and the spread of its factors are measured on images that it was not trained on.
-"""
-
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.distill.data.images import Images
@@ -23,42 +18,15 @@ from ftfast.distill.phases.setup import Setup
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.training.diagnosis import Diagnosis, diagnose_paraphraser
+from ftfast.distill.training.feature_batches import draw
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import METHODS, Terms
+from ftfast.distill.training.reconstruction import DISTANCES, fit
 from ftfast.distill.training.schedule import Schedule, cosine
 from ftfast.distill.training.step import Precision
 from ftfast.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError, shown
 from ftfast.modules import Paraphraser
-
-LEAST_EXPLAINED_VARIANCE = 0.5
-LEAST_SPREAD = 0.1
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "mse": F.mse_loss}
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What a paraphraser is worth, on images that it was not trained on.
-
-    Attributes:
-        explained_variance: 1 less the squared error of the reconstruction over the features' variance between images;
-            1 is perfect, 0 is what the mean feature map reaches.
-        spread: root mean square distance of the normalised factors from their mean, over that of random directions;
-            0 means one factor for every image.
-    """
-
-    explained_variance: float
-    spread: float
-
-    @property
-    def warning(self) -> str | None:
-        """The sentence to show where the paraphraser is poor, though it can be used."""
-        if self.explained_variance >= LEAST_EXPLAINED_VARIANCE:
-            return None
-        return (
-            f"the paraphraser explains {self.explained_variance:.2f} of the variance of held-out features, less than "
-            f"{LEAST_EXPLAINED_VARIANCE}: give it more steps (--paraphraser-steps) or another "
-            f"learning rate, {IN_A_NEW_RUN}."
-        )
 
 
 def build_paraphraser(settings: Settings) -> Paraphraser:
@@ -121,29 +89,23 @@ def train_paraphraser(
     options: dict[str, float] = {"weight_decay": settings.paraphraser_weight_decay}
     if kind is torch.optim.SGD:
         options["momentum"] = settings.momentum
-    peak = settings.paraphraser_learning_rate
-    optimiser = kind(paraphraser.parameters(), lr=peak, **options)
-    distance = DISTANCES[settings.paraphraser_loss]
-    generator = torch.Generator().manual_seed(settings.seed)
-    paraphraser.train()
-    for step in range(settings.paraphraser_steps):
-        if settings.paraphraser_learning_rate_schedule == "cosine":
-            for group in optimiser.param_groups:
-                group["lr"] = cosine(peak, step, settings.paraphraser_steps)
-        rows = torch.randint(len(features), (settings.paraphraser_batch_size,), generator=generator)
-        batch = features[rows.to(features.device)].float().contiguous(memory_format=torch.channels_last)
-        with precision.autocast():
-            reconstruction = paraphraser(batch)
-        loss = distance(reconstruction.float(), batch)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        after_step(len(batch))
-    paraphraser.eval()
+    peak, steps = settings.paraphraser_learning_rate, settings.paraphraser_steps
+    falls = settings.paraphraser_learning_rate_schedule == "cosine"
+    fit(
+        paraphraser,
+        islice(draw(features, settings.paraphraser_batch_size, settings.seed), steps),
+        kind(paraphraser.parameters(), lr=peak, **options),
+        lambda step: cosine(peak, step, steps) if falls else peak,
+        settings.paraphraser_loss,
+        precision.autocast,
+        after_step,
+    )
 
 
-def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision, *, of_noise: bool = False) -> Diagnosis:
-    """Judges a paraphraser on feature maps ``[N, C, H, W]`` that it was not trained on.
+def diagnose(
+    paraphraser: Paraphraser, features: Tensor, precision: Precision, *, of_noise: bool = False
+) -> tuple[Diagnosis, str | None]:
+    """What a paraphraser is worth on feature maps ``[N, C, H, W]`` that it was not trained on, and what to warn of.
 
     Args:
         of_noise: of images that show nothing, whose factors may be alike.
@@ -151,36 +113,15 @@ def diagnose(paraphraser: Paraphraser, features: Tensor, precision: Precision, *
     Raises:
         ParaphraserError: its factors are not finite, or nearly the same for every image; the message has the remedy.
     """
-    features = features.float()
-    with torch.no_grad(), precision.autocast():
-        factors = paraphraser.encode(features).float()
-        reconstruction = paraphraser.decode(factors).float()
-    remedy = (
-        "lower --paraphraser-learning-rate, raise --paraphraser-steps, or take --paraphraser-optimiser adam, "
-        f"{IN_A_NEW_RUN}."
-    )
-    if not bool(torch.isfinite(factors).all() & torch.isfinite(reconstruction).all()):
-        raise ParaphraserError(f"the paraphraser's factors are not finite; {remedy}")
-    diagnosis = Diagnosis(_explained_variance(features, reconstruction), _spread(factors))
-    if diagnosis.spread < LEAST_SPREAD and not of_noise:
+    with precision.autocast():
+        diagnosis = diagnose_paraphraser(paraphraser, features)
+    if diagnosis.fault and not (of_noise and diagnosis.is_finite):
         raise ParaphraserError(
-            f"the paraphraser gives nearly the same factor for every image (spread {diagnosis.spread:.3f} of that of "
-            f"random factors, at least {LEAST_SPREAD} is taken); {remedy}"
+            f"{diagnosis.fault}; lower --paraphraser-learning-rate, raise --paraphraser-steps, or take "
+            f"--paraphraser-optimiser adam, {IN_A_NEW_RUN}."
         )
-    return diagnosis
-
-
-def _explained_variance(features: Tensor, reconstruction: Tensor) -> float:
-    variance = (features - features.mean(0)).double().square().sum()
-    error = (features - reconstruction).double().square().sum()
-    return float(1 - error / variance) if variance > 0 else 0.0
-
-
-def _spread(factors: Tensor) -> float:
-    directions = F.normalize(factors.flatten(1), dim=1)
-    distance = (directions - directions.mean(0)).square().sum(1).mean().sqrt()
-    of_random = math.sqrt(1 - 1 / len(factors))  # independent directions: their mean has squared length 1/N
-    return float(distance) / of_random
+    remedy = f"give it more steps (--paraphraser-steps) or another learning rate, {IN_A_NEW_RUN}."
+    return diagnosis, diagnosis.weakness and f"{diagnosis.weakness}: {remedy}"
 
 
 def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphraser | None, dict[str, Any] | None]:
@@ -213,10 +154,10 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
             train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
         features = teacher_features(teacher, held_out, setup.precision)
         is_noise = LOADERS[settings.loader].is_noise
-        diagnosis = setup.processes.on_first(
+        diagnosis, warning = setup.processes.on_first(
             lambda: diagnose(paraphraser, features, setup.precision, of_noise=is_noise)
         )
-        judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": diagnosis.warning}
+        judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": warning}
         setup.keep(path, Checkpoint(paraphraser.state_dict(), {}, {**description, "diagnosis": judged}))
         setup.forget(_trained_on_the_way(setup))
         finished = setup.read_finished(path, description)

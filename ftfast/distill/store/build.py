@@ -37,8 +37,6 @@ from ftfast.errors import StoreError
 
 MOST_VIEWS = 1000
 DEFAULT_VIEWS = 4
-_SHARD_BYTES = 64 << 20
-_MOST_SHARDS = 512
 _LOCK = ".lock"
 
 
@@ -203,14 +201,9 @@ def header_of(
         classes=classes,
         seed=request.seed,
         batch_size=request.batch_size,
-        shard_images=request.shard_images or _shard_images(request.batch_size, count, views, factor, request.dtype),
+        shard_images=request.shard_images
+        or shard_files.images_in_a_shard(request.batch_size, count, views, factor, request.dtype),
     )
-
-
-def _shard_images(batch_size: int, images: int, views: int, factor: tuple[int, int, int], dtype: str) -> int:
-    image_bytes = views * factor[0] * factor[1] * factor[2] * DTYPES[dtype].itemsize
-    wanted = max(_SHARD_BYTES, images * image_bytes // _MOST_SHARDS) // image_bytes
-    return max(1, wanted // batch_size) * batch_size
 
 
 def _check_path(path: Path, header: Header, *, resume: bool) -> bool:
@@ -287,12 +280,5 @@ def _write(path: Path, maker: ShardMaker, own: list[int], progress: Progress) ->
 
 
 def _finish(path: Path, header: Header) -> None:
-    """Writes the header that makes the folder a store."""
-    heads = []
-    for shard in range(header.shard_count):
-        file = shard_files.shard_path(path, shard)
-        head = shard_files.read_head(file)
-        shard_files.check_head(file, head, header, shard)
-        heads.append({"bytes": head.bytes, "head": head.checksum})
-    headers.write(path, dataclasses.replace(header, shards=heads))
+    shard_files.finish(path, header)
     (path / _LOCK).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from ftfast.errors import StoreError, shown
 FORMAT = "ftfast-store"
 VERSION = 1
 FILE = "store.json"
+OWN = "own"  # the data set's name in a store that was written from Python
 # The settings that decide what a factor is; a training from the store takes them from there.
 COMPARED = (
     *("data", "image_size", "classes", "train_images", "crop_padding", "flip"),
@@ -104,8 +105,14 @@ class Header:
         return found
 
     def read_settings(self) -> dict[str, Any]:
-        """Those of :data:`TAKEN`, as ``Settings`` takes them, and of photographs what they are normalised by."""
+        """Those of :data:`TAKEN`, as ``Settings`` takes them, and of photographs what they are normalised by.
+
+        Raises:
+            StoreError: images that no run of ``ftfast distill`` has.
+        """
         taken = {name: self.settings[name] for name in TAKEN}
+        if taken["data"] == OWN:
+            raise StoreError("the store is of images of one's own, written by ftfast.write_factors; read it in Python.")
         if DATASETS[taken["data"]].is_streamed:
             taken |= {name: tuple(self.transform["normalisation"][name]) for name in ("mean", "deviation")}
         return taken

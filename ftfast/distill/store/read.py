@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,6 +121,10 @@ class Store:
                 raise StoreError(f"{path} cannot be read ({error.strerror}).") from None
             os.posix_fadvise(self._files[shard], 0, 0, os.POSIX_FADV_RANDOM)
         return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In another process the files are opened anew."""
+        return {**self.__dict__, "_files": {}}
 
     def close(self) -> None:
         """Closes the files; they are opened anew where rows are read again."""

@@ -3,6 +3,7 @@
 A shard's head holds the checksums of its tensors, and ``store.json`` those of the heads, so every byte is covered.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,12 +17,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ftfast.distill.runtime import files
+from ftfast.distill.store import header as headers
 from ftfast.distill.store.header import Header
 from ftfast.errors import StoreError, shown
 
 FACTORS, VIEWS, LABELS, LOGITS = "factors", "views", "labels", "logits"
 _LENGTH = struct.Struct("<Q")
 _LONGEST_HEAD = 1 << 20
+
+
+_SHARD_BYTES = 64 << 20
+_MOST_SHARDS = 512
 
 
 class Place(NamedTuple):
@@ -39,6 +45,24 @@ class Head(NamedTuple):
     checksums: dict[str, str]
     bytes: int
     checksum: str
+
+
+def images_in_a_shard(batch_size: int, images: int, views: int, factor: tuple[int, int, int], dtype: str) -> int:
+    """Whole batches that make about 64 MiB, or more where the shards of so many images would be too many."""
+    image_bytes = views * factor[0] * factor[1] * factor[2] * DTYPES[dtype].itemsize
+    wanted = max(_SHARD_BYTES, images * image_bytes // _MOST_SHARDS) // image_bytes
+    return max(1, wanted // batch_size) * batch_size
+
+
+def finish(path: Path, header: Header) -> None:
+    """Writes the header that makes a folder with all its shards a store."""
+    heads = []
+    for shard in range(header.shard_count):
+        file = shard_path(path, shard)
+        head = read_head(file)
+        check_head(file, head, header, shard)
+        heads.append({"bytes": head.bytes, "head": head.checksum})
+    headers.write(path, dataclasses.replace(header, shards=heads))
 
 
 def shard_path(store: Path, shard: int) -> Path:

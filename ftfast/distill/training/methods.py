@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftfast.arguments import Backend
 from ftfast.distill.models.registry import Outputs
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
@@ -75,7 +76,7 @@ class Pair:
     teacher_channels: int
     paraphraser: Paraphraser | None
     weights: Weights
-    backend: str = "auto"
+    backend: Backend = "auto"
 
 
 class Between(NamedTuple):
