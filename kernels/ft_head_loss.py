@@ -30,15 +30,13 @@ from .loss_terms import (
     reduction_scale,
     split_weight,
     square_root,
-    squares_of_sample,
     terms_of,
-    terms_of_sample,
 )
 from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers, and the block of those that are walked over three times.
 REGISTER_SIZE = 8192
-WALK_BLOCK = 8192
+WALK_BLOCK = 4096
 WALK_WARPS = 16
 SMALLEST_BLOCK = 128
 FOLD_BLOCK = 512
@@ -104,9 +102,18 @@ def _head_loss_kernel(
         student_squares = tl.sum(x * x, 0)
         teacher_squares = tl.sum(y * y, 0)
     else:
-        student_squares, teacher_squares = squares_of_sample(
-            student_base, teacher_base, size, lanes, 0, 0, ALIGN, BLOCK, tl.float32
-        )
+        # One loop for a sum: those of the loss, which fold their blocks into double, spill here. A head's maps are short
+        # enough for the lanes' own sums.
+        student_lanes = tl.zeros((BLOCK,), tl.float32)
+        teacher_lanes = tl.zeros((BLOCK,), tl.float32)
+        for start in range(zero, size * ALIGN, BLOCK):
+            mask = lanes < remaining(size, start, BLOCK, ALIGN)
+            x = load(student_base, start, lanes, mask, 0, 1, 0, ALIGN, tl.float32)
+            y = load(teacher_base, start, lanes, mask, 0, 2, 0, ALIGN, tl.float32)
+            student_lanes += x * x
+            teacher_lanes += y * y
+        student_squares = tl.sum(student_lanes, 0)
+        teacher_squares = tl.sum(teacher_lanes, 0)
     floor = tl.full((), eps, tl.float32)
     student_inverse, student_clamped = reciprocal_norm(student_squares, floor)
     teacher_inverse, _ = reciprocal_norm(teacher_squares, floor)
@@ -115,9 +122,17 @@ def _head_loss_kernel(
         distance = tl.sum(distance_terms, 0)
         product = tl.sum(product_terms, 0)
     else:
-        distance, product, _ = terms_of_sample(
-            student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, 0, P, 0, ALIGN, BLOCK, tl.float32
-        )
+        distance_lanes = tl.zeros((BLOCK,), tl.float32)
+        product_lanes = tl.zeros((BLOCK,), tl.float32)
+        for start in range(zero, size * ALIGN, BLOCK):
+            mask = lanes < remaining(size, start, BLOCK, ALIGN)
+            x = load(student_base, start, lanes, mask, 0, 1, 0, ALIGN, tl.float32)
+            y = load(teacher_base, start, lanes, mask, 0, 2, 0, ALIGN, tl.float32)
+            terms = terms_of(x * student_inverse, y * teacher_inverse, P)
+            distance_lanes += terms[0]
+            product_lanes += terms[1]
+        distance = tl.sum(distance_lanes, 0)
+        product = tl.sum(product_lanes, 0)
     unit = 1.0
     if P == 2:
         distance = square_root(distance)

@@ -455,7 +455,7 @@ def test_names_that_are_not_utf_8_are_read_and_told(home: Path, tmp_path: Path) 
         images.close()
         assert pixels.shape == expected.shape
         assert len(said) == 1
-        assert re.match(r"warning: '/\S+caf\\udce9/train/class02/\\udcfe\d\.jpeg' cannot be decoded", said[0])
+        assert re.match(r"warning: /\S+caf\\udce9/train/class02/\\udcfe\d\.jpeg cannot be decoded", said[0])
         assert said[0].isprintable()
     damaged.unlink()
     assert set(viewed(streamed_of(folder), folder).hashes()) == {"transform", "decoder", "data"}
