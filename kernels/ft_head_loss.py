@@ -102,8 +102,8 @@ def _head_loss_kernel(
         student_squares = tl.sum(x * x, 0)
         teacher_squares = tl.sum(y * y, 0)
     else:
-        # One loop for a sum: those of the loss, which fold their blocks into double, spill here. A head's maps are short
-        # enough for the lanes' own sums.
+        # One loop for a sum: those of the loss, which fold their blocks into double, spill here. A head's maps are
+        # short enough for the lanes' own sums.
         student_lanes = tl.zeros((BLOCK,), tl.float32)
         teacher_lanes = tl.zeros((BLOCK,), tl.float32)
         for start in range(zero, size * ALIGN, BLOCK):
