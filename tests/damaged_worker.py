@@ -34,20 +34,20 @@ def train(folder: Path, workers: int, processes: Processes) -> dict[str, Any]:
         report=said.append,
     )
     model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(48, counts.classes))
-    learner = nn.ModuleDict({"model": model})
+    trainable = nn.ModuleDict({"model": model})
 
     def terms(batch: Tensor, labels: Tensor) -> Terms:
         return {"labels": nn.functional.cross_entropy(model(batch), labels)}
 
     training = Training(
-        learner,
+        trainable,
         terms,
         images,
         Schedule(2, 10, 0.05, 0.9, 0.0),
         FLOAT32,
         seed=5,
         processes=processes,
-        judge=lambda stop: evaluate(model, tested, FLOAT32, processes, stop),
+        evaluation=lambda stop: evaluate(model, tested, FLOAT32, processes, stop),
     )
     try:
         history = training.run()

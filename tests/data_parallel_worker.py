@@ -55,7 +55,7 @@ def train(accumulate: int, count: int, batch_size: int, processes: Processes = A
         student = Student()
         teacher = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
         head = FactorTransfer(Paraphraser(8, 0.5), Translator(6, 4), weight=20.0)
-    learner = nn.ModuleDict({"model": student, "translator": head.translator})
+    trainable = nn.ModuleDict({"model": student, "translator": head.translator})
 
     def terms(batch: Tensor, labels: Tensor) -> Terms:
         found = student(batch)
@@ -67,17 +67,17 @@ def train(accumulate: int, count: int, batch_size: int, processes: Processes = A
     schedule = Schedule(2, batch_size, 0.05, 0.9, 1e-3, accumulate=accumulate, clip_gradient=1.0)
     split = images(count)
     training = Training(
-        learner,
+        trainable,
         terms,
         split,
         schedule,
         FLOAT32,
         seed=5,
         processes=processes,
-        judge=lambda stop: evaluate(Classifier(student), split, FLOAT32, processes, stop),
+        evaluation=lambda stop: evaluate(Classifier(student), split, FLOAT32, processes, stop),
     )
     history = training.run()
-    found = {name: tensor.detach().clone() for name, tensor in learner.state_dict().items()}
+    found = {name: tensor.detach().clone() for name, tensor in trainable.state_dict().items()}
     found["losses"] = torch.tensor([list(epoch.losses.values()) for epoch in history], dtype=torch.float64)
     found["accuracy"] = torch.tensor([epoch.accuracy or 0.0 for epoch in history], dtype=torch.float64)
     return found

@@ -29,7 +29,7 @@ from ftfast.distill.phases.report import write_report
 from ftfast.distill.phases.results import collect, paired_gain, student_result
 from ftfast.distill.phases.selection import Trial, best, candidates, selection_epochs, try_weights
 from ftfast.distill.phases.setup import algorithms
-from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.phases.trainable import TeacherSide
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training.evaluate import evaluate
@@ -170,8 +170,8 @@ def test_weights_are_judged_on_images_that_were_not_learned(digits: tuple[Split,
     labels = torch.randint(10, (100,), generator=torch.Generator().manual_seed(0))
     settings = small_settings(student_channels=8, student_epochs=20, validation_folds=2)
     teacher = Teacher(registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0))
-    guides = Guides(teacher, None)
-    trial = try_weights(settings, FLOAT32, guides, in_memory.Split(split.images, labels), "none", Weights())
+    teacher_side = TeacherSide(teacher, None)
+    trial = try_weights(settings, FLOAT32, teacher_side, in_memory.Split(split.images, labels), "none", Weights())
     assert trial.accuracy is not None
     assert trial.accuracy < 40
 
@@ -392,14 +392,14 @@ def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(
 
     def training() -> Training:
         model = registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0)
-        learner = torch.nn.ModuleDict({"model": model})
+        trainable = torch.nn.ModuleDict({"model": model})
 
         def terms(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
             drawn.append(labels)
             return {"labels": F.cross_entropy(model(images), labels)}
 
         return Training(
-            learner,
+            trainable,
             terms,
             split,
             Schedule(4, 16, 0.05, 0.9, 5e-4),
@@ -416,8 +416,8 @@ def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(
     resumed.load_state(kept[1])
     resumed.run()
     assert [record.losses for record in resumed.history] == [record.losses for record in whole.history]
-    for name, tensor in whole.learner.state_dict().items():
-        assert torch.equal(tensor, resumed.learner.state_dict()[name]), name
+    for name, tensor in whole.trainable.state_dict().items():
+        assert torch.equal(tensor, resumed.trainable.state_dict()[name]), name
 
 
 def test_evaluate_leaves_the_models_mode_and_counts_right_answers(

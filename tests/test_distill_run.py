@@ -107,7 +107,7 @@ def test_gains_are_paired_by_seed(whole: tuple[Path, dict[str, Any]]) -> None:
 def test_one_seed_starts_every_method_from_the_same_student_and_batches(
     tmp_path: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen from outside: with the guides' weights at 0, every method is `none`, to the last bit."""
+    """Seen from outside: with the teacher_side' weights at 0, every method is `none`, to the last bit."""
     shutil.copytree(whole[0], tmp_path / "run")
     for part in ("students", "results.json", "selection.json"):
         path = tmp_path / "run" / part

@@ -12,7 +12,7 @@ from ftfast.distill.data.augment import Mixing
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.models import registry
 from ftfast.distill.models.registry import Outputs
-from ftfast.distill.phases.trainable import Guides, student_training
+from ftfast.distill.phases.trainable import TeacherSide, student_training
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training.loop import Training, step_seed
@@ -101,7 +101,7 @@ class Teacher(nn.Module):
 
 
 def mixed_training(kind: str) -> tuple[Training, Teacher, Paraphraser, tuple[Tensor, Tensor], list[Tensor]]:
-    """One step of a student on mixed images, its guides, the batch as it is drawn, and what the student is shown."""
+    """One step of a student on mixed images, its teacher, the batch as it is drawn, and what the student is shown."""
     settings = settings_of(
         "digits", **{kind: 1.0}, methods=("ft",), student_epochs=1, student_images=40, batch_size=40, engine="plain",
         learning_rate=RATE, nesterov=False, weight_decay=0.0, label_smoothing=0.1, device="cpu", dtype="float32",
@@ -112,11 +112,11 @@ def mixed_training(kind: str) -> tuple[Training, Teacher, Paraphraser, tuple[Ten
     generator = torch.Generator().manual_seed(3)
     split = Split(torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 10).to(torch.device("cpu"))
     training = student_training(
-        settings, Precision(torch.device("cpu"), torch.float32), Guides(teacher, paraphraser), split,
+        settings, Precision(torch.device("cpu"), torch.float32), TeacherSide(teacher, paraphraser), split,
         method="ft", weights=Weights(beta=BETA), seed=SEED,
     )  # fmt: skip
     shown: list[Tensor] = []
-    model = training.learner.get_submodule("model")
+    model = training.trainable.get_submodule("model")
     model.register_forward_pre_hook(lambda _, given: shown.append(given[0].clone()))
     images, labels = next(split.draw(40, seed=SEED, epoch=0))
     return training, teacher, paraphraser, (images, labels), shown
@@ -143,7 +143,7 @@ def test_a_step_of_factor_transfer_is_that_of_the_mixed_image(kind: str) -> None
     one_hot = F.one_hot(labels, 10).double()
     soft = 0.9 * (share * one_hot + (1 - share) * one_hot.roll(1, 0)) + 0.1 / 10
 
-    student, translator = (by_hand.learner.get_submodule(name) for name in ("model", "translator"))
+    student, translator = (by_hand.trainable.get_submodule(name) for name in ("model", "translator"))
     student.train()
     torch.manual_seed(step_seed(SEED, 0, 0))
     logits, features = FeatureTap(student, "stage3")(shown[0])
@@ -153,9 +153,9 @@ def test_a_step_of_factor_transfer_is_that_of_the_mixed_image(kind: str) -> None
     )
     loss = -(soft * logits.double().log_softmax(1)).sum(1).mean() + BETA * (ours - theirs).abs().mean()
     loss.backward()
-    before = {name: value.detach().clone() for name, value in by_hand.learner.named_parameters()}
-    for name, after in training.learner.named_parameters():
-        gradient = by_hand.learner.get_parameter(name).grad
+    before = {name: value.detach().clone() for name, value in by_hand.trainable.named_parameters()}
+    for name, after in training.trainable.named_parameters():
+        gradient = by_hand.trainable.get_parameter(name).grad
         assert gradient is not None, name
         step = before[name] - after.detach()
         error = float((step - RATE * gradient).norm())

@@ -20,7 +20,7 @@ from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.runtime.processes import ALONE, Agreement, Part, Processes
 from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
 from ftfast.distill.training import resumable
-from ftfast.distill.training.evaluate import Judged, evaluate
+from ftfast.distill.training.evaluate import Accuracies, evaluate
 from ftfast.distill.training.loop import Training
 from tests.launching import ROOT
 from tests.test_student_step import FLOAT32, split_of, training, weights
@@ -34,16 +34,16 @@ def judged(before: Callable[[int], None] = lambda _: None) -> Training:
     split = split_of()
     asked = 0
 
-    def judge(stop: Callable[[], bool]) -> Judged:
+    def judge(stop: Callable[[], bool]) -> Accuracies:
         def stop_or_not() -> bool:
             nonlocal asked
             before(asked)
             asked += 1
             return stop()
 
-        return evaluate(made.learner["model"], Many(split), FLOAT32, stop=stop_or_not)  # type: ignore[index]
+        return evaluate(made.trainable["model"], Many(split), FLOAT32, stop=stop_or_not)  # type: ignore[index]
 
-    made._judge = judge
+    made._evaluation = judge
     return made
 
 
@@ -69,14 +69,14 @@ class Many:
 
     def __init__(self, split: Any) -> None:
         self._split = split
-        self.in_order, self.damaged, self.bear_damage = split.in_order, split.damaged, split.bear_damage
+        self.in_order, self.damaged, self.check_damage_limit = split.in_order, split.damaged, split.check_damage_limit
 
     def __len__(self) -> int:
         return len(self._split)
 
 
 def finish(made: Training, folder: Path, **rest: Any) -> None:
-    resumable.finish(made, folder, DESCRIPTION, checkpoint_seconds=1e9, **rest)
+    resumable.train_to_end(made, folder, DESCRIPTION, checkpoint_seconds=1e9, **rest)
 
 
 def kept(folder: Path) -> list[str]:
@@ -154,7 +154,7 @@ def test_every_process_is_asked_equally_often_in_an_evaluation() -> None:
             pass
 
     split = split_of(20)
-    model = training().learner["model"]  # type: ignore[index]
+    model = training().trainable["model"]  # type: ignore[index]
     asked: list[int] = []
     for rank in range(3):
         asked.append(0)
@@ -192,7 +192,7 @@ def test_a_checkpoint_that_many_processes_agree_on_in_an_evaluation_is_written_a
     made = judged()
     made._schedule = replace(made._schedule, batch_size=43)
     made._steps_per_epoch = 1
-    resumable.finish(
+    resumable.train_to_end(
         made, tmp_path / "student", DESCRIPTION, checkpoint_seconds=0, paused=lambda _: saved.append(len(made.history))
     )
     assert saved == [1]  # of three epochs: the third one's wish would come after the end
@@ -220,7 +220,7 @@ def test_the_result_takes_the_room_of_older_checkpoints_on_a_full_disk(
         if len(made.history) == 3:
             disk.room = len(kept(tmp_path / "student"))
 
-    resumable.finish(training(), tmp_path / "student", DESCRIPTION, checkpoint_seconds=0, after_epoch=fill)
+    resumable.train_to_end(training(), tmp_path / "student", DESCRIPTION, checkpoint_seconds=0, after_epoch=fill)
     assert disk.room == 3
     checkpoint.load(tmp_path / "student")
 
@@ -231,7 +231,9 @@ def test_a_save_that_fails_at_a_signal_is_told_of_though_a_warning_was_given(
     FullDisk(1, monkeypatch, tmp_path)
     said: list[str] = []
     with pytest.raises(Interrupted):
-        resumable.finish(signalled(at=4), tmp_path / "student", DESCRIPTION, checkpoint_seconds=0, say=said.append)
+        resumable.train_to_end(
+            signalled(at=4), tmp_path / "student", DESCRIPTION, checkpoint_seconds=0, say=said.append
+        )
     first, last = said
     assert "epoch00000-step0000002 cannot be written" in first
     assert "epoch00000-step0000005 cannot be written: No space left on device; epoch00000-step0000001 stands" in last
@@ -313,4 +315,4 @@ def test_a_stop_request_begins_anew_after_one_that_was_met() -> None:
 
 def test_stopped_is_what_an_evaluation_says() -> None:
     with pytest.raises(Stopped):
-        evaluate(training().learner["model"], split_of(), FLOAT32, stop=lambda: True)  # type: ignore[index]
+        evaluate(training().trainable["model"], split_of(), FLOAT32, stop=lambda: True)  # type: ignore[index]

@@ -24,7 +24,7 @@ def teacher() -> nn.Module:
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
 
 
-def guides(**options: object) -> tuple[FrozenTeacher, Paraphraser]:
+def teacher_side(**options: object) -> tuple[FrozenTeacher, Paraphraser]:
     return FrozenTeacher(teacher(), "0", **options), Paraphraser(6, 0.5)  # type: ignore[arg-type]
 
 
@@ -43,7 +43,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_image_gets_the_direction_of_its_own_factor(
     dtype: str, most: float, tmp_path: Path, small_shards: None
 ) -> None:
-    frozen, paraphraser = guides(classifier=True)
+    frozen, paraphraser = teacher_side(classifier=True)
     store = write_factors(tmp_path / "store", frozen, paraphraser, DataLoader(DATA, 12), dtype=dtype, logits=True)
     assert len(store) == 50
     assert len(list((tmp_path / "store").glob("shard-*"))) == (3 if dtype != "float16" else 7)
@@ -59,7 +59,7 @@ def test_each_image_gets_the_direction_of_its_own_factor(
 
 
 def test_a_student_learns_from_it_without_a_teacher(tmp_path: Path) -> None:
-    write_factors(tmp_path / "store", *guides(), DataLoader(DATA, 32))
+    write_factors(tmp_path / "store", *teacher_side(), DataLoader(DATA, 32))
     store = FactorStore(tmp_path / "store", DATA)
     translator = Translator(5, 3)
     head = FactorTransfer(store.paraphraser(), translator, weight=100.0)
@@ -69,7 +69,7 @@ def test_a_student_learns_from_it_without_a_teacher(tmp_path: Path) -> None:
 
 
 def test_without_images_it_gives_the_factors_alone_and_counts_from_both_ends(tmp_path: Path) -> None:
-    store = write_factors(tmp_path / "store", *guides(), IMAGES.split(20))
+    store = write_factors(tmp_path / "store", *teacher_side(), IMAGES.split(20))
     assert [item[0].shape for item in store] == [(3, 4, 4)] * 50
     assert torch.equal(store[-1][0], store[49][0])
     with pytest.raises(IndexError):
@@ -77,7 +77,7 @@ def test_without_images_it_gives_the_factors_alone_and_counts_from_both_ends(tmp
 
 
 def test_workers_read_what_the_first_process_had_opened(tmp_path: Path) -> None:
-    store = write_factors(tmp_path / "store", *guides(), IMAGES.split(20))
+    store = write_factors(tmp_path / "store", *teacher_side(), IMAGES.split(20))
     here = store[3][0]  # a file is open now
     there = next(iter(DataLoader(store, batch_size=4, num_workers=1, multiprocessing_context="fork")))[0]
     assert torch.equal(there[3], here)
@@ -85,7 +85,7 @@ def test_workers_read_what_the_first_process_had_opened(tmp_path: Path) -> None:
 
 
 def test_the_paraphraser_comes_back_as_it_was(tmp_path: Path) -> None:
-    frozen, _ = guides()
+    frozen, _ = teacher_side()
     paraphraser = Paraphraser(6, 0.5, norm="batch").eval()
     found = write_factors(tmp_path / "store", frozen, paraphraser, IMAGES.split(20)).paraphraser()
     features = torch.randn(2, 6, 4, 4)
@@ -94,7 +94,7 @@ def test_the_paraphraser_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_images_in_another_order_are_noticed_by_their_labels(tmp_path: Path) -> None:
-    write_factors(tmp_path / "store", *guides(), DataLoader(DATA, 32))
+    write_factors(tmp_path / "store", *teacher_side(), DataLoader(DATA, 32))
     store = FactorStore(tmp_path / "store", TensorDataset(IMAGES.flip(0), LABELS.flip(0)))
     with pytest.raises(StoreError, match=r"image 0 has label 1, and 0 in the store"):
         next(iter(DataLoader(store, batch_size=4)))
@@ -111,7 +111,7 @@ class Broken:
 
 
 def test_nothing_is_left_of_what_was_not_written_to_its_end(tmp_path: Path) -> None:
-    frozen, paraphraser = guides()
+    frozen, paraphraser = teacher_side()
     for loader, error in ((Broken(), KeyboardInterrupt), ([], StoreError), ([IMAGES * float("inf")], StoreError)):
         with pytest.raises(error):
             write_factors(tmp_path / "store", nn.Identity() if loader else frozen, Paraphraser(3), loader)
@@ -129,7 +129,7 @@ def test_the_command_line_describes_and_checks_it_and_refuses_to_train_from_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tmp_path / "store")
-    write_factors(path, *guides(), DataLoader(DATA, 32))
+    write_factors(path, *teacher_side(), DataLoader(DATA, 32))
     assert main(["store", "info", path]) == 0
     assert "50 images x 1 view, factors 3x4x4 in int8" in capsys.readouterr().out
     assert main(["store", "verify", path, "--sample", "0"]) == 0

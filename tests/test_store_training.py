@@ -17,7 +17,7 @@ from ftfast.cli import main
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.phases.setup import load_images, precision_of
-from ftfast.distill.phases.trainable import Guides, student_training
+from ftfast.distill.phases.trainable import TeacherSide, student_training
 from ftfast.distill.run import run
 from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.runtime.signals import Stopped
@@ -25,10 +25,10 @@ from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store.build import Request
-from ftfast.distill.store.guides import NoTeacher, factors_of, filled_paraphraser, frozen_guides, read_run
 from ftfast.distill.store.read import PARAPHRASER, Store
 from ftfast.distill.store.shard_files import DTYPES, as_factors, quantise
 from ftfast.distill.store.stored_images import StoredImages
+from ftfast.distill.store.teacher_side import NoTeacher, factors_of, filled_paraphraser, frozen_teacher_side, read_run
 from ftfast.distill.store.training import check, stored_images
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import Weights
@@ -83,18 +83,22 @@ def images_of(settings: Settings) -> StoredImages:
     return stored_images(settings, train).cut(settings.student_images)[0]
 
 
-def guides_of(settings: Settings) -> Guides:
+def teacher_side_of(settings: Settings) -> TeacherSide:
     assert settings.store is not None
-    return Guides(NoTeacher(), filled_paraphraser(settings, Store(Path(settings.store)).guide(PARAPHRASER)))
+    return TeacherSide(
+        NoTeacher(), filled_paraphraser(settings, Store(Path(settings.store)).checkpoint_of(PARAPHRASER))
+    )
 
 
-def training_of(settings: Settings, images: Any, guides: Guides, method: str = "ft") -> Training:
+def training_of(settings: Settings, images: Any, teacher_side: TeacherSide, method: str = "ft") -> Training:
     weights = {"ft": Weights(beta=60.0), "ft+kd": Weights(beta=60.0, alpha=0.5), "kd": Weights(alpha=0.5)}[method]
-    return student_training(settings, precision_of(settings), guides, images, method=method, weights=weights, seed=5)
+    return student_training(
+        settings, precision_of(settings), teacher_side, images, method=method, weights=weights, seed=5
+    )
 
 
 def learned(training: Training) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in training.learner.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in training.trainable.state_dict().items()}
 
 
 def drawn(images: Any, **options: Any) -> list[tuple[Tensor, ...]]:
@@ -112,23 +116,23 @@ def same(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]]) -> bo
 class Computed:
     """The images of a store with factors and logits that a teacher computes in the step, as the store rounds them."""
 
-    def __init__(self, images: StoredImages, guides: Guides, settings: Settings) -> None:
-        self._images, self._guides, self._precision = images, guides, precision_of(settings)
+    def __init__(self, images: StoredImages, teacher_side: TeacherSide, settings: Settings) -> None:
+        self._images, self._teacher_side, self._precision = images, teacher_side, precision_of(settings)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def draw(self, *args: Any, **options: Any) -> Iterator[tuple[Tensor, ...]]:
         for batch in self._images.draw(*args, **options):
-            factors, logits = factors_of(self._guides, self._precision, batch[0])
+            factors, logits = factors_of(self._teacher_side, self._precision, batch[0])
             dtype = DTYPES[self._images.store.header.dtype]
             yield *batch[:2], as_factors(quantise(factors, dtype)), logits.to(torch.float16)
 
     def damaged(self) -> int:
         return self._images.damaged()
 
-    def bear_damage(self, count: int) -> None:
-        self._images.bear_damage(count)
+    def check_damage_limit(self, count: int) -> None:
+        self._images.check_damage_limit(count)
 
 
 class Live(Computed):
@@ -139,9 +143,9 @@ class Live(Computed):
             yield batch[:2]
 
 
-def live_guides(run_folder: Path, settings: Settings) -> Guides:
+def live_teacher_side(run_folder: Path, settings: Settings) -> TeacherSide:
     train, _ = load_images(settings)
-    return frozen_guides(
+    return frozen_teacher_side(
         settings,
         precision_of(settings),
         *read_run(run_folder),
@@ -155,10 +159,10 @@ def live_guides(run_folder: Path, settings: Settings) -> Guides:
 def test_the_step_gets_what_the_teacher_would_give(run_folder: Path, stores: dict[str, Path], dtype: str) -> None:
     settings = settings_for(stores[dtype], methods=("ft+kd",))
     images = images_of(settings)
-    from_store = training_of(settings, images, guides_of(settings), "ft+kd")
+    from_store = training_of(settings, images, teacher_side_of(settings), "ft+kd")
     from_store.run()
-    computed = Computed(images, live_guides(run_folder, settings), settings)
-    with_teacher = training_of(settings, computed, guides_of(settings), "ft+kd")
+    computed = Computed(images, live_teacher_side(run_folder, settings), settings)
+    with_teacher = training_of(settings, computed, teacher_side_of(settings), "ft+kd")
     with_teacher.run()
     ours, theirs = learned(from_store), learned(with_teacher)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -169,10 +173,10 @@ def test_losses_are_those_of_a_live_teacher(
     run_folder: Path, stores: dict[str, Path], dtype: str, error: float
 ) -> None:
     settings = settings_for(stores[dtype], student_epochs=1)
-    images, live = images_of(settings), live_guides(run_folder, settings)
+    images, live = images_of(settings), live_teacher_side(run_folder, settings)
     losses = [
-        training_of(settings, batches, guides).run()[0].losses
-        for batches, guides in ((images, guides_of(settings)), (Live(images, live, settings), live))
+        training_of(settings, batches, teacher_side).run()[0].losses
+        for batches, teacher_side in ((images, teacher_side_of(settings)), (Live(images, live, settings), live))
     ]
     assert losses[0]["factors"] == pytest.approx(losses[1]["factors"], rel=error)
     assert losses[0]["factors"] != losses[1]["factors"] or dtype == "bfloat16"
@@ -213,15 +217,15 @@ def test_processes_share_every_batch_and_an_epoch_goes_on(stores: dict[str, Path
 
 def test_a_training_that_is_stopped_in_mid_epoch_ends_in_the_same_bits(stores: dict[str, Path]) -> None:
     settings = settings_for(stores["int8"], methods=("ft+kd",))
-    images, guides = images_of(settings), guides_of(settings)
-    whole = training_of(settings, images, guides, "ft+kd")
+    images, teacher_side = images_of(settings), teacher_side_of(settings)
+    whole = training_of(settings, images, teacher_side, "ft+kd")
     whole.run()
-    begun = training_of(settings, images, guides, "ft+kd")
+    begun = training_of(settings, images, teacher_side, "ft+kd")
     with pytest.raises(Stopped):
         begun.run(stop=lambda: begun.total_steps_done() == 5)  # of the second epoch's three, two
     assert begun.steps_done() == 2
     assert not [thread for thread in threading.enumerate() if thread.name == "factor reader"]
-    resumed = training_of(settings, images_of(settings), guides, "ft+kd")
+    resumed = training_of(settings, images_of(settings), teacher_side, "ft+kd")
     resumed.load_state(begun.state())
     resumed.run()
     ours, theirs = learned(whole), learned(resumed)
@@ -233,7 +237,7 @@ def test_a_shard_that_goes_away_in_training_ends_it_in_words(stores: dict[str, P
     shutil.copytree(stores["int8"], tmp_path / "store")
     settings = settings_for(tmp_path / "store")
     images = images_of(settings)
-    training = training_of(settings, images, guides_of(settings))
+    training = training_of(settings, images, teacher_side_of(settings))
     for path in (tmp_path / "store").glob("shard-*"):
         path.write_bytes(b"")
     with pytest.raises(StoreError, match="was cut short while it was read"):
@@ -247,7 +251,7 @@ def test_a_run_from_a_store_has_what_a_run_has(stores: dict[str, Path], tmp_path
     results = run(settings, tmp_path / "run")
     assert len(results["methods"]["ft"]["trials"]) == 2
     assert len(results["methods"]["kd"]["trials"]) == 0
-    assert results["teacher"]["accuracy"] == Store(stores["int8"]).guide("teacher").description["accuracy"]
+    assert results["teacher"]["accuracy"] == Store(stores["int8"]).checkpoint_of("teacher").description["accuracy"]
     assert results["paraphraser"]["explained_variance"] > 0
     assert main(["evaluate", str(tmp_path / "run" / "students" / "ft" / "seed0")]) == 0
     assert main(["evaluate", str(tmp_path / "run" / "teacher")]) == 0

@@ -253,7 +253,7 @@ def test_damaged_photographs_are_counted_and_replaced(home: Path, tmp_path: Path
     assert len(said) == streamed.SHOWN_DAMAGED
     assert all(line.endswith(".jpeg cannot be decoded; the next one is taken in its place") for line in said)
     assert images.damaged() == 7
-    images.bear_damage(images.damaged())
+    images.check_damage_limit(images.damaged())
     assert said[-1] == "warning: 7 of 60 photographs cannot be decoded; others stand in"
 
 
@@ -286,7 +286,7 @@ def test_a_process_bears_no_more_than_its_share(home: Path, tmp_path: Path, monk
     assert refused
     assert all(re.match(r"4 of 15 photographs cannot be decoded, more than 20%; the last is", it) for it in refused)
     with pytest.raises(DataError, match=r"^13 of 60 photographs cannot be decoded, more than 20%: check the files"):
-        images.bear_damage(13)
+        images.check_damage_limit(13)
 
 
 def test_too_many_damaged_photographs_end_the_run(home: Path, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_reader_that_is_killed_is_a_sentence(home: Path) -> None:
 import os, signal
 from tests.test_streamed import DataError, Path, readers, streamed_of
 try:
-    with readers.lost_readers_in_words():
+    with readers.translate_reader_errors():
         images = streamed_of(Path({str(home / "folder")!r}), workers=2)
         batches = images.draw(2, seed=0, epoch=0)
         next(batches)
@@ -367,7 +367,7 @@ def test_words_of_torch_on_lost_readers_are_told_from_readers_own() -> None:
         ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "^a reading process is gone, as where"),
         ("Caught RuntimeError in DataLoader worker process 0.\nOriginal", "^Caught RuntimeError"),
     ):
-        with pytest.raises((DataError, RuntimeError), match=expected), readers.lost_readers_in_words():
+        with pytest.raises((DataError, RuntimeError), match=expected), readers.translate_reader_errors():
             raise RuntimeError(words)
 
 

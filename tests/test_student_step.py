@@ -22,7 +22,7 @@ from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.runtime import signals
 from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
 from ftfast.distill.training import resumable
-from ftfast.distill.training.evaluate import Judged
+from ftfast.distill.training.evaluate import Accuracies
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.losses import DivergedError, LossRecord
 from ftfast.distill.training.methods import Terms
@@ -151,7 +151,7 @@ def test_the_first_loss_that_is_not_finite_is_named(bad_step: int) -> None:
         for step in range(70):
             value = float("nan") if step >= bad_step else 1.0
             record.add({"labels": torch.tensor(value)}, 8, step)
-        record.look(69)
+        record.check_finite(69)
 
     with pytest.raises(DivergedError, match=rf"the loss is nan at step {bad_step + 1};.*--learning-rate"):
         train()
@@ -193,7 +193,7 @@ def training(precision: Precision = FLOAT32, bad_at: int | None = None, **change
 
 
 def weights(trained: Training) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trained.learner.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in trained.trainable.state_dict().items()}
 
 
 def saved(state: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def test_a_student_with_dropout_goes_on_bit_equal() -> None:
 
     def with_dropout() -> Training:
         made = training()
-        made.learner.get_submodule("model").register_forward_hook(lambda _, __, out: F.dropout(out, 0.5))
+        made.trainable.get_submodule("model").register_forward_hook(lambda _, __, out: F.dropout(out, 0.5))
         return made
 
     whole, undropped = with_dropout(), training()
@@ -255,7 +255,7 @@ def test_a_student_with_dropout_goes_on_bit_equal() -> None:
 def test_the_average_is_what_is_kept_and_watched() -> None:
     seen: list[dict[str, Tensor]] = []
     averaged = training(ema=0.5)
-    averaged._judge = lambda _: seen.append(weights(averaged)) or Judged(1.0, 0.0, None)  # type: ignore[func-returns-value]
+    averaged._judge = lambda _: seen.append(weights(averaged)) or Accuracies(1.0, 0.0, None)  # type: ignore[func-returns-value]
     averaged.run()
     plain = training()
     expected: dict[str, Tensor] = {}
@@ -277,7 +277,7 @@ def test_the_average_is_what_is_kept_and_watched() -> None:
 def test_a_signal_saves_the_training_and_it_goes_on_bit_equal(tmp_path: Path, number: signal.Signals) -> None:
     description = {"kind": "student"}
     undisturbed = training()
-    resumable.finish(undisturbed, tmp_path / "whole", description, checkpoint_seconds=1e9)
+    resumable.train_to_end(undisturbed, tmp_path / "whole", description, checkpoint_seconds=1e9)
     before = signal.getsignal(number)
     disturbed = training()
     terms, calls = disturbed._step._terms, iter(range(100))
@@ -289,13 +289,13 @@ def test_a_signal_saves_the_training_and_it_goes_on_bit_equal(tmp_path: Path, nu
 
     disturbed._step._terms = interrupted
     with pytest.raises(KeyboardInterrupt):
-        resumable.finish(disturbed, tmp_path / "kept", description, checkpoint_seconds=1e9)
+        resumable.train_to_end(disturbed, tmp_path / "kept", description, checkpoint_seconds=1e9)
     assert signal.getsignal(number) is before
     assert [path.name for path in resumable.unfinished_folder(tmp_path / "kept").iterdir()] == [
         "epoch00001-step0000003"
     ]
     resumed = training()
-    resumable.finish(resumed, tmp_path / "kept", description, checkpoint_seconds=1e9)
+    resumable.train_to_end(resumed, tmp_path / "kept", description, checkpoint_seconds=1e9)
     assert not resumable.unfinished_folder(tmp_path / "kept").exists()
     for name, tensor in weights(undisturbed).items():
         assert torch.equal(weights(resumed)[name], tensor), name
@@ -324,7 +324,7 @@ def test_an_interruption_that_a_library_swallows_is_met_by_the_next_training() -
 
 def test_a_diverged_training_keeps_its_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="at step 9"):
-        resumable.finish(training(bad_at=9), tmp_path / "kept", {"kind": "student"}, checkpoint_seconds=0)
+        resumable.train_to_end(training(bad_at=9), tmp_path / "kept", {"kind": "student"}, checkpoint_seconds=0)
     newest = max(path.name for path in resumable.unfinished_folder(tmp_path / "kept").iterdir())
     assert newest == "epoch00001-step0000002"  # the eighth of all
 
@@ -389,10 +389,10 @@ FLOAT16 = Precision(CPU, torch.float16)
 def normed_training(images: Tensor, precision: Precision, ema: float | None = None) -> Training:
     with registry.seeded(0):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 4))
-    learner = nn.ModuleDict({"model": model})
+    trainable = nn.ModuleDict({"model": model})
     schedule = replace(PLAIN, epochs=2, ema=ema)
     split = in_memory.Split(images, torch.arange(len(images)) % 4)
-    return Training(learner, cross_entropy(model), split, schedule, precision, seed=0)
+    return Training(trainable, cross_entropy(model), split, schedule, precision, seed=0)
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
@@ -400,11 +400,11 @@ def test_float16_leaves_a_step_out_whose_loss_is_not_finite(ema: float | None) -
     images = batch(40)[0]
     images[3] = math.inf
     training = normed_training(images, FLOAT16, ema)
-    before = copy.deepcopy(training.learner.state_dict())
+    before = copy.deepcopy(training.trainable.state_dict())
     history = training.run()
     assert all(math.isfinite(epoch.losses["labels"]) for epoch in history)
-    assert all(bool(tensor.isfinite().all()) for tensor in training.learner.state_dict().values())
-    assert not torch.equal(training.learner.state_dict()["model.0.weight"], before["model.0.weight"])
+    assert all(bool(tensor.isfinite().all()) for tensor in training.trainable.state_dict().values())
+    assert not torch.equal(training.trainable.state_dict()["model.0.weight"], before["model.0.weight"])
 
 
 def test_the_mean_loss_is_that_of_the_steps_that_count() -> None:
@@ -412,7 +412,7 @@ def test_the_mean_loss_is_that_of_the_steps_that_count() -> None:
     record.add({"labels": torch.tensor(2.0)}, 3, 0)
     record.add({"labels": torch.tensor(math.nan)}, 3, 1)
     record.add({"labels": torch.tensor(4.0)}, 3, 2)
-    record.look(2)
+    record.check_finite(2)
     assert record.means(9) == {"labels": 3.0}
 
 

@@ -17,7 +17,7 @@ from ftfast import FeatureTap
 from ftfast.distill.models import registry
 from ftfast.distill.models.frozen_teacher import FrozenTeacher
 from ftfast.distill.phases.setup import precision_of
-from ftfast.distill.phases.trainable import Guides, learner_of
+from ftfast.distill.phases.trainable import TeacherSide, trainable_of
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.settings.run_settings import Settings, schedule_of
 from ftfast.distill.training.methods import Weights
@@ -227,12 +227,12 @@ def ours(
     )
     student = registry.place(with_.student(), with_.device)
     weights = Weights(beta=BETA) if method == "ft" else Weights()
-    guides = Guides(teacher, registry.place(with_.paraphraser(), with_.device))
-    learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=with_.seed)
-    if "translator" in learner:
-        learner["translator"].load_state_dict(with_.translator().state_dict())  # the same as the others'
-    step = LearningStep(learner, terms, schedule_of(settings, 1), precision, processes)
-    learner.train()
+    teacher_side = TeacherSide(teacher, registry.place(with_.paraphraser(), with_.device))
+    trainable, terms = trainable_of(settings, teacher_side, student, method=method, weights=weights, seed=with_.seed)
+    if "translator" in trainable:
+        trainable["translator"].load_state_dict(with_.translator().state_dict())  # the same as the others'
+    step = LearningStep(trainable, terms, schedule_of(settings, 1), precision, processes)
+    trainable.train()
 
     def run() -> Tensor:
         factors = () if stored is None else stored()

@@ -10,7 +10,7 @@ import torch
 
 from ftfast import dispatch
 from ftfast.distill.data import datasets
-from ftfast.distill.data.photographs.readers import lost_readers_in_words
+from ftfast.distill.data.photographs.readers import translate_reader_errors
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.monitor.telemetry import SECONDS_BETWEEN_LINES
 from ftfast.distill.phases.paraphraser import paraphraser_images, prepare_paraphraser, read_paraphraser
@@ -20,10 +20,10 @@ from ftfast.distill.phases.selection import candidates, trial_images
 from ftfast.distill.phases.setup import Setup, algorithms, load_images, precision_of
 from ftfast.distill.phases.students import select_weights, train_students
 from ftfast.distill.phases.teacher import prepare_teacher, read_teacher
-from ftfast.distill.phases.trainable import Guides
-from ftfast.distill.run_doctor import examine_step
+from ftfast.distill.phases.trainable import TeacherSide
+from ftfast.distill.run_doctor import run_doctor
 from ftfast.distill.runtime import files, torchrun
-from ftfast.distill.runtime.processes import Processes, joined, lost_in_words
+from ftfast.distill.runtime.processes import Processes, joined, translate_distributed_errors
 from ftfast.distill.settings.run_settings import DTYPES, Settings, schedule_of
 from ftfast.distill.store import training as store_training
 from ftfast.distill.training.methods import METHODS
@@ -53,8 +53,8 @@ def run(
     """
     settings = settings.resolved()
     with ExitStack() as stack:
-        stack.enter_context(lost_in_words())
-        stack.enter_context(lost_readers_in_words())
+        stack.enter_context(translate_distributed_errors())
+        stack.enter_context(translate_reader_errors())
         processes = stack.enter_context(joined(settings.device))
 
         agents = _agents(processes)
@@ -146,14 +146,14 @@ def _run_in(
             telemetry_seconds=seconds[1],
         )
         if stored is not None:
-            guides, teacher_checkpoint, diagnosis = store_training.stored_guides(setup, stored.store)
+            teacher_side, teacher_checkpoint, diagnosis = store_training.stored_teacher_side(setup, stored.store)
         else:
             teacher, teacher_checkpoint = prepare_teacher(setup)
             paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
-            guides = Guides(teacher, paraphraser)
-            examine_step(setup, guides)
-        trials = select_weights(setup, guides)
-        methods = {method: train_students(setup, guides, method, trials[method]) for method in settings.methods}
+            teacher_side = TeacherSide(teacher, paraphraser)
+            run_doctor(setup, teacher_side)
+        trials = select_weights(setup, teacher_side)
+        methods = {method: train_students(setup, teacher_side, method, trials[method]) for method in settings.methods}
     results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)
     if processes.are_many:
         results["hardware"]["processes"] = processes.part.ranks

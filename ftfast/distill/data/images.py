@@ -37,7 +37,7 @@ class Images(Protocol):
     def damaged(self) -> int:
         """How many files of the pass that is under way, or ended last, this process could not decode."""
 
-    def bear_damage(self, count: int) -> None:
+    def check_damage_limit(self, count: int) -> None:
         """Says how many files of a pass all processes together could not decode.
 
         Raises:

@@ -110,7 +110,7 @@ class Split:
         """None: there are no files."""
         return 0
 
-    def bear_damage(self, count: int) -> None:
+    def check_damage_limit(self, count: int) -> None:
         """There is none."""
 
     def close(self) -> None:

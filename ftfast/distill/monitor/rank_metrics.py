@@ -12,7 +12,7 @@ BEFORE_GRADIENTS_MEET = ("data", "teacher", "student", "head")
 
 
 @dataclass(frozen=True)
-class Told:
+class RankMetrics:
     """One process's figures; the first one's decide when the next line comes.
 
     Attributes:
@@ -38,22 +38,24 @@ def summed(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(one.get(name, 0) for one in parts) for name in dict.fromkeys(n for one in parts for n in one)}
 
 
-def losses_of(all_told: list[Told], images: int) -> tuple[float | None, dict[str, float]]:
+def losses_of(of_all_ranks: list[RankMetrics], images: int) -> tuple[float | None, dict[str, float]]:
     """The loss and its terms, means over the images; what is not finite, which JSON does not have, is left out."""
-    means = means_of(summed([told.losses for told in all_told]), images)
+    means = means_of(summed([told.losses for told in of_all_ranks]), images)
     finite = {name: value for name, value in means.items() if math.isfinite(value)}
     return (sum(finite.values()) if means and len(finite) == len(means) else None), finite
 
 
-def gpus_of(all_told: list[Told], joules_before: float | None, images: int) -> tuple[dict[str, float], float | None]:
+def gpus_of(
+    of_all_ranks: list[RankMetrics], joules_before: float | None, images: int
+) -> tuple[dict[str, float], float | None]:
     """The GPUs together, what one of them does not tell left out; and the joules of all until now.
 
     Load is their mean, and of many the lowest too; memory is that of the fullest; power and energy are summed.
     """
 
     def known(name: str) -> list[float]:
-        values = [told.gpu[name] for told in all_told if name in told.gpu]
-        return values if len(values) == len(all_told) else []
+        values = [told.gpu[name] for told in of_all_ranks if name in told.gpu]
+        return values if len(values) == len(of_all_ranks) else []
 
     found: dict[str, float] = {}
     if busy := known("busy_percent"):
@@ -70,14 +72,14 @@ def gpus_of(all_told: list[Told], joules_before: float | None, images: int) -> t
     return found, joules
 
 
-def slowest_of(all_told: list[Told]) -> dict[str, Any] | None:
+def slowest_of(of_all_ranks: list[RankMetrics]) -> dict[str, Any] | None:
     """The process that the others wait for, by its time until the gradients meet; None of one, or unsampled."""
     times = [
         sum(told.milliseconds.get(name, 0.0) for name in BEFORE_GRADIENTS_MEET)
-        for told in all_told
+        for told in of_all_ranks
         if told.milliseconds
     ]
-    if len(times) < len(all_told) or len(times) == 1:
+    if len(times) < len(of_all_ranks) or len(times) == 1:
         return None
     longest = max(times)
     return {"rank": times.index(longest), "milliseconds": longest, "mean_milliseconds": fmean(times)}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ftfast.distill.monitor.appended import LineFile
 from ftfast.distill.monitor.gpu_meter import BUSY, Gpu
-from ftfast.distill.monitor.rank_metrics import Told, gpus_of, losses_of, slowest_of, summed
+from ftfast.distill.monitor.rank_metrics import RankMetrics, gpus_of, losses_of, slowest_of, summed
 from ftfast.distill.monitor.step_clock import StepClock
 from ftfast.distill.monitor.tensorboard import STEPS, Scalars
 from ftfast.distill.runtime.processes import ALONE, Processes
@@ -131,12 +131,12 @@ class RunLog:
         elif seconds < self._seconds:
             return
         self._keep(training.take_losses())
-        all_told = self._processes.gather(self._tell(seconds))
-        self._until_told = self._next_steps = all_told[0].next_steps
-        if not all_told[0].is_due:
+        of_all_ranks = self._processes.gather(self._tell(seconds))
+        self._until_told = self._next_steps = of_all_ranks[0].next_steps
+        if not of_all_ranks[0].is_due:
             return
         if self._lines is not None:
-            self._write(training, all_told, seconds)
+            self._write(training, of_all_ranks, seconds)
         self._start_line(now)  # what the look at the device waited for is the next line's
 
     def _start_line(self, now: float) -> None:
@@ -156,7 +156,7 @@ class RunLog:
             self._joules += now - self._joules_at
         self._joules_at = now
 
-    def _tell(self, seconds: float) -> Told:
+    def _tell(self, seconds: float) -> RankMetrics:
         is_due = seconds >= self._seconds
         left = (0.0 if is_due else -seconds) + self._seconds
         # At most twice as many steps as before, since the first ones, which compile, say little of those to come.
@@ -175,13 +175,13 @@ class RunLog:
                 "memory_bytes": self._gpu.memory_used(),
             }
             gpu = {name: float(value) for name, value in found.items() if value is not None}
-        return Told(is_due, max(1, steps), losses, self.clock.means(), gpu, dict(self._counts))
+        return RankMetrics(is_due, max(1, steps), losses, self.clock.means(), gpu, dict(self._counts))
 
-    def _write(self, training: Watched, all_told: list[Told], seconds: float) -> None:
+    def _write(self, training: Watched, of_all_ranks: list[RankMetrics], seconds: float) -> None:
         assert self._lines is not None
         assert self._scalars is not None
-        loss, losses = losses_of(all_told, self._images)
-        gpu, self._all_joules = gpus_of(all_told, self._all_joules, self._images)
+        loss, losses = losses_of(of_all_ranks, self._images)
+        gpu, self._all_joules = gpus_of(of_all_ranks, self._all_joules, self._images)
         line: dict[str, Any] = {
             "time": time.time(),
             "training": self._title,
@@ -196,10 +196,10 @@ class RunLog:
         known = {
             "loss": loss,
             "losses": losses,
-            "milliseconds": all_told[0].milliseconds,
+            "milliseconds": of_all_ranks[0].milliseconds,
             "gpu": gpu,
-            "slowest_process": slowest_of(all_told),
-            "counts": summed([told.counts for told in all_told]),
+            "slowest_process": slowest_of(of_all_ranks),
+            "counts": summed([told.counts for told in of_all_ranks]),
         }
         line |= {name: value for name, value in known.items() if value not in (None, {})}
         self._lines.add(line)

@@ -176,7 +176,7 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
 
 def _trained_on_the_way(setup: Setup) -> Path:
     """Where a paraphraser lies that is trained and not judged yet."""
-    return setup.folder.paraphraser.with_name("paraphraser.unjudged")
+    return setup.folder.paraphraser.with_name("paraphraser.untested")
 
 
 def _train_on_the_way(
@@ -200,15 +200,15 @@ def _train_on_the_way(
         kind="cosine" if settings.paraphraser_learning_rate_schedule == "cosine" else "steps",
         optimiser=settings.paraphraser_optimiser,
     )
-    learner = torch.nn.ModuleDict({"model": paraphraser})
+    trainable = torch.nn.ModuleDict({"model": paraphraser})
     training = Training(
-        learner, terms, images, schedule, setup.precision, seed=settings.seed, processes=setup.processes
+        trainable, terms, images, schedule, setup.precision, seed=settings.seed, processes=setup.processes
     )
     path = _trained_on_the_way(setup)
-    unjudged = {**description, "kind": "unjudged paraphraser"}
-    finished = setup.read_finished(path, unjudged)
+    untested = {**description, "kind": "untested paraphraser"}
+    finished = setup.read_finished(path, untested)
     if finished is None:
-        setup.finish(training, path, unjudged)
+        setup.train_to_end(training, path, untested)
     else:
         checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
     paraphraser.eval()

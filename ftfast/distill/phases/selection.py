@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ftfast.distill.data.images import Foldable
-from ftfast.distill.phases.trainable import Guides, student_training
+from ftfast.distill.phases.trainable import TeacherSide, student_training
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training.evaluate import evaluate
@@ -52,7 +52,7 @@ def named(method: str, weights: Weights) -> dict[str, float]:
 def try_weights(
     settings: Settings,
     precision: Precision,
-    guides: Guides,
+    teacher_side: TeacherSide,
     split: Foldable,
     method: str,
     weights: Weights,
@@ -70,7 +70,7 @@ def try_weights(
             training = student_training(
                 settings,
                 precision,
-                guides,
+                teacher_side,
                 fitted,
                 method=method,
                 weights=weights,
@@ -82,7 +82,7 @@ def try_weights(
                 training.run(lambda current: after_epoch(current.history[-1].images))
             except DivergedError:
                 return Trial(named(method, weights), None, None)
-            scores.append(evaluate(training.learner["model"], validated, precision, processes))  # type: ignore[index]
+            scores.append(evaluate(training.trainable["model"], validated, precision, processes))  # type: ignore[index]
     accuracies, losses = ([score.accuracy for score in scores], [score.cross_entropy for score in scores])
     return Trial(named(method, weights), fmean(accuracies), fmean(losses))
 

@@ -136,7 +136,7 @@ class Setup:
             of_images |= listing.named(settings.data_dir, settings.loader)
         return {"kind": kind, "model": model, **of_images, "dtype": settings.dtype, **rest}
 
-    def finish(self, training: Training, path: Path, description: dict[str, Any]) -> None:
+    def train_to_end(self, training: Training, path: Path, description: dict[str, Any]) -> None:
         """Trains to the end, with progress, logs and checkpoints, and leaves the checkpoint at ``path``."""
         title, progress = str(path.relative_to(self.folder.path)), self.progress
         device, is_first = self.precision.device, self.processes.is_first
@@ -162,7 +162,7 @@ class Setup:
             if is_first:
                 epochs.add(record)
 
-        resumable.finish(
+        resumable.train_to_end(
             training,
             path,
             description,

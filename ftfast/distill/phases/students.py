@@ -10,7 +10,7 @@ from ftfast.distill.data.images import Foldable
 from ftfast.distill.phases import selection
 from ftfast.distill.phases.results import method_line, student_result
 from ftfast.distill.phases.setup import Setup
-from ftfast.distill.phases.trainable import Guides, student_description, student_training
+from ftfast.distill.phases.trainable import TeacherSide, student_description, student_training
 from ftfast.distill.runtime import files
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training import resumable
@@ -18,7 +18,7 @@ from ftfast.distill.training.methods import METHODS, Weights
 from ftfast.errors import IN_A_NEW_RUN, DistillError, RunFolderError
 
 
-def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Trial]]:
+def select_weights(setup: Setup, teacher_side: TeacherSide) -> dict[str, list[selection.Trial]]:
     """Every method's trials; they are kept one by one, so that a kill loses one at most."""
     settings, progress = setup.settings, setup.progress
     path = setup.folder.selection
@@ -36,7 +36,7 @@ def select_weights(setup: Setup, guides: Guides) -> dict[str, list[selection.Tri
                 trial = selection.try_weights(
                     settings,
                     setup.precision,
-                    guides,
+                    teacher_side,
                     split,
                     method,
                     weights,
@@ -104,7 +104,7 @@ def chosen_weights(settings: Settings, method: str, trials: list[selection.Trial
 
 
 def train_students(
-    setup: Setup, guides: Guides, method: str, trials: list[selection.Trial]
+    setup: Setup, teacher_side: TeacherSide, method: str, trials: list[selection.Trial]
 ) -> tuple[Weights, list[dict[str, Any]]]:
     """A method's weights and its finished students, as results.json has them."""
     settings, progress = setup.settings, setup.progress
@@ -121,7 +121,7 @@ def train_students(
             training = student_training(
                 settings,
                 setup.precision,
-                guides,
+                teacher_side,
                 setup.students,
                 method=method,
                 weights=weights,
@@ -129,7 +129,7 @@ def train_students(
                 watched=setup.test,
                 processes=setup.processes,
             )
-            setup.finish(training, path, description)
+            setup.train_to_end(training, path, description)
             finished = setup.read_finished(path, description)
             assert finished is not None
         else:

@@ -145,18 +145,18 @@ def freeze(
 
 def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, Any]) -> None:
     settings = setup.settings
-    learner = torch.nn.ModuleDict({"model": model})
+    trainable = torch.nn.ModuleDict({"model": model})
     forward = training_forward(model, settings.teacher_features().layer, compiled=False, fused=settings.is_fused)
     mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
     training = Training(
-        learner,
+        trainable,
         lambda images, labels: {"labels": torch.nn.functional.cross_entropy(forward(images).logits.float(), labels)},
         setup.train,
         schedule_of(settings, settings.teacher_epochs),
         setup.precision,
         seed=settings.seed,
-        judge=lambda stop: evaluate(model, setup.test, setup.precision, setup.processes, stop),
+        evaluation=lambda stop: evaluate(model, setup.test, setup.precision, setup.processes, stop),
         processes=setup.processes,
         mixing=mixing if mixing else None,
     )
-    setup.finish(training, setup.folder.teacher, description)
+    setup.train_to_end(training, setup.folder.teacher, description)

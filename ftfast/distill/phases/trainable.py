@@ -28,7 +28,7 @@ def student_description(settings: Settings) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Guides:
+class TeacherSide:
     """What students learn from beside the labels, all of it frozen; a teacher is called for its ``Outputs``."""
 
     teacher: nn.Module
@@ -49,7 +49,7 @@ def build_student(settings: Settings, seed: int) -> nn.Module:
 def student_training(
     settings: Settings,
     precision: Precision,
-    guides: Guides,
+    teacher_side: TeacherSide,
     images: Images,
     *,
     method: str,
@@ -59,7 +59,7 @@ def student_training(
     watched: Images | None = None,
     processes: Processes = ALONE,
 ) -> Training:
-    """The training of one student, ready to run; its learner has the student as ``model``.
+    """The training of one student, ready to run; its trainable has the student as ``model``.
 
     Args:
         images: to learn from, in an order that ``seed`` decides, the same for every method.
@@ -68,49 +68,49 @@ def student_training(
         processes: those that train it together.
     """
     student = with_batch_norms(build_student(settings, seed), settings)
-    learner, terms = learner_of(settings, guides, student, method=method, weights=weights, seed=seed)
+    trainable, terms = trainable_of(settings, teacher_side, student, method=method, weights=weights, seed=seed)
     schedule = schedule_of(settings, epochs or settings.student_epochs)
-    judge = None if watched is None else lambda stop: evaluate(student, watched, precision, processes, stop)
+    evaluation = None if watched is None else lambda stop: evaluate(student, watched, precision, processes, stop)
     mixing = Mixing(settings.dataset().classes, settings.label_smoothing, settings.mixup, settings.cutmix)
     return Training(
-        learner,
+        trainable,
         terms,
         images,
         schedule,
         precision,
         seed=seed,
-        judge=judge,
+        evaluation=evaluation,
         processes=processes,
         mixing=mixing if mixing else None,
     )
 
 
-def learner_of(
-    settings: Settings, guides: Guides, student: nn.Module, *, method: str, weights: Weights, seed: int
+def trainable_of(
+    settings: Settings, teacher_side: TeacherSide, student: nn.Module, *, method: str, weights: Weights, seed: int
 ) -> tuple[nn.ModuleDict, Callable[..., Terms]]:
     """What learns, the student as ``model`` and beside it what its method adds, and the terms of its loss.
 
     The terms take images, labels and, where a factor store stands in for the teacher, what :class:`Stored` holds.
     """
     chosen = METHODS[method]
-    learner = nn.ModuleDict({"model": student})
+    trainable = nn.ModuleDict({"model": student})
     between: nn.Module | None = None
     if chosen.between is not None:
         pair = Pair(
             settings.student_features().channels,
             settings.teacher_features().channels,
-            guides.paraphraser,
+            teacher_side.paraphraser,
             weights,
             backend="reference" if settings.engine == "plain" else "auto",
         )
         with seeded(seed):
             made = chosen.between(pair)
         between = place(made.module, torch.device(settings.device))
-        learner[made.name] = made.learns
+        trainable[made.name] = made.learns
     features = settings.student_features()
     forward = training_forward(student, features.layer, compiled=settings.compile == "on", fused=settings.is_fused)
     forward = resized(forward, features, settings.map_size())
-    both = BesideStudent(guides.teacher, forward)
+    both = BesideStudent(teacher_side.teacher, forward)
 
     def terms(images: Tensor, labels: Tensor, *stored: Tensor) -> Terms:
         taught: Taught | None = None
@@ -124,4 +124,4 @@ def learner_of(
         with part("head"):
             return chosen.terms(found, taught, labels, between, weights)
 
-    return learner, terms
+    return trainable, terms

@@ -60,14 +60,14 @@ class Processes:
         if not self.are_many:
             return values
         total = values.clone()
-        with lost_in_words():
+        with translate_distributed_errors():
             dist.all_reduce(total)
         return total
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Fills tensors of one shape and dtype in all processes with those of the first one."""
         if self.are_many:
-            with lost_in_words():
+            with translate_distributed_errors():
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
@@ -76,7 +76,7 @@ class Processes:
         if not self.are_many:
             return [value]
         found: list[Any] = [None] * self.part.ranks
-        with lost_in_words():
+        with translate_distributed_errors():
             dist.all_gather_object(found, value)
         return found
 
@@ -90,7 +90,7 @@ class Processes:
                 outcome[0] = work()
             except (DistillError, OSError) as error:
                 outcome[1] = error
-        with lost_in_words():
+        with translate_distributed_errors():
             dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
             outcome[1].is_shared = True
@@ -130,7 +130,7 @@ def joined(device_type: str) -> Iterator[Processes]:
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    with lost_in_words():
+    with translate_distributed_errors():
         dist.init_process_group(backend, store=_own_store(rank, ranks), rank=rank, world_size=ranks, timeout=_PATIENCE)
     try:
         yield Processes(Part(rank, ranks), local)
@@ -167,7 +167,7 @@ def _own_store(rank: int, ranks: int) -> dist.Store:
 
 
 @contextmanager
-def lost_in_words() -> Iterator[None]:
+def translate_distributed_errors() -> Iterator[None]:
     """What torch says when a process is gone, as one sentence."""
     try:
         yield
@@ -204,7 +204,7 @@ class Agreement:
             return wishes
         heard = self.hear() or (0,) * len(wishes)
         self._asked = torch.tensor(wishes, dtype=torch.int32)
-        with lost_in_words():
+        with translate_distributed_errors():
             self._work = dist.all_reduce(self._asked, op=dist.ReduceOp.MAX, async_op=True)
         return heard
 
@@ -212,7 +212,7 @@ class Agreement:
         """The wishes still on their way, which no later call then hears; none where there are none."""
         if self._asked is None:
             return ()
-        with lost_in_words():
+        with translate_distributed_errors():
             self._work.wait()
         heard, self._asked = tuple(self._asked.tolist()), None
         return heard

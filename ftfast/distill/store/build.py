@@ -16,23 +16,23 @@ from typing import Any
 from ftfast.distill.data import class_names
 from ftfast.distill.data.images import Images
 from ftfast.distill.data.photographs import listing
-from ftfast.distill.data.photographs.readers import lost_readers_in_words
+from ftfast.distill.data.photographs.readers import translate_reader_errors
 from ftfast.distill.data.stored_views import SmallImages, ViewedImages, viewed
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.phases.run_folder import RunFolder, read_settings
 from ftfast.distill.phases.setup import algorithms, load_images, precision_of
-from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.phases.trainable import TeacherSide
 from ftfast.distill.runtime import checkpoint, files
 from ftfast.distill.runtime.checkpoint import Checkpoint
-from ftfast.distill.runtime.processes import joined, lost_in_words
+from ftfast.distill.runtime.processes import joined, translate_distributed_errors
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store import shard_files
 from ftfast.distill.store.compute import ShardMaker, describe, describe_work, estimate, size
-from ftfast.distill.store.guides import frozen_guides, read_run
 from ftfast.distill.store.header import Header
 from ftfast.distill.store.read import PARAPHRASER, TEACHER
 from ftfast.distill.store.shard_files import DTYPES
+from ftfast.distill.store.teacher_side import frozen_teacher_side, read_run
 from ftfast.errors import StoreError
 
 MOST_VIEWS = 1000
@@ -99,8 +99,8 @@ def build_store(
     """
     settings = _settings(run, device=device, data_dir=data_dir, workers=workers)
     with ExitStack() as stack:
-        stack.enter_context(lost_in_words())
-        stack.enter_context(lost_readers_in_words())
+        stack.enter_context(translate_distributed_errors())
+        stack.enter_context(translate_reader_errors())
         processes = stack.enter_context(joined(settings.device))
         stack.enter_context(algorithms(settings.threads))
         progress = stack.enter_context(Progress(settings.dataset().train_images, quiet=not processes.is_first))
@@ -113,7 +113,7 @@ def build_store(
             class_names.check_same(RunFolder(run).teacher, teacher.description, named)
         header = header_of(settings, images, teacher, paraphraser, request)
         maker = ShardMaker(
-            header, images, _guides(settings, header, train, teacher, paraphraser), precision_of(settings)
+            header, images, _teacher_side(settings, header, train, teacher, paraphraser), precision_of(settings)
         )
 
         def begin() -> list[int]:
@@ -161,8 +161,10 @@ def _settings(run: Path, *, device: str, data_dir: str | None, workers: int | No
     return dataclasses.replace(kept, **changes).resolved()
 
 
-def _guides(settings: Settings, header: Header, train: Images, teacher: Checkpoint, paraphraser: Checkpoint) -> Guides:
-    return frozen_guides(
+def _teacher_side(
+    settings: Settings, header: Header, train: Images, teacher: Checkpoint, paraphraser: Checkpoint
+) -> TeacherSide:
+    return frozen_teacher_side(
         settings,
         precision_of(settings),
         teacher,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ftfast.distill.data.stored_views import ViewedImages
-from ftfast.distill.phases.trainable import Guides
-from ftfast.distill.store.guides import factors_of
+from ftfast.distill.phases.trainable import TeacherSide
 from ftfast.distill.store.header import Header
 from ftfast.distill.store.read import LOGITS_DTYPE
 from ftfast.distill.store.shard_files import DTYPES, FACTORS, LABELS, LOGITS, VIEWS, quantise
+from ftfast.distill.store.teacher_side import factors_of
 from ftfast.distill.training.step import Precision
 from ftfast.errors import StoreError
 
@@ -29,7 +29,7 @@ class ShardMaker:
 
     header: Header
     images: ViewedImages
-    guides: Guides
+    teacher_side: TeacherSide
     precision: Precision
 
     def batches(self, shards: Iterable[int]) -> Iterator[np.ndarray]:
@@ -47,7 +47,7 @@ class ShardMaker:
         """
         header = self.header
         for images, labels, boxes in self.images.draw(batches, header.views, header.seed):
-            factors, logits = factors_of(self.guides, self.precision, images)
+            factors, logits = factors_of(self.teacher_side, self.precision, images)
             made = {FACTORS: quantise(factors, DTYPES[header.dtype])}
             is_finite = torch.isfinite(factors).all()
             if header.classes:

@@ -78,7 +78,7 @@ class FactorStore(Dataset[Any]):
         Raises:
             StoreError: it is damaged.
         """
-        kept = self._store.guide(PARAPHRASER)
+        kept = self._store.checkpoint_of(PARAPHRASER)
         model = kept.description["model"]
         norm = "batch" if "norm.0.weight" in kept.tensors else None
         paraphraser = Paraphraser(model["in_channels"], factor_channels=model["factor_channels"], norm=norm)

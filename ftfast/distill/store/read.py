@@ -66,7 +66,7 @@ class Store:
         check_head(path, head, self.header, shard)
         return head
 
-    def guide(self, name: str) -> Checkpoint:
+    def checkpoint_of(self, name: str) -> Checkpoint:
         """The store's copy of its ``"teacher"`` or ``"paraphraser"``.
 
         Raises:

@@ -148,9 +148,9 @@ class StoredImages:
         """See :meth:`ftfast.distill.data.images.Images.damaged`."""
         return self.viewed.images.damaged()
 
-    def bear_damage(self, count: int) -> None:
-        """See :meth:`ftfast.distill.data.images.Images.bear_damage`."""
-        self.viewed.images.bear_damage(count)
+    def check_damage_limit(self, count: int) -> None:
+        """See :meth:`ftfast.distill.data.images.Images.check_damage_limit`."""
+        self.viewed.images.check_damage_limit(count)
 
     def close(self) -> None:
         """Ends what reads images ahead and closes the store's files."""

@@ -10,14 +10,14 @@ from ftfast.distill.data.images import Images
 from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.phases.setup import Setup, load_images
 from ftfast.distill.phases.teacher import read_teacher
-from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.phases.trainable import TeacherSide
 from ftfast.distill.runtime import files
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
-from ftfast.distill.store.guides import NoTeacher, filled_paraphraser
 from ftfast.distill.store.read import PARAPHRASER, TEACHER, Store
 from ftfast.distill.store.stored_images import StoredImages
+from ftfast.distill.store.teacher_side import NoTeacher, filled_paraphraser
 from ftfast.distill.training.methods import METHODS
 from ftfast.errors import StoreError
 
@@ -26,7 +26,7 @@ def check(settings: Settings) -> None:
     """Raises StoreError where resolved settings cannot train from their store, naming what differs from it."""
     store = _opened(settings)
     for name in (TEACHER, PARAPHRASER):
-        store.guide(name)
+        store.checkpoint_of(name)
     if settings.teacher_checkpoint is not None:
         headers.check_hashes(store.path, store.header, {"teacher": files.hash_tensors(read_teacher(settings))})
     train, _ = load_images(settings)
@@ -66,12 +66,12 @@ def stored_images(settings: Settings, train: Images) -> StoredImages:
     return StoredImages.of(viewed(train, _data_folder(settings)), _opened(settings), torch.device(settings.device))
 
 
-def stored_guides(setup: Setup, store: Store) -> tuple[Guides, Checkpoint, dict[str, Any] | None]:
+def stored_teacher_side(setup: Setup, store: Store) -> tuple[TeacherSide, Checkpoint, dict[str, Any] | None]:
     """The paraphraser, a teacher that is never asked, its checkpoint, and the paraphraser's diagnosis.
 
     Both checkpoints are copied into the run folder, which then has what every run folder has.
     """
-    found = {name: setup.processes.on_first(partial(store.guide, name)) for name in (TEACHER, PARAPHRASER)}
+    found = {name: setup.processes.on_first(partial(store.checkpoint_of, name)) for name in (TEACHER, PARAPHRASER)}
     for name, path in ((TEACHER, setup.folder.teacher), (PARAPHRASER, setup.folder.paraphraser)):
         if not setup.processes.on_first(path.exists):
             setup.keep(path, found[name])
@@ -82,4 +82,4 @@ def stored_guides(setup: Setup, store: Store) -> tuple[Guides, Checkpoint, dict[
         f"{header.images:,} images x {header.views} view{'s' * (header.views > 1)} in {header.dtype}"
     )
     filled = filled_paraphraser(setup.settings, paraphraser)
-    return Guides(NoTeacher(), filled), teacher, paraphraser.description["diagnosis"]
+    return TeacherSide(NoTeacher(), filled), teacher, paraphraser.description["diagnosis"]

@@ -11,8 +11,8 @@ from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.phases.setup import algorithms, load_images, precision_of
 from ftfast.distill.store import header as headers
-from ftfast.distill.store.guides import factors_of, frozen_guides, settings_for
 from ftfast.distill.store.read import PARAPHRASER, TEACHER, Rows, Store, check_whole
+from ftfast.distill.store.teacher_side import factors_of, frozen_teacher_side, settings_for
 from ftfast.errors import StoreError
 
 # Distance of two directions. int8 leaves 0.01 and float8 0.03, other kernels or another device's roundings of bfloat16
@@ -50,7 +50,7 @@ def verify(
     try:
         for name in (TEACHER, PARAPHRASER):
             if name in store.header.hashes:  # a store that was written from Python has no teacher
-                store.guide(name)
+                store.checkpoint_of(name)
         with Progress(store.header.images) as progress:
             progress.begin("reading", store.header.images)
             check_whole(store, progress.advance)
@@ -80,11 +80,11 @@ def _compute_anew(
         try:
             images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
             headers.check_hashes(store.path, header, images.hashes())
-            guides = frozen_guides(
+            teacher_side = frozen_teacher_side(
                 settings,
                 precision,
-                store.guide(TEACHER),
-                store.guide(PARAPHRASER),
+                store.checkpoint_of(TEACHER),
+                store.checkpoint_of(PARAPHRASER),
                 lambda: next(train.in_order(header.batch_size))[0],
                 size=(header.factor[1], header.factor[2]),
                 logits=bool(header.classes),
@@ -94,7 +94,7 @@ def _compute_anew(
             for first in range(0, len(rows.images), header.batch_size):
                 part = Rows(*(values[first : first + header.batch_size] for values in rows))
                 pixels = next(images.cut(iter([(part.images, store.boxes[part.images, part.views])])))[0]
-                factors, logits = factors_of(guides, precision, pixels)
+                factors, logits = factors_of(teacher_side, precision, pixels)
                 found = store.read(part)
                 largest = max(largest, _check(store, part, "factor", found[0].to(factors.device), factors))
                 if header.classes:

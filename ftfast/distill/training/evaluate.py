@@ -16,7 +16,7 @@ from ftfast.distill.training.step import Precision
 LEAST_CLASSES_FOR_TOP5 = 100
 
 
-class Judged(NamedTuple):
+class Accuracies(NamedTuple):
     """A classifier's accuracy in percent, mean cross-entropy, and of many classes that of the likeliest five."""
 
     accuracy: float
@@ -28,7 +28,7 @@ class Judged(NamedTuple):
 def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[Tensor, Tensor]:
     """``[N, classes]`` float32 in the images' order, and their labels; the model's mode is left as it was."""
     logits, labels = zip(*_tested(model, images, precision), strict=True)
-    images.bear_damage(images.damaged())
+    images.check_damage_limit(images.damaged())
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -39,7 +39,7 @@ def evaluate(
     precision: Precision,
     processes: Processes = ALONE,
     stop: Callable[[], bool] = lambda: False,
-) -> Judged:
+) -> Accuracies:
     """What a classifier is worth; of many processes, each judges its own images.
 
     Running statistics, which each process has of its own batches, become those of the first one, which are kept.
@@ -68,8 +68,8 @@ def evaluate(
         _raise_if(stop)
     sums[5] = images.damaged()
     correct, entropy, top5, count, counted, damaged = processes.sum(sums).tolist()
-    images.bear_damage(int(damaged))
-    return Judged(100 * correct / count, entropy / count, 100 * top5 / counted if counted else None)
+    images.check_damage_limit(int(damaged))
+    return Accuracies(100 * correct / count, entropy / count, 100 * top5 / counted if counted else None)
 
 
 def _raise_if(stop: Callable[[], bool]) -> None:

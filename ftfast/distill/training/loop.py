@@ -16,7 +16,7 @@ from ftfast.distill.monitor.step_clock import part
 from ftfast.distill.monitor.telemetry import RunLog
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.runtime.signals import Stopped
-from ftfast.distill.training.evaluate import Judged
+from ftfast.distill.training.evaluate import Accuracies
 from ftfast.distill.training.losses import LossRecord
 from ftfast.distill.training.methods import Terms
 from ftfast.distill.training.schedule import Schedule
@@ -27,14 +27,14 @@ class Training:
     """One model's training, which can be stopped after any step and go on from :meth:`state` as if it had not been.
 
     Args:
-        learner: everything that learns, student and translator alike, under one optimiser; what is averaged and
+        trainable: everything that learns, student and translator alike, under one optimiser; what is averaged and
             watched is its ``model``.
         terms: a batch, its images ``[N, C, H, W]`` and labels ``[N]`` first, to the named terms of the loss, which are
             summed.
         images: to learn from.
         schedule, precision: see there.
         seed: decides the order of the images, and with epoch and step all else that is drawn.
-        judge: called after every epoch for the accuracies in its record, with what it has to ask on the way as
+        evaluation: called after every epoch for the accuracies in its record, with what it has to ask on the way as
             :func:`evaluate` does.
         processes: those that train together, each on its part of every batch; all of them make the same calls.
         mixing: changes a batch's images and labels before the terms see them.
@@ -42,36 +42,36 @@ class Training:
 
     def __init__(
         self,
-        learner: nn.Module,
+        trainable: nn.Module,
         terms: Callable[..., Terms],
         images: Images,
         schedule: Schedule,
         precision: Precision,
         *,
         seed: int,
-        judge: Callable[[Callable[[], bool]], Judged] | None = None,
+        evaluation: Callable[[Callable[[], bool]], Accuracies] | None = None,
         processes: Processes = ALONE,
         mixing: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.learner = learner
+        self.trainable = trainable
         self.history: list[Epoch] = []
         self.log: RunLog | None = None
         self.is_between_steps = True  # what learns is of one step, whatever happens now
         self._images = images
         self._schedule = schedule
         self._seed = seed
-        self._judge = judge
+        self._evaluation = evaluation
         self._processes = processes
         self._mixing = mixing
-        self._step = LearningStep(learner, terms, schedule, precision, processes)
-        self._average = None if schedule.ema is None else _average(learner, schedule.ema)
+        self._step = LearningStep(trainable, terms, schedule, precision, processes)
+        self._average = None if schedule.ema is None else _average(trainable, schedule.ema)
         self._steps_per_epoch = steps_of(len(images), schedule.batch_size)
         self._steps_done = 0  # of the epoch that is under way
         self._seconds = 0.0
         self._damaged = 0  # files of that epoch before a load_state
         self._statistics = None
         if precision.dtype == torch.float16:
-            self._statistics = RunningStatistics([learner] if self._average is None else [learner, self._average])
+            self._statistics = RunningStatistics([trainable] if self._average is None else [trainable, self._average])
         self._losses = self._loss_record()
 
     def run(
@@ -79,7 +79,7 @@ class Training:
         after_epoch: Callable[["Training"], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
         after_step: Callable[["Training"], None] | None = None,
-        stop_judging: Callable[[], bool] = lambda: False,
+        stop_evaluating: Callable[[], bool] = lambda: False,
     ) -> list[Epoch]:
         """Trains the epochs that are left; returns the records of all.
 
@@ -87,19 +87,19 @@ class Training:
             after_epoch: called with this training after each.
             stop: asked after every step whether to end there.
             after_step: called with this training after each step, before ``stop`` is asked.
-            stop_judging: asked before every batch on which the accuracy is found whether to end there.
+            stop_evaluating: asked before every batch on which the accuracy is found whether to end there.
 
         Raises:
             DivergedError: the loss is not finite.
-            Stopped: ``stop`` or ``stop_judging`` said so; :meth:`state` goes on from there.
+            Stopped: ``stop`` or ``stop_evaluating`` said so; :meth:`state` goes on from there.
         """
         while len(self.history) < self._schedule.epochs:
-            self.history.append(self._run_epoch(len(self.history), stop, after_step, stop_judging))
+            self.history.append(self._run_epoch(len(self.history), stop, after_step, stop_evaluating))
             if after_epoch is not None:
                 after_epoch(self)
         if self._average is not None:
             _copy(self._average.module, self._model())
-        self.learner.eval()
+        self.trainable.eval()
         return self.history
 
     def _run_epoch(
@@ -107,9 +107,9 @@ class Training:
         epoch: int,
         stop: Callable[[], bool],
         after_step: Callable[["Training"], None] | None,
-        stop_judging: Callable[[], bool],
+        stop_evaluating: Callable[[], bool],
     ) -> Epoch:
-        self.learner.train()
+        self.trainable.train()
         start = time.perf_counter()
         if self.log is not None:
             self.log.begin_epoch()
@@ -138,27 +138,27 @@ class Training:
             if after_step is not None:
                 after_step(self)
             if stop():
-                self._losses.look(step)
+                self._losses.check_finite(step)
                 self._seconds += time.perf_counter() - start
                 raise Stopped
-        self._losses.look(first + self._steps_per_epoch - 1)
+        self._losses.check_finite(first + self._steps_per_epoch - 1)
         if self.log is not None:
             self.log.end_epoch(self)
         self._seconds += time.perf_counter() - start
         damaged = self._damaged_so_far()
-        self._images.bear_damage(damaged)
-        judged = self._watch(stop_judging)
+        self._images.check_damage_limit(damaged)
+        judged = self._watch(stop_evaluating)
         accuracy, top5 = (None, None) if judged is None else (judged.accuracy, judged.top5_accuracy)
         record = Epoch(epoch + 1, self._losses.means(count), accuracy, count, self._seconds, top5, damaged)
         # Not before: a training that is stopped while it is judged goes on with the epoch's judgement.
         self._steps_done, self._seconds, self._damaged, self._losses = 0, 0.0, 0, self._loss_record()
         return record
 
-    def _watch(self, stop: Callable[[], bool]) -> Judged | None:
-        if self._judge is None:
+    def _watch(self, stop: Callable[[], bool]) -> Accuracies | None:
+        if self._evaluation is None:
             return None
         with self._averaged_weights():
-            return self._judge(stop)
+            return self._evaluation(stop)
 
     def _damaged_so_far(self) -> int:
         """Files of the epoch under way that could not be decoded, in any of the processes; all of them ask."""
@@ -182,10 +182,10 @@ class Training:
     def _loss_record(self, sums: dict[str, Tensor] | None = None) -> LossRecord:
         if self._statistics is None:
             return LossRecord(sums, self._processes)
-        return LossRecord(sums, self._processes, leaves_out=True, looked=self._statistics.mend)
+        return LossRecord(sums, self._processes, leaves_out=True, checked=self._statistics.restore_finite)
 
     def _model(self) -> nn.Module:
-        return self.learner.get_submodule("model")
+        return self.trainable.get_submodule("model")
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -205,11 +205,11 @@ class Training:
         Raises:
             DivergedError: a loss is not finite, so the tensors are not worth keeping.
         """
-        self._losses.look(self.total_steps_done() - 1)
+        self._losses.check_finite(self.total_steps_done() - 1)
         under_way = {"steps": self._steps_done, "seconds": self._seconds, "sums": self._losses.totals()}
         under_way["damaged"] = self._damaged_so_far()
         return {
-            "learner": self.learner.state_dict(),
+            "trainable": self.trainable.state_dict(),
             **self._step.state(),
             "history": [vars(record) for record in self.history],
             "epoch_under_way": under_way,
@@ -218,7 +218,7 @@ class Training:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from where :meth:`state` was taken, in this process or another."""
-        self.learner.load_state_dict(state["learner"])
+        self.trainable.load_state_dict(state["trainable"])
         self._step.load_state(state)
         self.history = [Epoch(**record) for record in state["history"]]
         under_way = state["epoch_under_way"]
@@ -255,8 +255,8 @@ class Training:
         return len(self.history) * self._steps_per_epoch + self._steps_done
 
 
-def _average(learner: nn.Module, decay: float) -> AveragedModel:
-    model = learner.get_submodule("model")
+def _average(trainable: nn.Module, decay: float) -> AveragedModel:
+    model = trainable.get_submodule("model")
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 

@@ -12,7 +12,7 @@ from ftfast.distill.training.methods import Terms
 from ftfast.errors import IN_A_NEW_RUN, DistillError
 
 # Losses are looked at this often: on a GPU each look waits for all steps before it.
-STEPS_BETWEEN_LOOKS = 50
+STEPS_BETWEEN_CHECKS = 50
 # Steps in a row: the scaler halves its factor at each, and has come to 1 long before.
 MOST_LEFT_OUT = 50
 
@@ -28,7 +28,7 @@ class LossRecord:
         sums: over the images drawn so far by all processes.
         leaves_out: the scaler of float16 leaves steps out whose loss is not finite, and so do the means; without it,
             such a loss ends the training.
-        looked: called after each look.
+        checked: called after each look.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class LossRecord:
         processes: Processes = ALONE,
         *,
         leaves_out: bool = False,
-        looked: Callable[[], None] = lambda: None,
+        checked: Callable[[], None] = lambda: None,
     ) -> None:
         self._processes = processes
         self._leaves_out = leaves_out
-        self._looked = looked
+        self._checked = checked
         self._left_out_in_a_row = 0
         self.sums = dict(sums or {})
         if not processes.is_first:  # every process adds its own; what was drawn so far is the first one's
@@ -70,10 +70,10 @@ class LossRecord:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value * share
         self._unseen.append(loss)
-        if len(self._unseen) == STEPS_BETWEEN_LOOKS:
-            self.look(step)
+        if len(self._unseen) == STEPS_BETWEEN_CHECKS:
+            self.check_finite(step)
 
-    def look(self, step: int) -> None:
+    def check_finite(self, step: int) -> None:
         """Waits for the device and checks every loss since the last look, ``step`` being the latest."""
         if not self._unseen:
             return
@@ -83,7 +83,7 @@ class LossRecord:
             self._left_out_in_a_row = 0 if math.isfinite(loss) else self._left_out_in_a_row + 1
             if self._left_out_in_a_row > (MOST_LEFT_OUT if self._leaves_out else 0):
                 raise _diverged(loss, step - len(losses) + 1 + place)
-        self._looked()
+        self._checked()
 
     def totals(self) -> dict[str, Tensor]:
         """The sums over all processes; every one of them asks at the same step."""

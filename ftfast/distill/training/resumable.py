@@ -9,7 +9,7 @@ from typing import Any
 
 from ftfast.distill.data import class_names
 from ftfast.distill.data.datasets import DataError
-from ftfast.distill.data.photographs.readers import lost_readers_in_words
+from ftfast.distill.data.photographs.readers import translate_reader_errors
 from ftfast.distill.monitor.epochs import Epoch
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.runtime.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def history_of(finished: Checkpoint) -> list[Epoch]:
     return [Epoch(**record) for record in finished.state["history"]]
 
 
-def finish(
+def train_to_end(
     training: Training,
     folder: Path,
     description: dict[str, Any],
@@ -150,7 +150,7 @@ def finish(
             training.load_state(_state_of(found))
             resumed(training.history)
         try:
-            with lost_readers_in_words():
+            with translate_reader_errors():
                 history = training.run(after_epoch, lambda: bool(signal_heard), save_now_and_then, must_stop)
         except Stopped:
             agreement.hear()
@@ -197,12 +197,12 @@ def _name_of(training: Training) -> str:
 
 def _checkpoint_of(training: Training, description: dict[str, Any]) -> Checkpoint:
     state = training.state()
-    learner = state["learner"]
-    model = {name.removeprefix(_MODEL_PREFIX): learner[name] for name in learner if name.startswith(_MODEL_PREFIX)}
-    rest = {name: tensor for name, tensor in learner.items() if not name.startswith(_MODEL_PREFIX)}
-    return Checkpoint(model, {**state, "learner": rest}, description)
+    trainable = state["trainable"]
+    model = {name.removeprefix(_MODEL_PREFIX): trainable[name] for name in trainable if name.startswith(_MODEL_PREFIX)}
+    rest = {name: tensor for name, tensor in trainable.items() if not name.startswith(_MODEL_PREFIX)}
+    return Checkpoint(model, {**state, "trainable": rest}, description)
 
 
 def _state_of(kept: Checkpoint) -> dict[str, Any]:
     model = {_MODEL_PREFIX + name: tensor for name, tensor in kept.tensors.items()}
-    return {**kept.state, "learner": {**model, **kept.state["learner"]}}
+    return {**kept.state, "trainable": {**model, **kept.state["trainable"]}}

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ftfast.distill.models.registry import Outputs
 from ftfast.distill.monitor.step_clock import part as timed_part
-from ftfast.distill.runtime.processes import ALONE, Processes, lost_in_words
+from ftfast.distill.runtime.processes import ALONE, Processes, translate_distributed_errors
 from ftfast.distill.training.methods import Terms
 from ftfast.distill.training.schedule import Schedule
 
@@ -31,7 +31,7 @@ class LearningStep:
     """Steps of gradient descent on the sum of named loss terms; student and translator share one fused optimiser.
 
     Args:
-        learner: everything that learns.
+        trainable: everything that learns.
         terms: a batch, its images ``[N, C, H, W]`` and labels first, to the named terms, each the mean over the batch.
         schedule, precision: see there; float16 gets a gradient scaler.
         processes: those that share every batch; they step with the mean of their gradients.
@@ -39,7 +39,7 @@ class LearningStep:
 
     def __init__(
         self,
-        learner: nn.Module,
+        trainable: nn.Module,
         terms: Callable[..., Terms],
         schedule: Schedule,
         precision: Precision,
@@ -49,12 +49,12 @@ class LearningStep:
         self._schedule = schedule
         self._precision = precision
         self._ranks = processes.part.ranks
-        self._parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
         self._shared = None
         if processes.are_many:
             # Running statistics are looked at in evaluation alone, which takes the first process's: none travel here.
             self._shared = DistributedDataParallel(
-                _Loss(learner, terms), gradient_as_bucket_view=True, broadcast_buffers=False
+                _Loss(trainable, terms), gradient_as_bucket_view=True, broadcast_buffers=False
             )
             self._terms = self._shared
         self.optimiser = _optimiser(parameter_groups(self._parameters, schedule), schedule)
@@ -81,7 +81,10 @@ class LearningStep:
             share = len(part[0]) * self._ranks / (whole or len(batch[0]))
             is_last = place == len(parts) - 1
             # The processes' gradients meet once, in the backward of the last part.
-            with lost_in_words(), nullcontext() if self._shared is None or is_last else self._shared.no_sync():
+            with (
+                translate_distributed_errors(),
+                nullcontext() if self._shared is None or is_last else self._shared.no_sync(),
+            ):
                 with self._precision.autocast():
                     terms = self._terms(*part)
                     loss = torch.stack(list(terms.values())).sum()
@@ -118,9 +121,9 @@ class LearningStep:
 class _Loss(nn.Module):
     """The terms as the forward of the module that learns, which is what torch's data parallelism wraps."""
 
-    def __init__(self, learner: nn.Module, terms: Callable[..., Terms]) -> None:
+    def __init__(self, trainable: nn.Module, terms: Callable[..., Terms]) -> None:
         super().__init__()
-        self.learner = learner
+        self.trainable = trainable
         self._terms = terms
 
     def forward(self, *batch: Tensor) -> Terms:
@@ -201,7 +204,7 @@ class RunningStatistics:
         return [buffer.detach().clone() for buffer in self._running]
 
     @torch.no_grad()
-    def mend(self) -> None:
+    def restore_finite(self) -> None:
         """What is not finite goes back to what it was at the call before; nothing is waited for."""
         for buffer, kept in zip(self._running, self._kept, strict=True):
             buffer.copy_(torch.where(buffer.isfinite(), buffer, kept))

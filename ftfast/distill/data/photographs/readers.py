@@ -225,10 +225,10 @@ def _size_of_shared_memory() -> str:
     return f" ({_SHARED_MEMORY} has {size.f_blocks * size.f_frsize / 1e6:.0f} MB)"
 
 
-def in_words(loader: Any) -> Iterator[Any]:
+def translate_loader_errors(loader: Any) -> Iterator[Any]:
     """What a reading process says, as one sentence without its traceback; what it did not mean to say, as it is."""
     try:
-        with lost_readers_in_words():
+        with translate_reader_errors():
             try:
                 yield from loader
             except (OSError, EOFError) as error:
@@ -242,7 +242,7 @@ def in_words(loader: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def lost_readers_in_words() -> Iterator[None]:
+def translate_reader_errors() -> Iterator[None]:
     """torch tells of a reading process that is gone by an error wherever the training then is.
 
     Raises:

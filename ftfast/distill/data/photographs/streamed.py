@@ -22,7 +22,15 @@ from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distill.data.photographs.gpu_pipeline import decoded_ahead
 from ftfast.distill.data.photographs.listing import LOADERS, TEST, TRAIN, Photographs, list_both
-from ftfast.distill.data.photographs.readers import Key, Keys, Reader, Squares, end_readers, in_words, loader_of
+from ftfast.distill.data.photographs.readers import (
+    Key,
+    Keys,
+    Reader,
+    Squares,
+    end_readers,
+    loader_of,
+    translate_loader_errors,
+)
 from ftfast.distill.data.synthetic import Synthetic
 from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.errors import SettingsError, shown
@@ -101,7 +109,7 @@ class Streamed:
         """Images ``[N * V, 3, size, size]``, an image's views one after the other, labels and boxes ``[N, V, 5]``."""
         yield from self._read("views", lambda: iter(batches), len(self))
         if self._damaged:
-            self.bear_damage(len(self._damaged))
+            self.check_damage_limit(len(self._damaged))
 
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """The middle of every photograph, with its label; of several processes, each takes its own."""
@@ -114,8 +122,8 @@ class Streamed:
         """See :meth:`ftfast.distill.data.images.Images.damaged`."""
         return len(self._damaged)
 
-    def bear_damage(self, count: int) -> None:
-        """See :meth:`ftfast.distill.data.images.Images.bear_damage`."""
+    def check_damage_limit(self, count: int) -> None:
+        """See :meth:`ftfast.distill.data.images.Images.check_damage_limit`."""
         if count > _most_damaged(len(self)):
             raise DataError(
                 f"{count} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}: check the files "
@@ -170,7 +178,7 @@ class Streamed:
             return decoded_ahead(self._reader(), keys(), self.reading.device, max(1, self.reading.workers))
         loader, batches = self._loader(kind)
         batches.batches = keys
-        return _ahead(in_words(loader), self._to_device)
+        return _ahead(translate_loader_errors(loader), self._to_device)
 
     def _reader(self) -> Reader:
         reading = self.reading

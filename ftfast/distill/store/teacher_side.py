@@ -12,7 +12,7 @@ from ftfast.distill.phases.paraphraser import build_paraphraser
 from ftfast.distill.phases.run_folder import RunFolder
 from ftfast.distill.phases.setup import build
 from ftfast.distill.phases.teacher import freeze, teacher_description
-from ftfast.distill.phases.trainable import Guides
+from ftfast.distill.phases.trainable import TeacherSide
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.presets import settings_of
@@ -50,7 +50,7 @@ def read_run(folder: Path) -> tuple[Checkpoint, Checkpoint]:
     return found[0], found[1]
 
 
-def frozen_guides(
+def frozen_teacher_side(
     settings: Settings,
     precision: Precision,
     teacher: Checkpoint,
@@ -59,12 +59,12 @@ def frozen_guides(
     *,
     size: tuple[int, int],
     logits: bool,
-) -> Guides:
+) -> TeacherSide:
     """Both as they compute factors; for the arguments see :func:`ftfast.distill.phases.teacher.freeze`."""
     model = build(teacher_description(settings), settings.dataset(), seed=0, device=precision.device)
     checkpoint.fill(model, teacher.tensors, Path("the teacher"), settings.teacher)
     frozen, _ = freeze(settings, precision, model, example, size=size, logits=logits)
-    return Guides(frozen, filled_paraphraser(settings, paraphraser))
+    return TeacherSide(frozen, filled_paraphraser(settings, paraphraser))
 
 
 def filled_paraphraser(settings: Settings, kept: Checkpoint) -> Paraphraser:
@@ -75,12 +75,12 @@ def filled_paraphraser(settings: Settings, kept: Checkpoint) -> Paraphraser:
 
 
 @torch.no_grad()
-def factors_of(guides: Guides, precision: Precision, images: Tensor) -> tuple[Tensor, Tensor]:
+def factors_of(teacher_side: TeacherSide, precision: Precision, images: Tensor) -> tuple[Tensor, Tensor]:
     """Factors ``[N, C, H, W]`` in the dtype that they are computed in, and logits."""
-    assert guides.paraphraser is not None
+    assert teacher_side.paraphraser is not None
     with precision.autocast():
-        logits, features = guides.teacher(images)
-        return guides.paraphraser.encode(features), logits
+        logits, features = teacher_side.teacher(images)
+        return teacher_side.paraphraser.encode(features), logits
 
 
 def settings_for(header: Header, **given: Any) -> Settings:
