@@ -129,7 +129,7 @@ def test_the_choice_of_weights_never_sees_the_test_images(
     digits = datasets.DATASETS["digits"]
 
     def spoilt(*_: object) -> tuple[in_memory.Split, in_memory.Split]:
-        train, test = digits.load()
+        train, test = digits.load(datasets.Source())
         return train, in_memory.Split(torch.randn_like(test.images), 9 - test.labels)
 
     monkeypatch.setitem(datasets.DATASETS, "digits", replace(digits, load=spoilt))
@@ -219,7 +219,7 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_results(
 def test_a_finished_run_resumes_at_once_and_changes_no_number(
     whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resumable, "finish", lambda *_, **__: pytest.fail("a finished training ran again"))
+    monkeypatch.setattr(resumable, "train_to_end", lambda *_, **__: pytest.fail("a finished training ran again"))
     results = run(SMALL, whole[0], resume=True)
     assert results == whole[1]
 
@@ -319,7 +319,7 @@ def test_one_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise Rival
 
     with monkeypatch.context() as patched:
-        patched.setattr(in_memory, "load", second_run)
+        patched.setattr(datasets, "load", second_run)
         with pytest.raises(Rival):
             run(SMALL, tmp_path / "run")
         with pytest.raises(Rival):  # an ended run holds nothing any more

@@ -255,7 +255,7 @@ def test_a_student_with_dropout_goes_on_bit_equal() -> None:
 def test_the_average_is_what_is_kept_and_watched() -> None:
     seen: list[dict[str, Tensor]] = []
     averaged = training(ema=0.5)
-    averaged._judge = lambda _: seen.append(weights(averaged)) or Accuracies(1.0, 0.0, None)  # type: ignore[func-returns-value]
+    averaged._evaluation = lambda _: seen.append(weights(averaged)) or Accuracies(1.0, 0.0, None)  # type: ignore[func-returns-value]
     averaged.run()
     plain = training()
     expected: dict[str, Tensor] = {}
