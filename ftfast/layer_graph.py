@@ -38,7 +38,7 @@ for _name, _target in _WRITING.items():
 class _LayersTracer(fx.Tracer):
     """Remembers what layers returned, of one that runs several times the last, at the place where they did."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module] = ()) -> None:  # none where torch.fx reads a pickled graph
         super().__init__()
         self._layers = layers
         self.found: dict[int, Any] = {}

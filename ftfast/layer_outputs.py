@@ -92,7 +92,10 @@ class LayerOutputs(nn.Module):
             output = self._run(x, kept)
         silent = [layer for name, layer in self._named.items() if name not in kept]
         if silent:
-            raise RuntimeError(f"layer {silent[0]!r} did not run when the model was called; tap one that does.")
+            raise RuntimeError(
+                f"layer {silent[0]!r} did not run when the model was called; tap one that does, and a compiled model "
+                "before its first call or after torch.compiler.reset()."
+            )
         return output, {name: self._own(kept[name]) for name in self._named}
 
     def _run(self, x: Any, kept: dict[str, _Kept]) -> Any:
@@ -133,7 +136,7 @@ class LayerOutputs(nn.Module):
             call.kept[name] = _Kept(None, _copied(output), None, circumstances)
         else:
             copy = _copied(output) if self._written.get(circumstances, True) else None
-            call.kept[name] = _Kept(output, copy, [leaf._version for leaf in leaves], circumstances)
+            call.kept[name] = _Kept(_apart(output), copy, [leaf._version for leaf in leaves], circumstances)
 
     def _own(self, kept: _Kept) -> Any:
         """What the layer returned, whatever was done to it since."""
@@ -159,6 +162,11 @@ class LayerOutputs(nn.Module):
 
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _apart(output: Any) -> Any:
+    """The same tensors in containers of their own: the model may put others into what the layer returned."""
+    return tree_map_only(Tensor, lambda tensor: tensor, output)
 
 
 def _copied(output: Any) -> Any:

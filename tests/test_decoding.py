@@ -21,6 +21,7 @@ from ftfast.distill.data.photographs.image_files import KINDS, UndecodableError,
 from tests.photograph_folder import make_folder
 from tests.test_streamed import SIDE, drawn, on_device, streamed_of
 
+PNG = b"\x89PNG\r\n\x1a\n"
 HEIGHT, WIDTH = 45, 37
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -48,7 +49,7 @@ def png_of_16_bits(pixels: np.ndarray) -> bytes:
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return decoding.PNG + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return PNG + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,7 +81,7 @@ def test_16_bits_are_scaled_as_8_are(kind: str) -> None:
     content = contents.get(kind, lambda: written(Image.fromarray(GREY), kind))()
     found = decoded(content)
     assert found.dtype == torch.uint8
-    assert np.abs(found.numpy() - GREY / 257).max() <= 0.5
+    assert np.abs(found.numpy() - GREY / 257).max() <= (1 if kind == "PNG in colour" else 0.5)
     # The same picture in 8 bits, spread over 16, is what it was.
     eight = png_of_16_bits(PIXELS.astype(np.uint16) * 257)
     assert torch.equal(decoded(eight), torch.from_numpy(PIXELS).permute(2, 0, 1))
@@ -150,7 +151,26 @@ def test_a_lack_of_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch, sign: Ex
 
     monkeypatch.setattr(decoding, "_decode_by_torchvision", fail)
     with pytest.raises(type(sign), match=r"no more|allocate"):
-        Encoded.of(written(PICTURE, "PNG"), "a").decode()
+        Encoded.of(written(PICTURE, "JPEG"), "a").decode()
+
+
+@pytest.mark.parametrize("place", [0.3, 0.9])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_damage_within_a_png_does_not_end_the_process(bits: int, place: float) -> None:
+    """A changed byte of the compressed pixels was a segmentation fault in torchvision's decoder."""
+    content = bytearray(written(PICTURE, "PNG") if bits == 8 else png_of_16_bits(PIXELS.astype(np.uint16) * 251))
+    content[int(len(content) * place)] ^= 0x55
+    with pytest.raises(UndecodableError):
+        decoded(bytes(content))
+
+
+def test_transparency_is_left_out_without_a_word() -> None:
+    """Pillow warns of a palette's, for every picture."""
+    picture = PICTURE.convert("P")
+    for kind, transparency in (("PNG", bytes(range(256))), ("PNG", 3), ("GIF", 3)):
+        with warnings.catch_warnings(action="error"):
+            found = decoded(written(picture, kind, transparency=transparency))
+        assert torch.equal(found, decoded(written(picture, kind)))
 
 
 @pytest.fixture(scope="module")

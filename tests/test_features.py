@@ -334,3 +334,43 @@ def test_a_cut_model_gives_what_its_layer_returned_and_drops_out_in_training_alo
         assert torch.equal(each(x), each.eval()(x))
         assert (each.train()(x) == 0).any()
         assert not (each.eval()(x) == 0).any()
+
+
+def test_a_model_that_puts_something_else_into_what_a_layer_returned():
+    """The dictionary was kept, and the features were what the model had put there."""
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return {"features": x + 1, "rest": [x]}
+
+    class Replaces(nn.Sequential):
+        def forward(self, x):
+            found = self[0](x)
+            found["features"] = found["rest"].pop() * 0
+            return found["features"]
+
+    tap, x = ftfast.FeatureTap(Replaces(Pair()), "0"), torch.randn(2, 3)
+    for _ in range(2):
+        features = tap(x)[1]
+        assert torch.equal(features["features"], x + 1)
+        assert torch.equal(features["rest"][0], x)
+
+
+def test_a_cut_tap_is_pickled():
+    """torch.fx traces a pickled graph again, and could not make our tracer."""
+    model = small_resnet().eval()
+    tap = ftfast.FeatureTap(model, "layer1.0.bn2", features_only=True)
+    assert tap.is_cut
+    other, x = pickle.loads(pickle.dumps(tap)), torch.randn(2, 3, 32, 32)
+    for mode in (False, True):
+        assert torch.equal(other.train(mode)(x), tap.train(mode)(x))
+
+
+def test_a_model_that_was_compiled_before_the_tap_is_refused_with_the_way_out():
+    compiled, x = torch.compile(nn.Sequential(nn.Linear(3, 3)), backend="eager"), torch.randn(2, 3)
+    expected = compiled(x)
+    tap = ftfast.FeatureTap(compiled, "_orig_mod.0")
+    with pytest.raises(RuntimeError, match=r"did not run.*torch\.compiler\.reset"):
+        tap(x)
+    torch.compiler.reset()
+    assert torch.equal(tap(x)[1], expected)

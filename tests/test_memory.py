@@ -130,3 +130,50 @@ def test_a_float64_teacher_factor_of_a_float32_head():
     loss = built(student, teacher_factor=factor.double())
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss.float(), built(student, teacher_factor=factor))
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.channels_last if tensor.dim() == 4 else torch.preserve_format)
+
+
+def with_gaps(tensor: Tensor) -> Tensor:
+    return torch.stack((tensor.detach(), tensor.detach()), -1)[..., 0]
+
+
+def loss_of_both(given: dict[str, Tensor]) -> Tensor:
+    return ftfast.ft_loss(given["features"], given["teacher"].requires_grad_())
+
+
+SAVING = {name: run for name, (run, _) in OPERATIONS.items() if not interpreting() or name == "head"}
+
+
+@pytest.mark.parametrize("hands_back", [contiguous, channels_last, with_gaps, negated], ids=lambda it: it.__name__)
+@pytest.mark.parametrize("operation", [*SAVING, "loss"])
+def test_saved_tensors_that_hooks_hand_back_in_another_order_of_memory(operation, hands_back, monkeypatch):
+    """As save_on_cpu does with what is channels_last: the gradients were those of shuffled maps, without a word."""
+    if interpreting():
+        monkeypatch.setenv("FTFAST_BACKEND", "triton")
+    given = {name: torch.randn(SHAPE) for name in ("features", "teacher")}
+    given |= {"weight": torch.randn(16, 16, 3, 3) / 12, "bias": torch.randn(16)}
+    given["features"].requires_grad_()
+    run = SAVING.get(operation, loss_of_both)
+    result = run(dict(given))
+    upstream = torch.randn_like(result)
+    (expected,) = torch.autograd.grad(result, given["features"], upstream)
+    with torch.autograd.graph.saved_tensors_hooks(lambda it: hands_back(it.detach()), lambda it: it):
+        result = run(dict(given))
+    (got,) = torch.autograd.grad(result, given["features"], upstream)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_factor_that_is_freed_before_backward_is_named():
+    """It was a segmentation fault, as in torch's own operators; forward said so already."""
+    student, teacher = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 4)
+    loss = ftfast.ft_loss(student, teacher)
+    teacher.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"\(3, 4\) has no memory behind it"):
+        loss.backward()

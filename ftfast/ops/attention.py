@@ -23,7 +23,7 @@ from ftfast.dispatch import resolve, supports
 from ftfast.ops import attention_native
 from ftfast.ops.ft_loss import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
-from ftfast.ops.memory import plain
+from ftfast.ops.memory import plain, save, saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_EXPONENT = 4
@@ -98,12 +98,12 @@ class AttentionMapFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, exponent: int, kernels: ModuleType) -> Tensor:
         ctx.exponent, ctx.kernels = exponent, kernels
-        ctx.save_for_backward(features)
+        save(ctx, features)
         return kernels.attention_map(_dense(features), exponent)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (features,) = ctx.saved_tensors
+        (features,) = saved(ctx)
         batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
             upstream
         )

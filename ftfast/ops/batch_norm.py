@@ -19,7 +19,7 @@ from ftfast.extension import extension, load_extension
 from ftfast.ops import conv3x3_direct as direct
 from ftfast.ops.conv3x3_native import cast_weight, gradients
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
-from ftfast.ops.memory import lies_in_memory
+from ftfast.ops.memory import lies_in_memory, save, saved
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
 
@@ -169,7 +169,7 @@ class _ConvolutionNorm(torch.autograd.Function):
         )
         ctx.layer, ctx.input_dtype = layer, x.dtype
         sign = y if layer.relu and residual is not None else None
-        ctx.save_for_backward(operand, weight, norm_weight, norm_bias, z, sign, statistics)
+        save(ctx, operand, weight, norm_weight, norm_bias, z, sign, statistics)
         return y, x
 
     @staticmethod
@@ -178,7 +178,7 @@ class _ConvolutionNorm(torch.autograd.Function):
         if gradient is None:
             return (added, *[None] * 7)
         layer: Layer = ctx.layer
-        x, weight, norm_weight, norm_bias, z, sign, statistics = ctx.saved_tensors
+        x, weight, norm_weight, norm_bias, z, sign, statistics = saved(ctx)
         with no_autocast("cpu"):
             gradient = as_map(gradient, z.dtype)
             dz = torch.empty_like(z)

@@ -12,7 +12,7 @@ from ftfast.dispatch import resolve, supports
 from ftfast.ops import conv3x3_native as kernels
 from ftfast.ops.ft_loss import needs_torch_operators
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
-from ftfast.ops.memory import plain
+from ftfast.ops.memory import plain, save, saved
 
 
 def takes(x: Tensor, weight: Tensor, negative_slope: float, *, transposed: bool) -> bool:
@@ -52,13 +52,13 @@ class Conv3x3Function(torch.autograd.Function):
         with no_autocast(x.device.type):
             features = as_map(x, dtype)
             y = kernels.layer(features, plain(weight), plain(bias), negative_slope, transposed=transposed)
-        ctx.save_for_backward(x, weight, bias, features, y)
+        save(ctx, x, weight, bias, features, y)
         ctx.negative_slope, ctx.transposed = negative_slope, transposed
         return y
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, features, y = ctx.saved_tensors
+        x, weight, bias, features, y = saved(ctx)
         needed = ctx.needs_input_grad[:3]
         batched = torch._C._functorch.is_batchedtensor(upstream)
         if torch.is_grad_enabled() or batched:

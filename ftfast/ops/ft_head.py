@@ -11,7 +11,7 @@ from ftfast.ops.convolution_stack import Stack
 from ftfast.ops.ft_head_operands import Head, Plan
 from ftfast.ops.ft_loss import separate_weight
 from ftfast.ops.maps import no_autocast
-from ftfast.ops.memory import plain
+from ftfast.ops.memory import plain, save, saved
 from ftfast.reference import scalar
 
 
@@ -67,7 +67,7 @@ class FTHeadFunction(torch.autograd.Function):
         with no_autocast(student.device.type):
             kernels = _kernels(head.plan, student.device)
             loss, kept = kernels.ft_head_forward(student, teacher, teacher_factor, head, keep=True)
-        ctx.save_for_backward(*kept)
+        save(ctx, *kept)
         ctx.head = head._replace(paraphraser=None)
         ctx.student_dtype = student.dtype
         return loss
@@ -85,7 +85,7 @@ class FTHeadFunction(torch.autograd.Function):
         needed, upstream = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]), plain(upstream)
         with no_autocast(upstream.device.type):
             kernels = _kernels(ctx.head.plan, upstream.device)
-            gradients = kernels.ft_head_backward(list(ctx.saved_tensors), upstream, ctx.head, needed)
+            gradients = kernels.ft_head_backward(saved(ctx), upstream, ctx.head, needed)
         if gradients[0] is not None:
             gradients[0] = gradients[0].to(ctx.student_dtype)
         return gradients[0], None, None, None, *gradients[1:]

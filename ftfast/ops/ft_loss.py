@@ -11,7 +11,7 @@ from ftfast.backends import KernelBackend, Options
 from ftfast.dispatch import BACKENDS, choose, resolve
 from ftfast.ops import ft_loss_compiled
 from ftfast.ops import ft_loss_native as native
-from ftfast.ops.memory import plain
+from ftfast.ops.memory import plain, save, saved
 from ftfast.reference import scalar
 
 # Calls whose options, dtypes and devices were found good, and the backend that they run on: what does not change from
@@ -120,13 +120,13 @@ class FTLossFunction(torch.autograd.Function):
         ctx.holds_gradient = written is not None
         if written is not None:
             loss, gradient = written
-            ctx.save_for_backward(gradient)
+            save(ctx, gradient)
             return loss
         loss, statistics = backend.forward(student, teacher, options)
         # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
         ctx.inference_teacher = teacher if teacher.is_inference() else None
         weights = (options.weight,) if isinstance(options.weight, Tensor) else ()
-        ctx.save_for_backward(student, statistics, *weights, *(() if teacher.is_inference() else (teacher,)))
+        save(ctx, student, statistics, *weights, *(() if teacher.is_inference() else (teacher,)))
         return loss
 
     @staticmethod
@@ -141,14 +141,14 @@ class FTLossFunction(torch.autograd.Function):
                     "a second derivative of ft_loss in float32 on the CPU is not kept by the native backend; use "
                     'backend="reference", or float64 factors.'
                 )
-            (gradient,) = ctx.saved_tensors
+            (gradient,) = saved(ctx)
             if batched:
                 rows = upstream.reshape(upstream.shape + (1,) * (gradient.dim() - 1)) if upstream.dim() else upstream
                 return gradient * rows, None, None, None
             if torch._C._autograd._get_current_graph_task_keep_graph():
                 gradient = gradient.clone()  # the graph may be run again, and whoever receives this may write to it
             return native.scale_rows(gradient, upstream), None, None, None
-        student, statistics, *rest = ctx.saved_tensors
+        student, statistics, *rest = saved(ctx)
         teacher = rest.pop() if ctx.inference_teacher is None else ctx.inference_teacher
         options = ctx.options._replace(weight=rest[0]) if rest else ctx.options
         needed = ctx.needs_input_grad[:2]

@@ -1,5 +1,8 @@
 """Tensors on their way to kernels that read memory: what lies there has to be what torch would compute with."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -25,3 +28,24 @@ def plain(tensor: Tensor) -> Tensor:
         f"a tensor of shape {tuple(tensor.shape)} has no memory behind it, as after its storage was resized to 0; "
         "gather or make it again first."
     )
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``; :func:`saved` gives them back."""
+    ctx.save_for_backward(*tensors)
+    ctx.saved_strides = tuple(None if tensor is None else tensor.stride() for tensor in tensors)
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What :func:`save` saved, each in the order of memory that it had.
+
+    Hooks on saved tensors, as ``torch.autograd.graph.save_on_cpu`` sets them, may hand back another order.
+    """
+    pairs = zip(ctx.saved_tensors, ctx.saved_strides, strict=True)
+    return [None if tensor is None else _laid_out(plain(tensor), strides) for tensor, strides in pairs]
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == strides or 0 in strides:  # 0 of an expanded argument, of which no copy can be written
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

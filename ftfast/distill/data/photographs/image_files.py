@@ -10,7 +10,7 @@ from torch import Tensor
 KINDS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
 """How the names of files that are taken end; what a file is, its first bytes tell."""
 MOST_PIXELS = 178_956_970  # of one picture, as Pillow has it: a few bytes can claim any number
-JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8"
 # Pillow knows more kinds, of which some run other programs.
 _OF_PILLOW = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 _WITH_16_BITS = ("PNG", "PPM")  # what these give as 32-bit integers is from 0 to 65535
@@ -63,7 +63,9 @@ def _picture_size(content: bytes) -> tuple[int, int]:
 
 
 def decode(content: Tensor) -> Tensor:
-    """The first picture of a file ``[bytes]`` uint8 as ``[3, H, W]`` uint8; 16 bits a colour are rounded to 8.
+    """The first picture of a file ``[bytes]`` uint8 as ``[3, H, W]`` uint8; 16 bits become 8.
+
+    They are rounded, but for those of a PNG in colours, of which Pillow reads the upper 8.
 
     Transparency is left out. An orientation in the EXIF data is not followed, as torchvision's ImageFolder does not.
 
@@ -71,9 +73,9 @@ def decode(content: Tensor) -> Tensor:
         UndecodableError: damaged, or of a kind that is not taken.
         MemoryError, RuntimeError: the memory does not suffice.
     """
-    start = bytes(content[: len(PNG)].tolist())
-    is_torchvisions = start.startswith(JPEG) or start == PNG
-    read = _decode_by_torchvision if is_torchvisions else _decode_by_pillow
+    start = bytes(content[: len(JPEG)].tolist())
+    # Torchvision's decoder of PNG ends the process where a file's compressed data are damaged.
+    read = _decode_by_torchvision if start == JPEG else _decode_by_pillow
     try:
         return read(content)
     except (MemoryError, ImportError):
@@ -87,8 +89,7 @@ def decode(content: Tensor) -> Tensor:
 def _decode_by_torchvision(content: Tensor) -> Tensor:
     from torchvision.io import ImageReadMode, decode_image
 
-    pixels = decode_image(content, ImageReadMode.RGB)
-    return pixels if pixels.dtype == torch.uint8 else _of_16_bits(pixels)
+    return decode_image(content, ImageReadMode.RGB)
 
 
 def _decode_by_pillow(content: Tensor) -> Tensor:
@@ -99,6 +100,8 @@ def _decode_by_pillow(content: Tensor) -> Tensor:
             return _of_16_bits(torch.from_numpy(np.asarray(picture).astype(np.int32))).repeat(3, 1, 1)
         if picture.mode in ("I", "F"):
             raise UndecodableError("its numbers have 32 bits, of which nothing tells the range")
+        picture.load()
+        picture.info.pop("transparency", None)  # of a palette, Pillow warns of each picture that leaves it out
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
