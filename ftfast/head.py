@@ -9,10 +9,10 @@ from ftfast.arguments import Backend, Reduction, check_features, check_map_dtype
 from ftfast.backends import Options
 from ftfast.loss import FTLoss
 from ftfast.modules import Paraphraser, Translator, convolution_stack
-from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head import run
-from ftfast.ops.ft_head_operands import Plan
-from ftfast.ops.ft_head_plan import SEPARATE, describe, plan_head
+from ftfast.ops.ft_head.function import run
+from ftfast.ops.ft_head.operands import Plan
+from ftfast.ops.ft_head.plan import SEPARATE, describe, plan_head
+from ftfast.ops.ft_head.stack import Stack
 from ftfast.ops.maps import autocasts
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ftfast.arguments import Backend, Reduction, check_options
 from ftfast.dispatch import resolve
-from ftfast.ops.ft_loss import run
+from ftfast.ops.ft_loss.function import run
 
 
 def ft_loss(

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ftfast.ops.conv3x3 import conv3x3_leaky_relu, takes
-from ftfast.ops.convolution_stack import BatchNorm, Stack
+from ftfast.ops.conv3x3.function import conv3x3_leaky_relu, takes
+from ftfast.ops.ft_head.stack import BatchNorm, Stack
 
 NORMS = (None, "batch")
 

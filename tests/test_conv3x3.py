@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import ftfast
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.extension import load_extension
-from ftfast.ops.conv3x3 import Conv3x3Function
+from ftfast.ops.conv3x3.function import Conv3x3Function
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.extension import load_extension
-from ftfast.ops import conv3x3_direct as direct
+from ftfast.ops.conv3x3 import direct
 
 pytestmark = pytest.mark.skipif(
     not hasattr(load_extension()[0], "conv3x3_direct"), reason="the processor or the compiler has no AVX512-BF16"

@@ -9,7 +9,7 @@ import torch
 
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.extension import load_extension
-from ftfast.ops import conv3x3_native
+from ftfast.ops.conv3x3 import native as conv3x3_native
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
 needs_own = pytest.mark.skipif("native" not in conv3x3_native.CANDIDATES, reason="no AVX512-BF16 here")
@@ -136,7 +136,7 @@ def test_an_unknown_kernel_is_refused():
 @pytest.mark.process
 @pytest.mark.parametrize("instructions", ["avx2", "baseline"])
 def test_it_is_no_candidate_where_its_instructions_are_ruled_out(instructions):
-    script = "from ftfast.ops.conv3x3_native import CANDIDATES; print(*CANDIDATES)"
+    script = "from ftfast.ops.conv3x3.native import CANDIDATES; print(*CANDIDATES)"
     environment = {**os.environ, "FTFAST_INSTRUCTION_SET": instructions}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["library", "unfolded"], done.stderr

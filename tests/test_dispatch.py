@@ -14,7 +14,7 @@ import ftfast
 from ftfast import dispatch
 from ftfast.backends import KernelBackend, Support, native
 from ftfast.extension import load_extension
-from ftfast.ops import ft_loss as op
+from ftfast.ops.ft_loss import function as op
 
 FACTOR = torch.zeros(2, 8)
 
@@ -160,7 +160,7 @@ def test_info_tells_every_reason():
 @pytest.mark.process
 def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
     script = (
-        "import torch; from ftfast.ops import ft_loss_native as native; right = native._scale\n"
+        "import torch; from ftfast.ops.ft_loss import native; right = native._scale\n"
         "native._scale = lambda *a: right(*a) * 1.001\n"
         "from ftfast.cli import main; raise SystemExit(main(['check', '--backend', 'native']))"
     )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ftfast import reference
 from ftfast.backends import Options
-from ftfast.ops import convolution_stack, ft_head
-from ftfast.ops.ft_head_operands import Plan
+from ftfast.ops.ft_head import function as ft_head
+from ftfast.ops.ft_head import stack as convolution_stack
+from ftfast.ops.ft_head.operands import Plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if not INTERPRETED and not torch.cuda.is_available():

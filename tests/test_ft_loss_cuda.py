@@ -25,7 +25,7 @@ import ftfast
 from ftfast import dispatch, reference
 from ftfast.backends import native
 from ftfast.extension import extension, load_extension
-from ftfast.ops import ft_loss_cuda as kernels
+from ftfast.ops.ft_loss import cuda as kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 REDUCTIONS = ("mean", "batchmean", "sum", "none")

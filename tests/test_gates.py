@@ -7,8 +7,8 @@ from ftfast.backends.triton import interpreting
 from ftfast.diagnosis import check_head
 from ftfast.diagnosis.check_loss import LAYOUTS, check_case
 from ftfast.dispatch import BACKENDS
-from ftfast.ops import ft_loss as op
-from ftfast.ops import ft_loss_native
+from ftfast.ops.ft_loss import function as op
+from ftfast.ops.ft_loss import native as ft_loss_native
 
 
 def scaled(results):

@@ -71,7 +71,7 @@ def test_a_factor_of_zeros_and_one_of_a_single_number_are_stored(dtype: str) -> 
 def test_the_fused_head_reads_the_stored_factor_itself(
     dtype: str, maps: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ftfast.ops import ft_head_native
+    from ftfast.ops.ft_head import native as ft_head_native
 
     head = FactorTransfer(Paraphraser(16), Translator(6, 8), backend="native")
     features = torch.randn(12, 6, 7, 5).contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -8,7 +8,7 @@ import torch
 from ftfast import kernel_table
 from ftfast.cli import main
 from ftfast.extension import load_extension
-from ftfast.ops import conv3x3_native
+from ftfast.ops.conv3x3 import native as conv3x3_native
 
 CPU = torch.device("cpu")
 WORK = kernel_table.Work("weight_gradient", "bfloat16", 32, 7, 7, 24, 16)

@@ -76,7 +76,7 @@ def _builder(settings: Settings, layer: Layer, dtype: torch.dtype) -> Callable[[
 
 def our_steps(with_: Operands) -> dict[str, Callable[[], Tensor]]:
     """What the CPU's head is made of; the weight is prepared off the clock, as the library's is cast."""
-    from ftfast.ops import conv3x3_native
+    from ftfast.ops.conv3x3 import native as conv3x3_native
 
     x, dz, parameter, _, bias = with_
     weight = conv3x3_native.prepare_weight(parameter, x.dtype)

@@ -18,9 +18,9 @@ from bench.on_gpu.findings import Findings, device_here, try_each
 from bench.shapes import HEADS, HeadShape, parse_head
 from ftfast.backends import Options
 from ftfast.modules import convolution_stack
-from ftfast.ops import ft_head
-from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_operands import Plan
+from ftfast.ops.ft_head import function as ft_head
+from ftfast.ops.ft_head.operands import Plan
+from ftfast.ops.ft_head.stack import Stack
 
 Results = Callable[[], list[Tensor]]
 

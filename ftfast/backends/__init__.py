@@ -82,7 +82,7 @@ class KernelBackend(Backend):
         return None
 
     def head_kernels(self, device: torch.device) -> ModuleType | None:
-        """The module that computes whole heads on a device, as ftfast.ops.ft_head_native does; None without one."""
+        """The module that computes whole heads on a device, as ftfast.ops.ft_head.native does; None without one."""
         return None
 
     def place(self, device: torch.device) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ftfast.backends import KernelBackend, Options, Support
 from ftfast.extension import build_report, extension, load_extension
-from ftfast.ops import ft_loss_native
+from ftfast.ops.ft_loss import native as ft_loss_native
 
 
 class Native(KernelBackend):
@@ -32,7 +32,7 @@ class Native(KernelBackend):
     def launchers(self, device: torch.device) -> ModuleType:
         if device.type == "cpu":
             return ft_loss_native
-        from ftfast.ops import ft_loss_cuda
+        from ftfast.ops.ft_loss import cuda as ft_loss_cuda
 
         return ft_loss_cuda
 
@@ -45,7 +45,7 @@ class Native(KernelBackend):
     def head_kernels(self, device: torch.device) -> ModuleType | None:
         if device.type != "cpu":
             return None
-        from ftfast.ops import ft_head_native
+        from ftfast.ops.ft_head import native as ft_head_native
 
         return ft_head_native
 

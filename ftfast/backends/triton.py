@@ -45,7 +45,7 @@ class Triton(KernelBackend):
         return ft_loss
 
     def head_kernels(self, device: torch.device) -> ModuleType | None:
-        from ftfast.ops import ft_head_triton
+        from ftfast.ops.ft_head import triton as ft_head_triton
 
         return ft_head_triton
 

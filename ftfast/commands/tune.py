@@ -20,9 +20,10 @@ from ftfast.backends import Options
 from ftfast.dispatch import supports
 from ftfast.kernel_table import Work
 from ftfast.modules import Paraphraser, Translator, convolution_stack
-from ftfast.ops import conv3x3_native, ft_head
-from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_operands import Plan
+from ftfast.ops.conv3x3 import native as conv3x3_native
+from ftfast.ops.ft_head import function as ft_head
+from ftfast.ops.ft_head.operands import Plan
+from ftfast.ops.ft_head.stack import Stack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Two kernels for one result may differ by this much, relative to it; TF32 rounds float32 operands.
@@ -178,7 +179,7 @@ def _weight_gradients(work: Work, dtype: torch.dtype) -> list[Candidate]:
 
 def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
     """A step of the head, forward and backward, by each way that can compute it."""
-    from ftfast.ops import ft_head_triton
+    from ftfast.ops.ft_head import triton as ft_head_triton
 
     torch.manual_seed(0)
     paraphraser = Paraphraser(head.teacher, factor_channels=head.factor).to(device).requires_grad_(False)

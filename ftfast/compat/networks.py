@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ftfast.errors import shown
 from ftfast.modules import _check_channels, _is_watched
-from ftfast.ops.conv3x3 import conv3x3_leaky_relu, takes
+from ftfast.ops.conv3x3.function import conv3x3_leaky_relu, takes
 
 NEGATIVE_SLOPE = 0.1
 # A state dict has dozens of keys, and a sentence has room for a few.

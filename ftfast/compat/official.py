@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ftfast.compat.directions import EPS, direction
 from ftfast.compat.networks import NEGATIVE_SLOPE, PeerNetwork, check_channels, convolve, laid_out_as_torch
-from ftfast.ops.ft_loss import run
+from ftfast.ops.ft_loss.function import run
 
 __all__ = ["FT", "Paraphraser", "Translator", "factor_transfer_loss"]
 

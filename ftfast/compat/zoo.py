@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ftfast.compat.directions import EPS, direction, is_overridden
 from ftfast.compat.networks import PeerNetwork, check_channels, convolutions, truncated_channels
-from ftfast.ops.ft_loss import run
+from ftfast.ops.ft_loss.function import run
 
 __all__ = ["FT", "define_paraphraser", "define_translator", "paraphraser", "translator"]
 

@@ -13,9 +13,9 @@ from ftfast import reference
 from ftfast.backends import KernelBackend, Options
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.modules import Paraphraser, Translator, convolution_stack
-from ftfast.ops import ft_head
-from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_operands import Plan
+from ftfast.ops.ft_head import function as ft_head
+from ftfast.ops.ft_head.operands import Plan
+from ftfast.ops.ft_head.stack import Stack
 
 # Relative L2. In 16 bits the error is that of the maps' roundings, which the head's own conditioning magnifies: there
 # each result may be off by this much more than torch's modules are in that dtype, and by one rounding.

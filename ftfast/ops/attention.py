@@ -21,7 +21,7 @@ from ftfast import reference
 from ftfast.backends.triton import interpreting
 from ftfast.dispatch import resolve, supports
 from ftfast.ops import attention_native
-from ftfast.ops.ft_loss import needs_torch_operators, run
+from ftfast.ops.ft_loss.function import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
 from ftfast.ops.memory import plain, save, saved
 

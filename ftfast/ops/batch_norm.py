@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ftfast.extension import extension, load_extension
-from ftfast.ops import conv3x3_direct as direct
-from ftfast.ops.conv3x3_native import cast_weight, gradients
+from ftfast.ops.conv3x3 import direct
+from ftfast.ops.conv3x3.native import cast_weight, gradients
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
 from ftfast.ops.memory import lies_in_memory, save, saved
 
@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def is_plain_3x3(self) -> bool:
-        """Whether it is the convolution that ftfast.ops.conv3x3_native knows."""
+        """Whether it is the convolution that ftfast.ops.conv3x3.native knows."""
         return self.convolution.kernel_size == (3, 3) and self.geometry == ([1, 1], [1, 1], [1, 1])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ftfast.arguments import check_options
 from ftfast.compat.directions import EPS, direction, is_overridden
 from ftfast.compat.networks import PeerNetwork, check_channels, convolutions
-from ftfast.ops.ft_loss import run
+from ftfast.ops.ft_loss.function import run
 
 __all__ = ["FTLoss", "Paraphraser", "Translator"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.compat.directions import EPS, direction
-from ftfast.ops.ft_loss import run
+from ftfast.ops.ft_loss.function import run
 
 REDUCTIONS = ("mean", "sum", "none")
 

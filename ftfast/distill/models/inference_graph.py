@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ftfast.layer_graph import drop_needless_copies, layer_graph
-from ftfast.ops import conv3x3_direct as direct
-from ftfast.ops.conv3x3_direct import PackedWeight
+from ftfast.ops.conv3x3 import direct
+from ftfast.ops.conv3x3.direct import PackedWeight
 
 _RELUS = (F.relu, torch.relu, "relu", "relu_", F.relu_, torch.relu_)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")

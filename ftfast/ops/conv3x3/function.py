@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.dispatch import resolve, supports
-from ftfast.ops import conv3x3_native as kernels
-from ftfast.ops.ft_loss import needs_torch_operators
+from ftfast.ops.conv3x3 import native as kernels
+from ftfast.ops.ft_loss.function import needs_torch_operators
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
 from ftfast.ops.memory import plain, save, saved
 

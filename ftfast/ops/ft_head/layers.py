@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ftfast.kernels import activation, ft_loss
 from ftfast.kernels.ft_head_loss import head_loss, scaled_direction
-from ftfast.ops.convolution_stack import Stack, prepare_once
-from ftfast.ops.ft_head_operands import Head
+from ftfast.ops.ft_head.operands import Head
+from ftfast.ops.ft_head.stack import Stack, prepare_once
 from ftfast.ops.maps import as_map
 
 

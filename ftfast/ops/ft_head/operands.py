@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ftfast.backends import Options
-from ftfast.ops.convolution_stack import Stack
+from ftfast.ops.ft_head.stack import Stack
 
 SEPARATE = "separate"
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from ftfast.kernel_table import Work, choose_kernel
 from ftfast.kernels import ft_head_small, ft_head_small_backward
 from ftfast.kernels.pack_weights import PackedWeight, pack_weights
-from ftfast.ops import ft_head_layers
-from ftfast.ops.convolution_stack import Stack, prepare_once
-from ftfast.ops.ft_head_layers import like_parameter, nhwc
-from ftfast.ops.ft_head_operands import Head
+from ftfast.ops.ft_head import layers as ft_head_layers
+from ftfast.ops.ft_head.layers import like_parameter, nhwc
+from ftfast.ops.ft_head.operands import Head
+from ftfast.ops.ft_head.stack import Stack, prepare_once
 from ftfast.ops.maps import rounds_to_tf32
 
 SINGLE_PASS, LAYERS = "single pass", "layers"

@@ -9,8 +9,8 @@ from ftfast import reference
 from ftfast.arguments import MAX_DIMS, check_factors, check_options
 from ftfast.backends import KernelBackend, Options
 from ftfast.dispatch import BACKENDS, choose, resolve
-from ftfast.ops import ft_loss_compiled
-from ftfast.ops import ft_loss_native as native
+from ftfast.ops.ft_loss import compiled as ft_loss_compiled
+from ftfast.ops.ft_loss import native
 from ftfast.ops.memory import plain, save, saved
 from ftfast.reference import scalar
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from ftfast.backends import KernelBackend
 from ftfast.backends.triton import interpreting
 from ftfast.dispatch import BACKENDS, choose, resolve
-from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_operands import SEPARATE, Plan
-from ftfast.ops.ft_loss import needs_torch_operators
+from ftfast.ops.ft_head.operands import SEPARATE, Plan
+from ftfast.ops.ft_head.stack import Stack
+from ftfast.ops.ft_loss.function import needs_torch_operators
 from ftfast.ops.maps import map_dtype, rounds_to_tf32
 
 

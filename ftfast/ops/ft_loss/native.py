@@ -1,6 +1,6 @@
 """The loss through ftfast._C on the CPU: allocates the results and hands addresses and strides to C++.
 
-The arguments were checked by ftfast.ops.ft_loss; the extension trusts what it gets.
+The arguments were checked by ftfast.ops.ft_loss.function; the extension trusts what it gets.
 """
 
 import torch

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ftfast.extension import extension, load_extension
 from ftfast.kernel_table import Work, choose_kernel
-from ftfast.ops import conv3x3_direct as direct
-from ftfast.ops.conv3x3_direct import PackedWeight
+from ftfast.ops.conv3x3 import direct
+from ftfast.ops.conv3x3.direct import PackedWeight
 from ftfast.ops.maps import as_map
 from ftfast.ops.memory import plain
 

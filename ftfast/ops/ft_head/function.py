@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ftfast.backends import KernelBackend, Options
 from ftfast.dispatch import BACKENDS
-from ftfast.ops.convolution_stack import Stack
-from ftfast.ops.ft_head_operands import Head, Plan
-from ftfast.ops.ft_loss import separate_weight
+from ftfast.ops.ft_head.operands import Head, Plan
+from ftfast.ops.ft_head.stack import Stack
+from ftfast.ops.ft_loss.function import separate_weight
 from ftfast.ops.maps import no_autocast
 from ftfast.ops.memory import plain, save, saved
 from ftfast.reference import scalar

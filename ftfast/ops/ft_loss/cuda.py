@@ -1,6 +1,6 @@
 """The loss through ftfast._C on a CUDA device: allocates the results, brings both factors into one order, launches.
 
-The arguments were checked by ftfast.ops.ft_loss; the extension trusts what it gets. The kernels walk over samples that
+The arguments were checked by function.py; the extension trusts what it gets. The kernels walk over samples that
 are one run of memory each, in the order of the student's: any common strides of that kind cost nothing. A factor that
 lies otherwise is copied first, in forward and again in backward, since only the factors themselves are kept between
 the two. So are float32 and 16-bit factors that meet a float64 one.

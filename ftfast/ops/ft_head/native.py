@@ -7,11 +7,11 @@ weights as they were computed with.
 import torch
 from torch import Tensor
 
-from ftfast.ops import conv3x3_native as conv3x3
-from ftfast.ops.conv3x3_direct import PackedWeight
-from ftfast.ops.convolution_stack import Stack, prepare_once
-from ftfast.ops.ft_head_operands import SEPARATE, Head
-from ftfast.ops.ft_loss_native import ft_loss_forward, ft_loss_forward_with_gradient
+from ftfast.ops.conv3x3 import native as conv3x3
+from ftfast.ops.conv3x3.direct import PackedWeight
+from ftfast.ops.ft_head.operands import SEPARATE, Head
+from ftfast.ops.ft_head.stack import Stack, prepare_once
+from ftfast.ops.ft_loss.native import ft_loss_forward, ft_loss_forward_with_gradient
 from ftfast.ops.maps import as_map
 
 LAYERS = "layers"

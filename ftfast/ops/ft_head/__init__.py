@@ -1,0 +1,1 @@
+"""The whole head: which kernels compute it, and the autograd.Function over them."""

@@ -1,0 +1,1 @@
+"""The loss: its autograd.Function, and the launchers of each backend."""
