@@ -75,7 +75,13 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'ftfast' has no attribute {name!r}")
-    value = getattr(import_module(f"ftfast.{home}"), name) if home else import_module(f"ftfast.{name}")
+    try:
+        value = getattr(import_module(f"ftfast.{home}"), name) if home else import_module(f"ftfast.{name}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("ftfast"):
+            raise
+        message = f"ftfast.{name} needs the package {error.name}; pip install 'ftfast[distill]'."
+        raise ModuleNotFoundError(message, name=error.name) from None
     globals()[name] = value
     return value
 
