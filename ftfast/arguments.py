@@ -112,6 +112,8 @@ def check_features(
             raise ValueError(f"{name} has shape {tuple(features.shape)}; it takes a map [N, {channels}, H, W].")
         if name != "teacher_factor" and not features.is_floating_point():
             raise TypeError(f"{name} has dtype {features.dtype}; it takes floating-point features.")
+        if name == "student_features" and features.dtype not in FACTOR_DTYPES:
+            raise TypeError(f"{name} has dtype {features.dtype}; it takes float64, float32, bfloat16 or float16.")
         if name == "teacher_factor":
             check_teacher_dtype(features)
         if features.shape[1] != channels:

@@ -1,6 +1,7 @@
 """The command line, ``ftfast`` or ``python -m ftfast``: a table of commands, each imported when it runs."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -37,6 +38,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT)
 
 
+class _Stderr(io.TextIOWrapper):
+    """Loses what cannot be written, to a full disk or a terminal that is gone: a training says much and goes on."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -49,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "plus or minus" is no reason to stop
+    if argv is None and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _Stderr(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(
         prog="ftfast",

@@ -109,6 +109,16 @@ def test_a_dtensor_is_refused_by_name(monkeypatch):
         ftfast.ft_loss(GOOD.as_subclass(DTensor), GOOD)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_student_features_of_eight_bits_are_refused_under_autocast_too(autocast):
+    """It was an AssertionError about a list of backends."""
+    head = ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(4, 4))
+    student = torch.randn(2, 4, 3, 3).to(torch.float8_e4m3fn)
+    named = pytest.raises(TypeError, match=r"student_features has dtype torch\.float8_e4m3fn")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), named:
+        head(student, torch.randn(2, 8, 3, 3))
+
+
 def test_an_explicit_backend_that_cannot_run_raises_its_reason(monkeypatch):
     with pytest.raises(RuntimeError, match=r'backend "native" cannot run: .*meta'):
         ftfast.ft_loss(GOOD.to("meta"), GOOD.to("meta"), backend="native")

@@ -208,6 +208,14 @@ def test_a_full_disk_under_standard_output_is_one_sentence() -> None:
     assert ended.stderr == "ftfast distill: error: No space left on device.\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_standard_error_ends_nothing() -> None:
+    """A training whose log lay on a full disk ended there, with the status of a traceback."""
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "ftfast", "distill", "--preset", "nonsense"]
+        assert subprocess.run(words, stderr=full, check=False).returncode == 2  # nothing can be said but this
+
+
 def test_a_model_that_memory_does_not_hold_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = [*TINY, "--output", str(tmp_path / "run"), "--teacher-channels", "4000000"]
     assert "the memory does not suffice" in refused(capsys, *words)
