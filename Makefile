@@ -43,7 +43,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not process" tests
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not process" $(INTERPRETED)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not process" $(LOSS_INTERPRETED)
 
 test-all: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
@@ -55,7 +55,8 @@ machine-code: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --keep-machine-code $(wildcard tests/test_*_resources.py)
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
-INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_range.py tests/test_gates.py tests/test_hub_kernel.py $(wildcard tests/test_*_triton.py)
+LOSS_INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_triton.py tests/test_gates.py tests/test_hub_kernel.py
+INTERPRETED := $(LOSS_INTERPRETED) tests/test_ft_loss_range.py $(filter-out $(LOSS_INTERPRETED),$(wildcard tests/test_*_triton.py))
 
 test-versions:
 	@$(PYTHON) tests/versions.py

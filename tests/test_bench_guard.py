@@ -97,6 +97,7 @@ def test_the_guard_tells_a_loss_that_is_30_percent_slower(
     assert all(check["ratio"] > check["limit"] for check in failed)
 
 
+@pytest.mark.slow
 def test_a_broken_kernel_leaves_no_figure(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_named_record_of_another_device_class_is_refused_before_anything_is_me
     assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_without_a_record_of_this_device_the_bounds_that_hold_everywhere_are_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,7 +46,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("preset", PAPERS)
+@pytest.mark.parametrize("preset", [PAPERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PAPERS[1:])])
 def test_a_paper_preset_runs_from_cifar_files_to_a_report(
     preset: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_two_processes_distil_and_one_speaks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("average", [pytest.param((), marks=pytest.mark.slow), ("--ema", "0.6")], ids=["last", "ema"])
+@pytest.mark.process
 def test_the_recorded_accuracy_is_that_of_the_weights_that_are_kept(tmp_path: Path, average: tuple[str, ...]) -> None:
     """Each process's batch norms have seen other images, and only the first one's are kept."""
     # Rates so high that the running statistics of two processes differ.
