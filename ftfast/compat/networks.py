@@ -1,6 +1,6 @@
 """What the peers' networks share: their convolutions on ftfast's kernels, and a refusal of foreign checkpoints."""
 
-import warnings
+import logging
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from ftfast.ops.conv3x3.function import conv3x3_leaky_relu, takes
 NEGATIVE_SLOPE = 0.1
 # A state dict has dozens of keys, and a sentence has room for a few.
 SHOWN_KEYS = 4
+_log = logging.getLogger("ftfast")
 
 
 def truncated_channels(name: str, channels: int, rate: float) -> int:
@@ -43,7 +44,7 @@ class PeerNetwork(nn.Module):
     """Says in one sentence which keys a checkpoint has and which it needs, where torch lists every one on a line."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As :meth:`torch.nn.Module.load_state_dict`; without ``strict``, warns where not one key fits.
+        """As :meth:`torch.nn.Module.load_state_dict`; without ``strict``, logs a warning where not one key fits.
 
         Raises:
             RuntimeError: with ``strict``, keys that do not fit, or tensors of another shape.
@@ -59,9 +60,9 @@ class PeerNetwork(nn.Module):
                 f"the state dict has {_some(foreign)} that {home} does not take, and lacks {_some(absent)}; {advice}"
             )
         if len(absent) == len(expected):
-            warnings.warn(
-                f"nothing was loaded: the state dict has {_some(foreign)}, and {home} has {_some(absent)}; {advice}",
-                stacklevel=2,
+            # Not by the module warnings, of which the authors' script silences every one.
+            _log.warning(
+                f"nothing was loaded: the state dict has {_some(foreign)}, and {home} has {_some(absent)}; {advice}"
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
