@@ -34,19 +34,25 @@ def main(batch: int, rounds: int, seed: int) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     with joined("cpu") as processes:
-        operands = Operands(CIFAR, batch, torch.device("cpu"), seed)
-        own, shared = ours(operands, "ft").run, ours(operands, "ft", processes).run
-        for step in (own, shared):
-            _milliseconds(step, WARMUPS)
-        elapsed: dict[str, list[float]] = {ALONE: [], APART: [], JOINED: []}
-        draw = random.Random(seed)  # the same in both
-        for name in (name for _ in range(rounds) for name in draw.sample(list(elapsed), len(elapsed))):
-            step = shared if name == JOINED else own
-            processes.wait()
-            steps = name != ALONE or processes.is_first
-            elapsed[name].append(_of_all(processes, _milliseconds(step, STEPS) if steps else None))
+        elapsed = _measure(processes, batch, rounds, seed)
         if processes.is_first:
             print(json.dumps(elapsed))
+
+
+def _measure(processes: Processes, batch: int, rounds: int, seed: int) -> dict[str, list[float]]:
+    """The milliseconds of each block; what steps is gone when this returns, before the processes part."""
+    operands = Operands(CIFAR, batch, torch.device("cpu"), seed)
+    own, shared = ours(operands, "ft").run, ours(operands, "ft", processes).run
+    for step in (own, shared):
+        _milliseconds(step, WARMUPS)
+    elapsed: dict[str, list[float]] = {ALONE: [], APART: [], JOINED: []}
+    draw = random.Random(seed)  # the same in both
+    for name in (name for _ in range(rounds) for name in draw.sample(list(elapsed), len(elapsed))):
+        step = shared if name == JOINED else own
+        processes.wait()
+        steps = name != ALONE or processes.is_first
+        elapsed[name].append(_of_all(processes, _milliseconds(step, STEPS) if steps else None))
+    return elapsed
 
 
 def _milliseconds(step: Callable[[], object], count: int) -> float:
@@ -65,3 +71,6 @@ def _of_all(processes: Processes, milliseconds: float | None) -> float:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    sys.stdout.flush()
+    # All was measured and said. Threads that torch leaves behind now and then abort a process while it is taken down.
+    os._exit(0)
