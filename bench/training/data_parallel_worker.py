@@ -71,6 +71,3 @@ def _of_all(processes: Processes, milliseconds: float | None) -> float:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    sys.stdout.flush()
-    # All was measured and said. Threads that torch leaves behind now and then abort a process while it is taken down.
-    os._exit(0)

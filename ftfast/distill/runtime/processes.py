@@ -3,12 +3,14 @@
 Every process calls the same functions in the same order; one alone talks to nobody.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
@@ -129,6 +131,8 @@ def joined(device_type: str) -> Iterator[Processes]:
                 "give torchrun --nproc-per-node as many as there are."
             )
         torch.cuda.set_device(local)
+    import_module("torch._dynamo")  # DDP brings it in, and it would keep the group that is there when it first comes
+
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     with translate_distributed_errors():
         dist.init_process_group(backend, store=_own_store(rank, ranks), rank=rank, world_size=ranks, timeout=_PATIENCE)
@@ -136,6 +140,8 @@ def joined(device_type: str) -> Iterator[Processes]:
         yield Processes(Part(rank, ranks), local)
     finally:
         dist.destroy_process_group()
+        # The group goes only with what holds it, and threads of it that outlive Python end the process by SIGABRT.
+        gc.collect()
 
 
 def _own_store(rank: int, ranks: int) -> dist.Store:
