@@ -64,7 +64,7 @@ def test_digits_are_split_in_proportion_and_without_overlap(digits: tuple[Split,
 
 
 def test_folds_use_every_image_once_to_validate(digits: tuple[Split, Split]) -> None:
-    split, _ = digits[0].cut(300)
+    split, _ = digits[0].stratified(300)
     folds = split.folds(4)
     validated = torch.cat([part.images for _, part in folds]).flatten(1).sum(1).sort().values
     assert torch.equal(validated, split.images.flatten(1).sum(1).sort().values)
@@ -74,7 +74,7 @@ def test_folds_use_every_image_once_to_validate(digits: tuple[Split, Split]) -> 
 def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(
     digits: tuple[Split, Split],
 ) -> None:
-    split, _ = digits[0].cut(97)
+    split, _ = digits[0].stratified(97)
     first, again, next_epoch = (
         torch.cat([labels for _, labels in split.draw(32, seed=1, epoch=epoch)]) for epoch in (0, 0, 1)
     )
@@ -84,7 +84,7 @@ def test_an_epoch_draws_every_image_once_in_an_order_of_its_own(
 
 
 def test_batches_are_of_nearly_equal_size(digits: tuple[Split, Split]) -> None:
-    split, _ = digits[0].cut(97)  # 97 = 3 * 32 + 1: cut plainly, the last batch would hold one image
+    split, _ = digits[0].stratified(97)  # 97 = 3 * 32 + 1: cut plainly, the last batch would hold one image
     sizes = [len(labels) for _, labels in split.draw(32, seed=0, epoch=0)]
     assert max(sizes) <= 32
     assert max(sizes) - min(sizes) <= 1
@@ -166,7 +166,7 @@ def test_selection_students_take_as_many_steps_as_final_ones() -> None:
 
 def test_weights_are_judged_on_images_that_were_not_learned(digits: tuple[Split, Split]) -> None:
     """Labels without a meaning can be learned by heart, and then say nothing about other images."""
-    split, _ = digits[0].cut(100)
+    split, _ = digits[0].stratified(100)
     labels = torch.randint(10, (100,), generator=torch.Generator().manual_seed(0))
     settings = small_settings(student_channels=8, student_epochs=20, validation_folds=2)
     teacher = Teacher(registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0))
@@ -232,7 +232,7 @@ def test_the_fewest_images_that_are_taken_fill_every_fold(digits: tuple[Split, S
     settings = small_settings(student_images=fewest, validation_folds=folds, batch_size=10)
     assert settings.student_images == fewest
     with warnings.catch_warnings(action="error"):
-        cuts = [cut for count in range(fewest, fewest + 12) for cut in digits[0].cut(count)[0].folds(folds)]
+        cuts = [cut for count in range(fewest, fewest + 12) for cut in digits[0].stratified(count)[0].folds(folds)]
     assert all(len(validated.labels.unique()) == 10 for _, validated in cuts)
 
 
@@ -374,7 +374,7 @@ def test_curves_have_the_likeliest_five_where_every_epoch_has() -> None:
 def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(
     digits: tuple[Split, Split],
 ) -> None:
-    split, _ = digits[0].cut(20)
+    split, _ = digits[0].stratified(20)
     model = torch.nn.Linear(1, 1)
 
     def terms(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -387,7 +387,7 @@ def test_a_diverged_training_says_how_a_lower_rate_can_be_tried(
 def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(
     digits: tuple[Split, Split],
 ) -> None:
-    split, _ = digits[0].cut(64)
+    split, _ = digits[0].stratified(64)
     drawn: list[torch.Tensor] = []
 
     def training() -> Training:
@@ -423,7 +423,7 @@ def test_a_training_restored_on_the_way_ends_as_an_uninterrupted_one(
 def test_evaluate_leaves_the_models_mode_and_counts_right_answers(
     digits: tuple[Split, Split],
 ) -> None:
-    split, _ = digits[0].cut(50)
+    split, _ = digits[0].stratified(50)
     model = registry.build_model("resnet8", 2, in_channels=1, classes=10, seed=0).train()
     accuracy, loss, _ = evaluate(model, split, FLOAT32)
     assert model.training

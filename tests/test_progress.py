@@ -12,7 +12,7 @@ from torch import nn
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.monitor import progress as saying
 from ftfast.distill.monitor.epochs import Epoch
-from ftfast.distill.monitor.progress import Pace, Progress, duration, epoch_line
+from ftfast.distill.monitor.progress import Progress, epoch_line
 from ftfast.distill.run import run
 from ftfast.distill.runtime.signals import Interrupted
 from ftfast.distill.settings.presets import settings_of
@@ -44,64 +44,32 @@ class Clock:
         return self.seconds
 
 
-def drive(pace: Pace, clock: Clock, *, epochs: int, steps: int, step: float, evaluation: float) -> None:
-    """Epochs of so many steps of 256 images."""
-    for _ in range(epochs):
-        for _ in range(steps):
-            clock.seconds += step
-            pace.add(256)
-        clock.seconds += evaluation
-        pace.end_epoch()
-
-
-def test_epochs_of_minutes_have_a_rate_and_a_time_left_within_the_first() -> None:
+@pytest.mark.parametrize(("steps", "step"), [(4, 40.0), (500, 0.1)], ids=["of 40 s", "of 0.1 s"])
+def test_a_phase_has_rate_and_time_left_in_its_first_epoch_and_skipped_images_have_no_part_in_them(
+    monkeypatch: pytest.MonkeyPatch, steps: int, step: float
+) -> None:
+    """Steps of 40 s, of which rich's own half a minute has none, showed neither."""
     clock = Clock()
-    pace = Pace(clock)
-    assert pace.images_per_second() is None
-    assert pace.seconds_left(100) is None
+    progress = Progress(10_000_000, Console(file=StringIO()))
+    monkeypatch.setattr(progress._bars, "get_time", clock)
+    progress.begin("students of ft", 1_256_000)
+    progress.skip(1_000_000)
     clock.seconds += 100  # torch.compile
-    pace.add(256)
-    for _ in range(3):  # steps of 40 s, which a window of half a minute has none of
-        clock.seconds += 40
-        pace.add(256)
-    assert pace.images_per_second() == pytest.approx(6.4)
-    assert pace.seconds_left(640) == pytest.approx(100)
-
-
-def test_the_time_left_has_the_evaluations_in_it_and_the_rate_has_not() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    drive(pace, clock, epochs=20, steps=5000, step=0.064, evaluation=80)  # of 400 s, and 4,000 images/s
-    clock.seconds += 0.064
-    pace.add(256)
-    clock.seconds += 0.064
-    pace.add(256)
-    assert pace.images_per_second() == pytest.approx(4000)
-    assert pace.seconds_left(70 * 5000 * 256) == pytest.approx(70 * 400, rel=0.01)
-
-
-def test_the_time_left_follows_a_training_that_slows_down() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    drive(pace, clock, epochs=200, steps=100, step=0.1, evaluation=0)
-    drive(pace, clock, epochs=100, steps=100, step=0.2, evaluation=0)
-    assert pace.seconds_left(100 * 256) == pytest.approx(20, rel=0.01)
-    assert len(pace._epochs) < 100
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(34.6, "35 s"), (600, "10 min"), (27_600, "7 h 40 min"), (3590, "1 h 0 min"), (190_000, "2 d 5 h")],
-)
-def test_durations_in_words(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    progress.advance(256)
+    for _ in range(steps):
+        clock.seconds += step
+        progress.advance(256)
+    task = progress._task(progress._phase)
+    assert task.speed == pytest.approx(256 / step)
+    assert task.time_remaining == pytest.approx(progress.images_left() * step / 256, abs=1)
+    assert progress.images_left() == 256_000 - 256 * (steps + 1)
 
 
 def test_an_epochs_line_has_losses_accuracies_rate_and_time_left() -> None:
     record = Epoch(3, {"labels": 3.2, "factors": 1.9}, 45.678, 4000, 2.0, 70.0)
-    assert epoch_line("students/ft/seed0", 90, record, 27_600) == (
+    assert epoch_line("students/ft/seed0", 90, record, 27_600.0) == (
         "students/ft/seed0, epoch 3 of 90: loss 5.1 (labels 3.2, factors 1.9), 45.68 % (top 5: 70.00 %) of the test "
-        "images, 2,000 images/s, about 7 h 40 min left"
+        "images, 2,000 images/s, about 7:40:00 left"
     )
     record = Epoch(90, {"labels": 3.2}, None, 4000, 2.0)
     assert epoch_line("paraphraser", 90, record, 0.0) == "paraphraser, epoch 90 of 90: loss 3.2, 2,000 images/s"
@@ -160,7 +128,7 @@ def test_bars_advance_step_by_step_and_a_resumed_run_takes_up_where_it_was(
             signal.raise_signal(signal.SIGTERM)
 
     def ended(progress: Progress) -> None:
-        left.append(progress._left)
+        left.append(progress.images_left())
         end(progress)
 
     monkeypatch.setattr(Progress, "advance", watched)

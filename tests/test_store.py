@@ -1,10 +1,11 @@
 """What a factor store holds, and that nothing but what was written is ever read from it."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ftfast.distill.store import shard_files
 from ftfast.distill.store.build import Request
 from ftfast.distill.store.read import Rows, Store
 from ftfast.distill.store.shard_files import DTYPES, as_factors, quantise
-from ftfast.distill.store.stored_images import Ahead
+from ftfast.distill.store.stored_images import make_ahead
 from ftfast.distill.store.verify import verify
 from ftfast.errors import StoreError
 from tests.store_folder import REQUEST, contents, make_run, make_store
@@ -263,31 +264,32 @@ def test_a_folder_without_a_teacher_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "is no factor store: store.json cannot be read" in capsys.readouterr().err
 
 
-def counted(stop: int, error: Exception | None = None) -> Iterator[int]:
-    yield from range(stop)
-    if error is not None:
-        raise error
+def counted(number: int) -> int:
+    if number == 3:
+        raise StoreError("the disk is gone")
+    return number
 
 
 def readers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "factor reader"]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("factor reader")]
 
 
 def test_what_is_read_ahead_comes_in_order_and_leaves_no_thread() -> None:
-    with Ahead(counted(100), depth=2) as ahead:
-        assert readers()
-        assert list(ahead) == list(range(100))
+    ahead = make_ahead(abs, range(100), depth=2)
+    assert next(ahead) == 0
+    assert readers()
+    assert list(ahead) == list(range(1, 100))
     assert not readers()
 
 
 def test_a_reader_that_nobody_asks_any_more_ends() -> None:
-    with Ahead(counted(10**9)) as ahead:
+    with closing(make_ahead(abs, itertools.count())) as ahead:
         assert next(ahead) == 0
     assert not readers()
 
 
 def test_an_error_of_the_reader_comes_where_its_value_was_due() -> None:
-    ahead = Ahead(counted(3, StoreError("the disk is gone")))
+    ahead = make_ahead(counted, range(10))
     assert [next(ahead) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(StoreError, match="the disk is gone"):
         next(ahead)

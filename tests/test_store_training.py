@@ -80,7 +80,7 @@ def settings_for(store: Path, **given: Any) -> Settings:
 
 def images_of(settings: Settings) -> StoredImages:
     train, _ = load_images(settings)
-    return stored_images(settings, train).cut(settings.student_images)[0]
+    return stored_images(settings, train).stratified(settings.student_images)[0]
 
 
 def teacher_side_of(settings: Settings) -> TeacherSide:
@@ -188,7 +188,7 @@ def test_order_and_images_are_those_without_a_store(stores: dict[str, Path]) -> 
     train, _ = load_images(settings)
     assert isinstance(train, Split)
     stored = images_of(settings)
-    plain = train.cut(settings.student_images)[0]
+    plain = train.stratified(settings.student_images)[0]
     for ours, theirs in zip(drawn(stored), drawn(plain), strict=True):
         assert torch.equal(ours[1], theirs[1])
     for ours, theirs in zip(stored.in_order(40), plain.in_order(40), strict=True):

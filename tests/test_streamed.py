@@ -514,7 +514,7 @@ def test_the_only_photograph_of_a_class_is_in_the_larger_part(home: Path, tmp_pa
         file.unlink()
     images = streamed_of(path)
     for count in (8, 40):
-        chosen, rest = images.cut(count)
+        chosen, rest = images.stratified(count)
         assert len(chosen) == count
         assert sorted([*chosen.rows, *rest.rows]) == images.rows.tolist()
         larger, smaller = (rest, chosen) if count == 8 else (chosen, rest)

@@ -175,7 +175,7 @@ def test_figures_of_a_step_are_its_rate_and_in_float16_the_scale() -> None:
 
 def split_of(count: int = 43) -> in_memory.Split:
     train, _ = datasets.load("digits", CPU)
-    return train.cut(count)[0]
+    return train.stratified(count)[0]
 
 
 def training(precision: Precision = FLOAT32, bad_at: int | None = None, **changes: Any) -> Training:

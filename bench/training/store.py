@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ from bench.training.store_files import (
     shuffled,
     write_store,
 )
-from ftfast.distill.store.read import Store, read_batches
-from ftfast.distill.store.stored_images import Ahead
+from ftfast.distill.store.read import Store
+from ftfast.distill.store.stored_images import make_ahead
 
 STEM = "store"
 STEP, READ = "step", "read"
@@ -75,7 +76,7 @@ def candidates(settings: Settings, pair: Pair, batch: int, stack: ExitStack) -> 
     store = stack.enter_context(closing(write_store(folder, factors_of(with_), images)))
     pinned = settings.device.type == "cuda"
     rows = same_batch(store, batch, settings.plan.seed)
-    ahead = stack.enter_context(Ahead(read_batches(store, rows, pinned=pinned)))
+    ahead = stack.enter_context(closing(make_ahead(partial(store.read, pinned=pinned), rows)))
     again = same_batch(store, batch, settings.plan.seed + 1)
 
     def stored() -> tuple[Tensor, ...]:
@@ -175,7 +176,7 @@ def _read_block(store: Store, disk: Disk, name: str, batches: int, seed: int) ->
         warm = shuffled(store, READ_BATCH, seed)
         for _ in range(batches + 8):
             store.read(next(warm))
-    with Ahead(read_batches(store, rows)) as ahead:
+    with closing(make_ahead(store.read, rows)) as ahead:
         return _each(lambda: next(ahead), batches)
 
 

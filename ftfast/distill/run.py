@@ -26,7 +26,7 @@ from ftfast.distill.runtime import files, torchrun
 from ftfast.distill.runtime.processes import Processes, joined, translate_distributed_errors
 from ftfast.distill.settings.run_settings import DTYPES, Settings, schedule_of
 from ftfast.distill.store import training as store_training
-from ftfast.distill.training.methods import METHODS
+from ftfast.distill.training.methods import any_needs
 from ftfast.errors import RunFolderError, SettingsError
 
 
@@ -128,7 +128,7 @@ def _run_in(
         train, test = load_images(settings, report=progress.say)
         stored = None if settings.store is None else store_training.stored_images(settings, train)
         train = stored or train
-        students, _ = train.cut(settings.student_images)
+        students, _ = train.stratified(settings.student_images)
         stack.callback(train.close)
         stack.callback(students.close)
         precision = precision_of(settings)
@@ -168,7 +168,7 @@ def _run_in(
 
 def _check_backend(settings: Settings) -> None:
     """FTFAST_BACKEND is met now, or the run ends before it has begun."""
-    if not any(METHODS[method].uses_factors for method in settings.methods):
+    if not any_needs(settings.methods, "factors"):
         return
     factor = torch.empty(2, 1, device=settings.device, dtype=DTYPES[settings.dtype])
     try:
@@ -193,7 +193,7 @@ def _planned_images(settings: Settings) -> int:
     images = 0
     if settings.store is None:
         images += settings.teacher_epochs * settings.dataset().train_images
-        if any(METHODS[method].uses_factors for method in settings.methods):
+        if any_needs(settings.methods, "factors"):
             images += paraphraser_images(settings)
     for method in settings.methods:
         trials = len(candidates(settings, method))

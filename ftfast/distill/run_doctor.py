@@ -21,7 +21,7 @@ def run_doctor(setup: Setup, teacher_side: TeacherSide) -> None:
         return
     settings = replace(setup.settings, compile="off")  # compiled modules cannot be watched
     method = max(settings.methods, key=lambda name: len(METHODS[name].weights))
-    if not METHODS[method].uses_teacher or settings.engine == "plain":
+    if not METHODS[method].needs or settings.engine == "plain":
         return
     student = build_student(settings, settings.seed)
     weights = candidates(settings, method)[0]

@@ -218,7 +218,7 @@ class Dataset:
 def _load_digits(_source: Source) -> tuple[Split, Split]:
     """1000 digits to train on, 797 to test."""
     images, labels = read_digits()
-    train, test = Split(images, labels).cut(1000)
+    train, test = Split(images, labels).stratified(1000)
     training = train.pixels.float() / 16
     normalisation = Normalisation(16, *(value.reshape(1, 1, 1) for value in (training.mean(), training.std())))
     return replace(train, normalisation=normalisation), replace(test, normalisation=normalisation)

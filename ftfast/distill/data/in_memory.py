@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ftfast.distill.data.augment import Augmentation
-from ftfast.distill.data.cuts import cut_rows, fold_rows
-from ftfast.distill.data.images import size_of, steps_of
+from ftfast.distill.data.images import Images, size_of, steps_of
 from ftfast.distill.runtime.processes import WHOLE, Part
 
 
@@ -35,7 +34,7 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Images):
     """Labelled images on one device.
 
     Attributes:
@@ -68,10 +67,6 @@ class Split:
     def draw(
         self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Batches of every image once: images ``[N, C, H, W]`` float32, channels_last, and labels.
-
-        See :meth:`ftfast.distill.data.images.Images.draw`.
-        """
         device, augmentation = self.labels.device, self.augmentation
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self), generator=generator)
@@ -95,7 +90,6 @@ class Split:
             yield images, self.labels[rows]
 
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once and as it is, with its label, in the order of the split; of several processes, its own."""
         own = (values.tensor_split(part.ranks)[part.rank] for values in (self.pixels, self.labels))
         for pixels, labels in zip(*(values.split(batch_size) for values in own), strict=True):
             if len(labels):
@@ -106,39 +100,12 @@ class Split:
         normalisation = None if self.normalisation is None else self.normalisation.to(device)
         return replace(self, pixels=pixels, labels=self.labels.to(device), normalisation=normalisation)
 
-    def damaged(self) -> int:
-        """None: there are no files."""
-        return 0
+    def row_labels(self) -> np.ndarray:
+        return self.labels.cpu().numpy()
 
-    def check_damage_limit(self, count: int) -> None:
-        """There is none."""
-
-    def close(self) -> None:
-        """Nothing reads ahead."""
-
-    def cut(self, count: int) -> tuple["Split", "Split"]:
-        """``count`` images with every class in proportion, the same ones at every call, and the rest.
-
-        Raises:
-            SettingsError: fewer images than classes in either part.
-        """
-        if count == len(self):
-            return self, self.at(np.arange(0))
-        chosen, rest = cut_rows(self.labels.cpu().numpy(), count)
-        return self.at(chosen), self.at(rest)
-
-    def folds(self, count: int) -> list[tuple["Split", "Split"]]:
-        """``count`` ways to cut the images, classes in proportion: those to fit on and those to validate on.
-
-        Every image is in one validation part. The cuts are the same at every call.
-        """
-        cuts = fold_rows(self.labels.cpu().numpy(), count)
-        return [(self.at(fitted), self.at(validated)) for fitted, validated in cuts]
-
-    def at(self, indices: np.ndarray) -> "Split":
-        """Some of the images, by their rows."""
-        rows = torch.from_numpy(indices).to(self.labels.device)
-        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+    def at(self, rows: np.ndarray) -> "Split":
+        places = torch.from_numpy(rows).to(self.labels.device)
+        return replace(self, pixels=self.pixels[places], labels=self.labels[places])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels ``[N, C, H, W]`` of the split's kind to float32, channels_last; a floating-point dtype stays."""

@@ -55,9 +55,6 @@ class ViewedImages(Protocol):
     def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
         """Images ``[N, C, H, W]`` float32, normalised, channels_last, on their device, and labels."""
 
-    def at(self, rows: np.ndarray) -> Images:
-        """Some of the images, to test on."""
-
 
 @dataclass(frozen=True)
 class SmallImages:
@@ -67,7 +64,7 @@ class SmallImages:
 
     @property
     def labels(self) -> np.ndarray:
-        return self.images.labels.cpu().numpy()
+        return self.images.row_labels()
 
     def transform(self) -> dict[str, Any]:
         augmentation, normalisation = self.images.augmentation, self.images.normalisation
@@ -136,9 +133,6 @@ class SmallImages:
             self.images.labels[place]
         )
 
-    def at(self, rows: np.ndarray) -> Split:
-        return self.images.at(rows)
-
 
 # Two slopes of colour with a bright corner, 16x16 pixels: what a decoder makes of it names the decoder.
 _KNOWN_JPEG = base64.b64decode(
@@ -163,7 +157,7 @@ class PhotographViews:
 
     @property
     def labels(self) -> np.ndarray:
-        return self.images.photographs.labels[self.images.rows]
+        return self.images.row_labels()
 
     def transform(self) -> dict[str, Any]:
         colours = self.images.reading.colours._asdict()
@@ -202,9 +196,6 @@ class PhotographViews:
             ]
             for rows, boxes in batches
         )
-
-    def at(self, rows: np.ndarray) -> Streamed:
-        return self.images.at(self.images.rows[rows])
 
 
 def _decoder_hash() -> str:

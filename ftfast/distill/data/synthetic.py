@@ -4,17 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill.data.images import size_of, steps_of
+from ftfast.distill.data.images import Images, size_of, steps_of
 from ftfast.distill.runtime.processes import WHOLE, Part
 
 POOL = 64
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class Synthetic(Images):
     """``count`` images, of which few are unlike; labels go round the classes.
 
     Attributes:
@@ -31,17 +32,13 @@ class Synthetic:
         pool = torch.randn(POOL, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
         return cls(pool.contiguous(memory_format=torch.channels_last), classes, count)
 
-    @property
-    def test_batch_size(self) -> int:
-        return 250
-
     def __len__(self) -> int:
         return self.count
 
     def draw(
         self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, ...]]:
-        """See :meth:`ftfast.distill.data.images.Images.draw`; there is no order to shuffle."""
+        """There is no order to shuffle."""
         steps = steps_of(self.count, batch_size)
         for step in range(first_step, steps):
             yield self._batch(size_of(size_of(self.count, steps, step), part.ranks, part.rank), step)
@@ -57,16 +54,9 @@ class Synthetic:
         rows = torch.arange(count, device=self.pool.device) + step
         return self.pool[rows % POOL], rows % self.classes
 
-    def damaged(self) -> int:
-        """None: there are no files."""
-        return 0
+    def row_labels(self) -> np.ndarray:
+        return np.arange(self.count) % self.classes
 
-    def check_damage_limit(self, count: int) -> None:
-        """There is none."""
-
-    def close(self) -> None:
-        """Nothing reads ahead."""
-
-    def cut(self, count: int) -> tuple[Self, Self]:
-        """``count`` of the images, and the rest."""
-        return replace(self, count=count), replace(self, count=self.count - count)
+    def at(self, rows: np.ndarray) -> Self:
+        """As many of the images; one is as good as another."""
+        return replace(self, count=len(rows))

@@ -21,7 +21,7 @@ from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training.diagnosis import Diagnosis, diagnose_paraphraser
 from ftfast.distill.training.feature_batches import draw
 from ftfast.distill.training.loop import Training
-from ftfast.distill.training.methods import METHODS, Terms
+from ftfast.distill.training.methods import Terms, any_needs
 from ftfast.distill.training.reconstruction import DISTANCES, fit
 from ftfast.distill.training.schedule import Schedule, cosine
 from ftfast.distill.training.step import Precision
@@ -133,7 +133,7 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
         ParaphraserError: it learned nothing.
     """
     settings, path, progress = setup.settings, setup.folder.paraphraser, setup.progress
-    if not any(METHODS[method].uses_factors for method in settings.methods):
+    if not any_needs(settings.methods, "factors"):
         return None, None
     progress.begin("paraphraser", paraphraser_images(settings))
     start = time.perf_counter()
@@ -143,7 +143,7 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
     description = setup.describe("paraphraser", model, **({} if source is None else {"source": source}))
     finished = setup.read_finished(path, description)
     if finished is None:
-        held_out, fitted = setup.train.cut(settings.paraphraser_held_out)
+        held_out, fitted = setup.train.stratified(settings.paraphraser_held_out)
         if source is not None:
             paraphraser.load_state_dict(setup.processes.on_first(lambda: read_paraphraser(settings)))
         elif settings.paraphraser_epochs:

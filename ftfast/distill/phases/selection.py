@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from ftfast.distill.data.images import Foldable
+from ftfast.distill.data.images import Images
 from ftfast.distill.phases.trainable import TeacherSide, student_training
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.settings.run_settings import Settings
@@ -53,7 +53,7 @@ def try_weights(
     settings: Settings,
     precision: Precision,
     teacher_side: TeacherSide,
-    split: Foldable,
+    split: Images,
     method: str,
     weights: Weights,
     after_epoch: Callable[[int], None] = lambda _: None,

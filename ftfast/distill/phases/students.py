@@ -4,9 +4,8 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from ftfast.distill.data.images import Foldable
 from ftfast.distill.phases import selection
 from ftfast.distill.phases.results import method_line, student_result
 from ftfast.distill.phases.setup import Setup
@@ -31,13 +30,12 @@ def select_weights(setup: Setup, teacher_side: TeacherSide) -> dict[str, list[se
             progress.begin(f"weights of {method}", len(candidates) * images)
             progress.skip(len(trials) * images)
             start = time.perf_counter()
-            split = cast(Foldable, setup.students)  # photographs leave no choice
             for weights in candidates[len(trials) :]:
                 trial = selection.try_weights(
                     settings,
                     setup.precision,
                     teacher_side,
-                    split,
+                    setup.students,
                     method,
                     weights,
                     progress.advance,

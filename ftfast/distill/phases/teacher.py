@@ -22,7 +22,7 @@ from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings, schedule_of
 from ftfast.distill.training.evaluate import evaluate
 from ftfast.distill.training.loop import Training
-from ftfast.distill.training.methods import METHODS
+from ftfast.distill.training.methods import METHODS, any_needs
 from ftfast.distill.training.step import Precision
 from ftfast.errors import CheckpointError, shown
 
@@ -98,7 +98,7 @@ def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
 def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
     """The teacher as students need it; whole and in float32 where none of them does."""
     settings = setup.settings
-    if not any(METHODS[method].uses_teacher for method in settings.methods):
+    if not any(METHODS[method].needs for method in settings.methods):
         settings = replace(settings, engine="plain")
     frozen, note = freeze(
         settings,
@@ -106,7 +106,7 @@ def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
         model,
         lambda: next(setup.train.in_order(setup.part_size))[0],
         size=settings.map_size(),
-        logits=any(METHODS[method].uses_teacher_logits for method in settings.methods),
+        logits=any_needs(settings.methods, "logits"),
     )
     if note:
         setup.progress.say(f"frozen teacher: {note}")

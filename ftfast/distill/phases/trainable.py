@@ -114,12 +114,12 @@ def trainable_of(
 
     def terms(images: Tensor, labels: Tensor, *stored: Tensor) -> Terms:
         taught: Taught | None = None
-        if chosen.uses_teacher and not stored:
+        if chosen.needs and not stored:
             found, taught = both(images)
         else:
             with part("student"):
                 found = forward(images)
-            if chosen.uses_teacher:
+            if chosen.needs:
                 taught = Stored(*stored)
         with part("head"):
             return chosen.terms(found, taught, labels, between, weights)

@@ -4,7 +4,7 @@ from ftfast.distill.data.datasets import DATASETS
 from ftfast.distill.data.photographs.listing import LOADERS
 from ftfast.distill.models import registry
 from ftfast.distill.settings.recipe import Recipe
-from ftfast.distill.training.methods import METHODS, WEIGHTS
+from ftfast.distill.training.methods import METHODS, WEIGHTS, any_needs
 from ftfast.errors import SettingsError
 
 PHOTOGRAPH_FIELDS = (
@@ -58,7 +58,7 @@ def _check_photographs(recipe: Recipe) -> None:
         not recipe.paraphraser_epochs
         and recipe.paraphraser_checkpoint is None
         and recipe.store is None
-        and any(METHODS[method].uses_factors for method in recipe.methods)
+        and any_needs(recipe.methods, "factors")
     ):
         raise SettingsError(
             "paraphraser_epochs is 0, which keeps the features of all images in memory; give at least 1 with "
@@ -81,7 +81,7 @@ def _check_store(recipe: Recipe) -> None:
                 f"leave --{name.replace('_', '-')} out, or train without --store."
             )
     for method in recipe.methods:
-        if METHODS[method].uses_teacher_maps:
+        if "maps" in METHODS[method].needs:
             raise SettingsError(
                 f"methods has {method}, which compares the teacher's feature maps, and a store has factors and "
                 "logits; take none, ft, kd or ft+kd, or train without --store."

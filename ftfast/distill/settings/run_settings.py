@@ -20,7 +20,7 @@ from ftfast.distill.settings import normalisation
 from ftfast.distill.settings.checks import check_recipe
 from ftfast.distill.settings.fields import check
 from ftfast.distill.settings.recipe import DTYPES, Recipe
-from ftfast.distill.training.methods import METHODS, WEIGHTS
+from ftfast.distill.training.methods import METHODS, WEIGHTS, any_needs
 from ftfast.distill.training.schedule import Schedule
 from ftfast.errors import SettingsError
 
@@ -126,10 +126,9 @@ class Settings(Recipe):
         return min(teacher.height, student.height), min(teacher.width, student.width)
 
     def _check_map_sizes(self) -> None:
-        compares_maps = any(METHODS[method].compares_maps for method in self.methods)
         teacher, student = self.teacher_features(), self.student_features()
         alike = (teacher.height, teacher.width) == (student.height, student.width)
-        if compares_maps and not alike and not self.resize_features:
+        if any_needs(self.methods, "maps", "factors") and not alike and not self.resize_features:
             raise SettingsError(
                 f"the feature maps of teacher and student differ in size: {self.teacher}'s {teacher.layer} is "
                 f"{teacher.height}x{teacher.width} and {self.student}'s {student.layer} "

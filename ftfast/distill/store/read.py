@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,12 +130,6 @@ class Store:
         """Closes the files; they are opened anew where rows are read again."""
         while self._files:
             os.close(self._files.popitem()[1])
-
-
-def read_batches(store: Store, batches: Iterable[Rows], *, pinned: bool = False) -> Iterator[tuple[Tensor, ...]]:
-    """What :meth:`Store.read` gives, batch by batch."""
-    for rows in batches:
-        yield store.read(rows, pinned=pinned)
 
 
 def check_whole(store: Store, advance: Callable[[int], None] = lambda _: None) -> None:

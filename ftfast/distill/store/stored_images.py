@@ -2,91 +2,46 @@
 makes the next batches while a step runs.
 """
 
-import queue
-import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from functools import partial
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill.data.cuts import cut_rows, fold_rows
-from ftfast.distill.data.images import steps_of
+from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.stored_views import ViewedImages
 from ftfast.distill.runtime.processes import WHOLE, Part
-from ftfast.distill.store.read import Rows, Store, read_batches
+from ftfast.distill.store.read import Rows, Store
 
-Value = TypeVar("Value")
-_END = object()
-_PATIENCE = 0.1  # seconds between two looks at whether anybody still wants what is made
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
-class Ahead(Generic[Value]):
-    """Iterates as ``values`` does, which runs in a thread at most ``depth`` values ahead.
-
-    It is a context: on leaving, the thread has ended. What ``values`` raises is raised where its next value was due.
-    """
-
-    def __init__(self, values: Iterator[Value], depth: int = 4) -> None:
-        self._values = values
-        self._made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._make, name="factor reader", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[Value]:
-        return self
-
-    def __next__(self) -> Value:
-        if self._is_over.is_set():
-            raise StopIteration
-        value, error = self._made.get()
-        if error is not None:
-            self.close()
-            raise error
-        if value is _END:
-            self.close()
-            raise StopIteration
-        return value
-
-    def close(self) -> None:
-        """Ends the thread; waits for what it is making."""
-        self._is_over.set()
-        self._thread.join()
-
-    def _make(self) -> None:
+def make_ahead(make: Callable[[Given], Made], given: Iterable[Given], depth: int = 4) -> Generator[Made]:
+    """``map(make, given)``, of which a thread makes ``depth`` ahead; closed, it waits for what is being made."""
+    with ThreadPoolExecutor(1, thread_name_prefix="factor reader") as thread:
+        waiting: deque[Future[Made]] = deque()
         try:
-            for value in self._values:
-                if not self._put(value, None):
-                    return
-            self._put(_END, None)
-        except BaseException as error:
-            self._put(None, error)
-
-    def _put(self, value: Any, error: BaseException | None) -> bool:
-        while not self._is_over.is_set():
-            try:
-                self._made.put((value, error), timeout=_PATIENCE)
-                return True
-            except queue.Full:
-                continue
-        return False
+            for one in given:
+                waiting.append(thread.submit(make, one))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 @dataclass(frozen=True)
-class StoredImages:
+class StoredImages(Images):
     """The images of some rows of a store, in one of its views in each epoch, with factors and logits.
 
     Attributes:
@@ -132,7 +87,8 @@ class StoredImages:
             return (Rows(images, self._views(images, seed, epoch)) for images in own)
 
         boxes = ((rows.images, self.store.boxes[rows.images, rows.views]) for rows in batches())
-        with Ahead(read_batches(self.store, batches(), pinned=self.device.type == "cuda")) as ahead:
+        read = partial(self.store.read, pinned=self.device.type == "cuda")
+        with closing(make_ahead(read, batches())) as ahead:
             for images, stored in zip(self.viewed.cut(boxes), ahead, strict=True):
                 yield *images, *(_sent(tensor, self.device) for tensor in stored)
 
@@ -142,14 +98,12 @@ class StoredImages:
 
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """The images as they are tested, without what is stored."""
-        return self.viewed.at(self.rows).in_order(batch_size, part)
+        return self.viewed.images.at(self.rows).in_order(batch_size, part)
 
     def damaged(self) -> int:
-        """See :meth:`ftfast.distill.data.images.Images.damaged`."""
         return self.viewed.images.damaged()
 
     def check_damage_limit(self, count: int) -> None:
-        """See :meth:`ftfast.distill.data.images.Images.check_damage_limit`."""
         self.viewed.images.check_damage_limit(count)
 
     def close(self) -> None:
@@ -157,20 +111,11 @@ class StoredImages:
         self.viewed.images.close()
         self.store.close()
 
-    def cut(self, count: int) -> tuple[Self, Self]:
-        """``count`` images with every class in proportion, the same ones as without a store, and the rest."""
-        if count == len(self):
-            return self, self._at(np.arange(0))
-        chosen, rest = cut_rows(self.viewed.labels[self.rows], count)
-        return self._at(chosen), self._at(rest)
+    def row_labels(self) -> np.ndarray:
+        return self.viewed.labels[self.rows]
 
-    def folds(self, count: int) -> list[tuple[Self, Self]]:
-        """See :meth:`ftfast.distill.data.images.Foldable.folds`."""
-        cuts = fold_rows(self.viewed.labels[self.rows], count)
-        return [(self._at(fitted), self._at(validated)) for fitted, validated in cuts]
-
-    def _at(self, places: np.ndarray) -> Self:
-        return replace(self, rows=self.rows[places])
+    def at(self, rows: np.ndarray) -> Self:
+        return replace(self, rows=self.rows[rows])
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

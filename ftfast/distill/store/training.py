@@ -18,7 +18,7 @@ from ftfast.distill.store import header as headers
 from ftfast.distill.store.read import PARAPHRASER, TEACHER, Store
 from ftfast.distill.store.stored_images import StoredImages
 from ftfast.distill.store.teacher_side import NoTeacher, filled_paraphraser
-from ftfast.distill.training.methods import METHODS
+from ftfast.distill.training.methods import any_needs
 from ftfast.errors import StoreError
 
 
@@ -42,14 +42,13 @@ def _opened(settings: Settings) -> Store:
     path = Path(settings.store)
     headers.check_settings(path, headers.read(path), settings)
     store = Store(path)
-    methods = [METHODS[name] for name in settings.methods]
-    if any(method.uses_teacher_logits for method in methods) and not store.header.classes:
+    if any_needs(settings.methods, "logits") and not store.header.classes:
         raise StoreError(
             f"methods has {', '.join(settings.methods)}, and the store {path} has no logits; leave kd out, or build it "
             "with --logits."
         )
     height, width = settings.map_size()
-    if any(method.uses_factors for method in methods) and store.header.factor[1:] != (height, width):
+    if any_needs(settings.methods, "factors") and store.header.factor[1:] != (height, width):
         raise StoreError(
             f"student gives maps of {height}x{width}, and the store {path} has factors of "
             f"{store.header.factor[1]}x{store.header.factor[2]}; take another --student or --student-layer."

@@ -1,7 +1,7 @@
 """The distillation methods: which terms a student's loss has. All compare the same two feature maps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,27 +134,10 @@ class Method:
     line: Any
     between: Callable[[Pair], Between] | None = None
 
-    @property
-    def uses_teacher(self) -> bool:
-        return bool(self.needs)
 
-    @property
-    def uses_teacher_maps(self) -> bool:
-        """Whether it needs the teacher's feature maps themselves, not factors or logits alone."""
-        return "maps" in self.needs
-
-    @property
-    def uses_teacher_logits(self) -> bool:
-        return "logits" in self.needs
-
-    @property
-    def uses_factors(self) -> bool:
-        return "factors" in self.needs
-
-    @property
-    def compares_maps(self) -> bool:
-        """Whether the two feature maps must be of one size."""
-        return self.uses_teacher_maps or self.uses_factors
+def any_needs(methods: Iterable[str], *needs: str) -> bool:
+    """Whether one of some methods takes one of these of the teacher."""
+    return any(set(needs) & set(METHODS[method].needs) for method in methods)
 
 
 def _labels(student: Outputs, labels: Tensor, weight: float = 1.0) -> Terms:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distill.data.cuts import cut_rows
 from ftfast.distill.data.datasets import DataError, default_folder
 from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
@@ -64,8 +63,8 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """Photographs of a folder or of shards; see :class:`ftfast.distill.data.images.Images`.
+class Streamed(Images):
+    """Photographs of a folder or of shards.
 
     Attributes:
         rows: which of the photographs, in order.
@@ -77,22 +76,12 @@ class Streamed:
     _loaders: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _damaged: set[str] = field(default_factory=set, repr=False, compare=False)
 
-    @property
-    def test_batch_size(self) -> int:
-        return 250
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def draw(
         self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, ...]]:
-        """See :meth:`ftfast.distill.data.images.Images.draw`.
-
-        Raises:
-            DataError: too many files that cannot be decoded, or a reading process that is gone.
-        """
-
         def keys() -> Iterator[list[Key]]:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
             for batch in order.tensor_split(steps_of(len(self), batch_size))[first_step:]:
@@ -119,11 +108,9 @@ class Streamed:
             yield images, labels
 
     def damaged(self) -> int:
-        """See :meth:`ftfast.distill.data.images.Images.damaged`."""
         return len(self._damaged)
 
     def check_damage_limit(self, count: int) -> None:
-        """See :meth:`ftfast.distill.data.images.Images.check_damage_limit`."""
         if count > _most_damaged(len(self)):
             raise DataError(
                 f"{count} of {len(self)} photographs cannot be decoded, more than {DAMAGED_SHARE:.0%}: check the files "
@@ -132,17 +119,6 @@ class Streamed:
         if count:
             self.reading.report(f"warning: {count} of {len(self)} photographs cannot be decoded; others stand in")
 
-    def cut(self, count: int) -> tuple[Self, Self]:
-        """``count`` photographs with every class in proportion, the same ones at every call, and the rest.
-
-        Raises:
-            SettingsError: fewer photographs than classes in either part.
-        """
-        if count == len(self):
-            return self, self.at(self.rows[:0])
-        chosen, rest = cut_rows(self.photographs.labels[self.rows], count)
-        return self.at(self.rows[chosen]), self.at(self.rows[rest])
-
     def close(self) -> None:
         """Ends the reading processes, which take no signal; the next pass starts others."""
         for loader, _ in self._loaders.values():
@@ -150,9 +126,11 @@ class Streamed:
         self._loaders.clear()
         gc.collect()  # those of a test that was left early may hang on a cycle
 
+    def row_labels(self) -> np.ndarray:
+        return self.photographs.labels[self.rows]
+
     def at(self, rows: np.ndarray) -> Self:
-        """Those of some rows of the photographs."""
-        return replace(self, rows=rows, _loaders={}, _damaged=set())
+        return replace(self, rows=self.rows[rows], _loaders={}, _damaged=set())
 
     def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]], count: int) -> Iterator[tuple[Tensor, ...]]:
         """Images, labels and boxes of the keys, of which there are about ``count``."""
@@ -276,7 +254,7 @@ def load(
             raise DataError(
                 f"{shown(str(folder))} has {len(whole)} photographs in {part}, fewer than the {wanted} asked for."
             )
-        parts.append(whole.cut(wanted)[0])
+        parts.append(whole.stratified(wanted)[0])
     return parts[0], parts[1]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ftfast.distill.data.cuts import cut_rows, fold_rows
+from ftfast.distill.data.stratified import stratified_folds, stratified_rows
 from ftfast.errors import SettingsError
 
 # Ties between classes, many classes, a class of one, labels that are not 0, 1, 2, ..., and sums that round.
@@ -24,11 +24,11 @@ def test_parts_are_those_of_scikit_learn(rows, classes):
         if not classes <= count <= rows - classes:
             continue
         wanted = selection.train_test_split(np.arange(rows), train_size=count, stratify=labels, random_state=0)
-        for part, other in zip(cut_rows(labels, count), wanted, strict=True):
+        for part, other in zip(stratified_rows(labels, count), wanted, strict=True):
             assert np.array_equal(part, np.sort(other))
     for count in (2, 3):
         wanted = selection.StratifiedKFold(count, shuffle=True, random_state=0).split(labels, labels)
-        for (fitted, validated), (theirs, held_out) in zip(fold_rows(labels, count), wanted, strict=True):
+        for (fitted, validated), (theirs, held_out) in zip(stratified_folds(labels, count), wanted, strict=True):
             assert np.array_equal(fitted, theirs)
             assert np.array_equal(validated, held_out)
 
@@ -39,17 +39,17 @@ def test_parts_hold_every_row_once_and_every_class_in_proportion(rows, classes):
     for count in (classes + 1, rows - 2 * classes):
         if not classes + 1 <= count <= len(labels) - classes - 1:
             continue
-        chosen, rest = cut_rows(labels, count)
+        chosen, rest = stratified_rows(labels, count)
         assert len(chosen) == count
         assert np.array_equal(np.sort(np.append(chosen, rest)), np.arange(len(labels)))
         assert (len(labels) - 1 in chosen) == (2 * count > len(labels))  # the only row of its class
         found, counts = np.unique(labels[:-1], return_counts=True)
         own = (labels[chosen][:, None] == found).sum(0)
         assert (np.abs(own - counts * count / len(labels)) <= 2).all()
-    validated = np.concatenate([part for _, part in fold_rows(labels, 2)])
+    validated = np.concatenate([part for _, part in stratified_folds(labels, 2)])
     assert np.array_equal(np.sort(validated), np.arange(len(labels)))
 
 
 def test_a_part_that_cannot_hold_every_class_is_refused():
     with pytest.raises(SettingsError, match="3 of 40 images cannot hold every class"):
-        cut_rows(labels_of(40, 4), 3)
+        stratified_rows(labels_of(40, 4), 3)

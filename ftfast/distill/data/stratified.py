@@ -1,6 +1,6 @@
-"""Labelled rows cut into parts with every class in proportion, alike at every call.
+"""Labelled rows divided with every class in proportion, alike at every call.
 
-They are the parts that scikit-learn's train_test_split and StratifiedKFold make of the seed 0, draw by draw.
+The divisions are those that scikit-learn's train_test_split and StratifiedKFold make of the seed 0, draw by draw.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from ftfast.errors import SettingsError
 _SEED = 0
 
 
-def cut_rows(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_rows(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """``count`` rows of labels ``[N]`` with every class in proportion, and the rest, each in order.
 
     The only row of a class is in the larger part.
@@ -59,15 +59,15 @@ def _in_proportion(counts: np.ndarray, total: int, generator: np.random.RandomSt
     return taken.astype(int)
 
 
-def fold_rows(labels: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``count`` ways to cut labels ``[N]``, classes in proportion: rows to fit on and rows to validate on, in order."""
+def stratified_folds(labels: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """``count`` ways to divide labels ``[N]`` in proportion: rows to fit on and rows to validate on, each in order."""
     generator = np.random.RandomState(_SEED)
     by_class = sorted(_rows_by_class(labels), key=lambda rows: rows[0])
     classes = np.repeat(np.arange(len(by_class)), [len(rows) for rows in by_class])
     sizes = np.array([np.bincount(classes[fold::count], minlength=len(by_class)) for fold in range(count)])
-    part = np.empty(len(labels), dtype=int)
+    fold_of = np.empty(len(labels), dtype=int)
     for place, rows in enumerate(by_class):
         folds = np.repeat(np.arange(count), sizes[:, place])
         generator.shuffle(folds)
-        part[rows] = folds
-    return [(np.flatnonzero(part != fold), np.flatnonzero(part == fold)) for fold in range(count)]
+        fold_of[rows] = folds
+    return [(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)) for fold in range(count)]
