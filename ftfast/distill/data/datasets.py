@@ -5,8 +5,6 @@ Nothing is fetched over the network unless ``download`` asks for it.
 
 import gzip
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,9 +21,6 @@ from ftfast.distill.data.augment import Augmentation
 from ftfast.distill.data.in_memory import Normalisation, Split
 from ftfast.errors import DistillError
 from ftfast.user_folder import user_folder
-
-Labelled = tuple[Tensor, Tensor]
-"""Images ``[N, C, H, W]`` uint8 and labels ``[N]`` int64."""
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -60,113 +55,13 @@ def check_is_there(name: str, folder: Path, download: bool) -> None:
     )
 
 
-def read_digits() -> Labelled:
+def read_digits() -> tuple[Tensor, Tensor]:
     """1797 handwritten digits of 8x8 pixels from 0 to 16, as scikit-learn's load_digits gives them.
 
-    They come with the package; digits.txt beside them says where from.
+    Images ``[N, 1, 8, 8]`` uint8 and labels ``[N]`` int64, which come with the package; digits.txt says where from.
     """
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as digits:
         return torch.from_numpy(digits["images"]).unsqueeze(1), torch.from_numpy(digits["labels"]).long()
-
-
-def read_fashion_mnist(folder: Path, download: bool) -> tuple[Labelled, Labelled]:
-    """70,000 pictures of clothes, 28x28 (Xiao, Rasul and Vollgraf 2017); unpacked from Debian's package where that is.
-
-    Raises:
-        DataError: not there and not to be downloaded, no network, or damaged files.
-    """
-    from torchvision.datasets import FashionMNIST
-
-    raw = folder / DATASETS["fashion-mnist"].places[0]
-    if not raw.exists() and DEBIAN_FASHION_MNIST.is_dir():
-        _unpack(DEBIAN_FASHION_MNIST, raw)
-    parts = _read(FashionMNIST, "fashion-mnist", folder, download)
-    train, test = ((part.data.unsqueeze(1), part.targets.long()) for part in parts)
-    return train, test
-
-
-def read_cifar10(folder: Path, download: bool) -> tuple[Labelled, Labelled]:
-    """60,000 photographs of 10 classes, 32x32 (Krizhevsky 2009), in the files of its python version.
-
-    Raises:
-        DataError: not there and not to be downloaded, no network, or damaged files.
-    """
-    from torchvision.datasets import CIFAR10
-
-    return _read_cifar(CIFAR10, "cifar10", folder, download)
-
-
-def read_cifar100(folder: Path, download: bool) -> tuple[Labelled, Labelled]:
-    """60,000 photographs of 100 classes, 32x32 (Krizhevsky 2009), in the files of its python version.
-
-    Raises:
-        DataError: not there and not to be downloaded, no network, or damaged files.
-    """
-    from torchvision.datasets import CIFAR100
-
-    return _read_cifar(CIFAR100, "cifar100", folder, download)
-
-
-def _read_cifar(kind: Any, name: str, folder: Path, download: bool) -> tuple[Labelled, Labelled]:
-    parts = _read(kind, name, folder, download)
-    train, test = (
-        (torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))), torch.tensor(part.targets))
-        for part in parts
-    )
-    return train, test
-
-
-def _read(make: Callable[..., Any], name: str, folder: Path, download: bool) -> list[Any]:
-    """torchvision's train and test parts."""
-    check_is_there(name, folder, download)
-    try:
-        if download:
-            folder.mkdir(parents=True, exist_ok=True)
-        parts = [make(folder, train=is_train, download=download) for is_train in (True, False)]
-        if any(len(part.data) != len(part.targets) for part in parts):
-            raise ValueError
-        return parts
-    except (URLError, TimeoutError, ConnectionError) as error:
-        raise _not_downloaded(name, folder, getattr(error, "reason", error)) from None
-    except OSError as error:
-        raise DataError(f"{name} cannot be read in {folder} ({error.strerror or error}); see --data-dir.") from None
-    except Exception as error:  # cut files make the readers fail in many ways
-        if download and "rror downloading" in str(error):
-            raise _not_downloaded(name, folder, "no mirror answered") from None
-        found = " and ".join(str(folder / place) for place in DATASETS[name].places if (folder / place).exists())
-        raise DataError(
-            f"{name} is incomplete or damaged; remove {found or folder} and run again with --download."
-        ) from None
-
-
-def _not_downloaded(name: str, folder: Path, reason: object) -> DataError:
-    return DataError(
-        f"{name} cannot be downloaded ({reason}); try again later, or bring {DATASETS[name].places[0]} "
-        f"into {folder} from another machine."
-    )
-
-
-def _unpack(source: Path, target: Path) -> None:
-    """Every ``.gz`` file of a folder into another, which is there whole or not at all."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".unpacking.", dir=target.parent))
-    except OSError as error:
-        raise DataError(f"{target} cannot be written ({error.strerror}); choose another --data-dir.") from None
-    try:
-        for packed in source.glob("*.gz"):
-            with gzip.open(packed) as content, open(aside / packed.stem, "wb") as file:
-                shutil.copyfileobj(content, file)
-        aside.chmod(0o755)
-        if not target.exists():  # another process may have been faster
-            aside.rename(target)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DataError(f"{source} is damaged; install the package dataset-fashion-mnist again.") from None
-    except OSError as error:
-        if not target.exists():
-            raise DataError(f"{target} cannot be written ({error.strerror}); choose another --data-dir.") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -224,36 +119,101 @@ def _load_digits(_source: Source) -> tuple[Split, Split]:
     return replace(train, normalisation=normalisation), replace(test, normalisation=normalisation)
 
 
-def _load_files(
-    read: Callable[..., tuple[Labelled, Labelled]], normalisation: Normalisation, source: Source
+def _load_torchvision(
+    name: str, kind: str, mean: tuple[float, ...], deviation: tuple[float, ...], source: Source
 ) -> tuple[Split, Split]:
-    train, test = read(source.folder or default_folder(), source.download)
-    return Split(*train, normalisation=normalisation), Split(*test, normalisation=normalisation)
+    """The images of torchvision's class of that name, normalised by these numbers, a channel each."""
+    from torchvision import datasets
+
+    folder = source.folder or default_folder()
+    check_is_there(name, folder, source.download)
+    places = [folder / place for place in DATASETS[name].places]
+    if name == "fashion-mnist" and not places[0].exists() and DEBIAN_FASHION_MNIST.is_dir():
+        parts = _read_debian()
+    else:
+        parts = [(part.data, part.targets) for part in _read(getattr(datasets, kind), name, folder, source.download)]
+    normalisation = Normalisation.of(255, mean, deviation)
+    train, test = (Split(_in_channels(pixels), torch.as_tensor(labels), normalisation) for pixels, labels in parts)
+    return train, test
+
+
+def _in_channels(pixels: Any) -> Tensor:
+    """``[N, H, W]`` or ``[N, H, W, C]`` to ``[N, C, H, W]``."""
+    found = torch.as_tensor(pixels)
+    return found.unsqueeze(1) if found.dim() == 3 else found.permute(0, 3, 1, 2).contiguous()
+
+
+def _read(make: Callable[..., Any], name: str, folder: Path, download: bool) -> list[Any]:
+    """torchvision's train and test parts."""
+    try:
+        if download:
+            folder.mkdir(parents=True, exist_ok=True)
+        parts = [make(folder, train=is_train, download=download) for is_train in (True, False)]
+        if any(len(part.data) != len(part.targets) for part in parts):
+            raise ValueError
+        return parts
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise _not_downloaded(name, folder, getattr(error, "reason", error)) from None
+    except OSError as error:
+        raise DataError(f"{name} cannot be read in {folder} ({error.strerror or error}); see --data-dir.") from None
+    except Exception as error:  # cut files make the readers fail in many ways
+        if download and "rror downloading" in str(error):
+            raise _not_downloaded(name, folder, "no mirror answered") from None
+        found = " and ".join(str(folder / place) for place in DATASETS[name].places if (folder / place).exists())
+        raise DataError(
+            f"{name} is incomplete or damaged; remove {found or folder} and run again with --download."
+        ) from None
+
+
+def _not_downloaded(name: str, folder: Path, reason: object) -> DataError:
+    return DataError(
+        f"{name} cannot be downloaded ({reason}); try again later, or bring {DATASETS[name].places[0]} "
+        f"into {folder} from another machine."
+    )
+
+
+def _read_debian() -> list[tuple[Tensor, Tensor]]:
+    """The package's files as they are, which torchvision reads unpacked alone."""
+    parts = []
+    try:
+        for part in ("train", "t10k"):
+            pixels, labels = (
+                torch.frombuffer(
+                    bytearray(gzip.decompress((DEBIAN_FASHION_MNIST / f"{part}-{file}-ubyte.gz").read_bytes())),
+                    dtype=torch.uint8,
+                    offset=header,
+                )
+                for file, header in (("images-idx3", 16), ("labels-idx1", 8))
+            )
+            parts.append((pixels.view(len(labels), 28, 28), labels.long()))
+    except (OSError, EOFError, zlib.error, ValueError, RuntimeError):
+        raise DataError(
+            f"{DEBIAN_FASHION_MNIST} is damaged; install the package dataset-fashion-mnist again."
+        ) from None
+    return parts
 
 
 # Mean and deviation of the training images; those of CIFAR-10 are the authors' code's, which its teachers were given.
 DATASETS = {
     "digits": Dataset("handwritten digits of scikit-learn, 8x8 pixels", 10, (1, 8, 8), 1000, 797, _load_digits),
+    # Xiao, Rasul and Vollgraf 2017
     "fashion-mnist": Dataset(
         "Fashion-MNIST, 28x28 pixels",
         10,
         (1, 28, 28),
         60_000,
         10_000,
-        partial(_load_files, read_fashion_mnist, Normalisation.of(255, (0.2860,), (0.3530,))),
+        partial(_load_torchvision, "fashion-mnist", "FashionMNIST", (0.2860,), (0.3530,)),
         ("FashionMNIST/raw",),
     ),
+    # Krizhevsky 2009, in the files of their python version
     "cifar10": Dataset(
         "CIFAR-10, 32x32 pixels",
         10,
         (3, 32, 32),
         50_000,
         10_000,
-        partial(
-            _load_files,
-            read_cifar10,
-            Normalisation.of(255, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        ),
+        partial(_load_torchvision, "cifar10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     ),
     "cifar100": Dataset(
@@ -262,11 +222,7 @@ DATASETS = {
         (3, 32, 32),
         50_000,
         10_000,
-        partial(
-            _load_files,
-            read_cifar100,
-            Normalisation.of(255, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        ),
+        partial(_load_torchvision, "cifar100", "CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         ("cifar-100-python", "cifar-100-python.tar.gz"),
     ),
     "images": Dataset("photographs", 0, (3, 0, 0), 0, 0, None),
