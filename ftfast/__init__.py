@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from ftfast.diagnosis.doctor import doctor
     from ftfast.dispatch import explain
     from ftfast.distill.models.frozen_teacher import FrozenTeacher
-    from ftfast.distill.store.dataset import FactorStore
-    from ftfast.distill.store.write import write_factors
+    from ftfast.distill.store.own_images import FactorStore, write_factors
     from ftfast.distill.training.diagnosis import diagnose_paraphraser
     from ftfast.distill.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
@@ -35,8 +34,8 @@ _HOMES = {
     "train_paraphraser": "distill.training.paraphraser",
     "diagnose_paraphraser": "distill.training.diagnosis",
     "FrozenTeacher": "distill.models.frozen_teacher",
-    "FactorStore": "distill.store.dataset",
-    "write_factors": "distill.store.write",
+    "FactorStore": "distill.store.own_images",
+    "write_factors": "distill.store.own_images",
     "FeatureTap": "features",
     "FeatureTaps": "taps",
     "convert_state_dict": "conversion.state_dicts",

@@ -300,8 +300,8 @@ def test_an_estimate_writes_nothing(run_folder: Path, tmp_path: Path, capfd: pyt
     words = ["store", "build", str(run_folder), str(tmp_path / "store"), "--device", "cpu", "--estimate"]
     assert main([*words, "--dtype", "float16"]) == 0
     said = capfd.readouterr().err
-    assert "1,000 images x 4 views, factors 8x2x2 in float16: 344 KB in 1 shard" in said
-    assert "to do: 1,000 images, 344 KB" in said
+    assert "1,000 images x 4 views, factors 8x2x2 in float16: 344.0 kB in 1 shard" in said
+    assert "to do: 1,000 images, 344.0 kB" in said
     assert not (tmp_path / "store").exists()
 
 
@@ -319,7 +319,7 @@ def test_a_full_disk_is_met_before_the_build(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     assert main(["store", "build", str(run_folder), str(tmp_path / "store"), "--device", "cpu"]) == 2
-    assert "has 100 KB free, and the store takes 216 KB more; make room" in capsys.readouterr().err
+    assert "has 100.0 kB free, and the store takes 216.0 kB more; make room" in capsys.readouterr().err
 
 
 def test_a_request_and_its_store_agree_on_every_byte(run_folder: Path, built: Path, tmp_path: Path) -> None:

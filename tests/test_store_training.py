@@ -28,8 +28,15 @@ from ftfast.distill.store.build import Request
 from ftfast.distill.store.read import PARAPHRASER, Store
 from ftfast.distill.store.shard_files import DTYPES, as_factors, quantise
 from ftfast.distill.store.stored_images import StoredImages
-from ftfast.distill.store.teacher_side import NoTeacher, factors_of, filled_paraphraser, frozen_teacher_side, read_run
-from ftfast.distill.store.training import check, stored_images
+from ftfast.distill.store.teacher_side import (
+    NoTeacher,
+    check,
+    factors_of,
+    filled_paraphraser,
+    frozen_teacher_side,
+    read_run,
+    stored_images,
+)
 from ftfast.distill.training.loop import Training
 from ftfast.distill.training.methods import Weights
 from ftfast.errors import SettingsError, StoreError
@@ -145,14 +152,8 @@ class Live(Computed):
 
 def live_teacher_side(run_folder: Path, settings: Settings) -> TeacherSide:
     train, _ = load_images(settings)
-    return frozen_teacher_side(
-        settings,
-        precision_of(settings),
-        *read_run(run_folder),
-        lambda: next(train.in_order(64))[0],
-        size=settings.map_size(),
-        logits=True,
-    )
+    header = headers.read(Path(str(settings.store)))
+    return frozen_teacher_side(settings, header, train, *read_run(run_folder))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

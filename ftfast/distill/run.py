@@ -25,7 +25,7 @@ from ftfast.distill.run_doctor import run_doctor
 from ftfast.distill.runtime import files, torchrun
 from ftfast.distill.runtime.processes import Processes, joined, translate_distributed_errors
 from ftfast.distill.settings.run_settings import DTYPES, Settings, schedule_of
-from ftfast.distill.store import training as store_training
+from ftfast.distill.store import teacher_side as stored_side
 from ftfast.distill.training.methods import any_needs
 from ftfast.errors import RunFolderError, SettingsError
 
@@ -96,7 +96,7 @@ def _check(settings: Settings, processes: Processes) -> None:
         )
     datasets.check_files(settings.data, settings.image_source())
     if settings.store is not None:
-        store_training.check(settings)
+        stored_side.check(settings)
     else:
         if settings.teacher_source() is not None:
             read_teacher(settings)
@@ -126,7 +126,7 @@ def _run_in(
             if (warning := schedule_of(settings, epochs).warning) is not None:
                 progress.say(f"warning: {warning}")
         train, test = load_images(settings, report=progress.say)
-        stored = None if settings.store is None else store_training.stored_images(settings, train)
+        stored = None if settings.store is None else stored_side.stored_images(settings, train)
         train = stored or train
         students, _ = train.stratified(settings.student_images)
         stack.callback(train.close)
@@ -146,7 +146,7 @@ def _run_in(
             telemetry_seconds=seconds[1],
         )
         if stored is not None:
-            teacher_side, teacher_checkpoint, diagnosis = store_training.stored_teacher_side(setup, stored.store)
+            teacher_side, teacher_checkpoint, diagnosis = stored_side.stored_teacher_side(setup, stored.store)
         else:
             teacher, teacher_checkpoint = prepare_teacher(setup)
             paraphraser, diagnosis = prepare_paraphraser(setup, teacher)

@@ -204,7 +204,7 @@ def _decoder_hash() -> str:
     return hashlib.sha256(decode(content).numpy().tobytes()).hexdigest()
 
 
-def viewed(images: Images, folder: Path | None) -> ViewedImages:
+def viewed(images: Images, folder: str | Path | None) -> ViewedImages:
     """The training images of a data set, to be cut by boxes.
 
     Args:
@@ -229,4 +229,4 @@ def viewed(images: Images, folder: Path | None) -> ViewedImages:
             "rand_augment is given, and a stored view is a box and a flip alone; leave --rand-augment out."
         )
     assert folder is not None
-    return PhotographViews(images, folder)
+    return PhotographViews(images, Path(folder))

@@ -13,22 +13,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from ftfast.distill.data import class_names
-from ftfast.distill.data.images import Images
 from ftfast.distill.data.photographs import listing
 from ftfast.distill.data.photographs.readers import translate_reader_errors
 from ftfast.distill.data.stored_views import SmallImages, ViewedImages, viewed
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.phases.run_folder import RunFolder, read_settings
 from ftfast.distill.phases.setup import algorithms, load_images, precision_of
-from ftfast.distill.phases.trainable import TeacherSide
 from ftfast.distill.runtime import checkpoint, files
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.runtime.processes import joined, translate_distributed_errors
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store import shard_files
-from ftfast.distill.store.compute import ShardMaker, describe, describe_work, estimate, size
+from ftfast.distill.store.compute import ShardMaker, describe, describe_work, estimate
 from ftfast.distill.store.header import Header
 from ftfast.distill.store.read import PARAPHRASER, TEACHER
 from ftfast.distill.store.shard_files import DTYPES
@@ -106,15 +106,14 @@ def build_store(
         progress = stack.enter_context(Progress(settings.dataset().train_images, quiet=not processes.is_first))
         train, _ = load_images(settings, report=progress.say)
         stack.callback(train.close)
-        images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
+        images = viewed(train, settings.data_dir)
         teacher, paraphraser = processes.on_first(lambda: read_run(run))
         if settings.dataset().is_streamed:
             named = listing.named(settings.data_dir, settings.loader)
             class_names.check_same(RunFolder(run).teacher, teacher.description, named)
         header = header_of(settings, images, teacher, paraphraser, request)
-        maker = ShardMaker(
-            header, images, _teacher_side(settings, header, train, teacher, paraphraser), precision_of(settings)
-        )
+        teacher_side = frozen_teacher_side(settings, header, train, teacher, paraphraser)
+        maker = ShardMaker(header, images, teacher_side, precision_of(settings))
 
         def begin() -> list[int]:
             """The shards to make."""
@@ -127,8 +126,8 @@ def build_store(
             progress.say(describe_work(found))
             if found.bytes > found.free:
                 raise StoreError(
-                    f"{path} has {size(found.free)} free, and the store takes {size(found.bytes)} more; make room, "
-                    "choose another place, fewer --views or a smaller --dtype."
+                    f"{path} has {decimal(found.free)} free, and the store takes {decimal(found.bytes)} more; make "
+                    "room, choose another place, fewer --views or a smaller --dtype."
                 )
             if only_estimate:
                 return left
@@ -145,7 +144,9 @@ def build_store(
         progress.begin("factors", sum(len(header.rows_of(shard)) for shard in own))
         _write(path, maker, own, progress)
         processes.wait()
-        processes.on_first(lambda: _finish(path, header))
+        processes.on_first(lambda: shard_files.finish(path, header))
+        if processes.is_first:
+            (path / _LOCK).unlink(missing_ok=True)
         progress.end()
         progress.say(f"the store {path} is finished")
     return header
@@ -159,20 +160,6 @@ def _settings(run: Path, *, device: str, data_dir: str | None, workers: int | No
     changes |= {"data_dir": data_dir} if data_dir is not None else {}
     changes |= {"workers": workers} if workers is not None else {}
     return dataclasses.replace(kept, **changes).resolved()
-
-
-def _teacher_side(
-    settings: Settings, header: Header, train: Images, teacher: Checkpoint, paraphraser: Checkpoint
-) -> TeacherSide:
-    return frozen_teacher_side(
-        settings,
-        precision_of(settings),
-        teacher,
-        paraphraser,
-        lambda: next(train.in_order(header.batch_size))[0],
-        size=settings.map_size(),
-        logits=bool(header.classes),
-    )
 
 
 def header_of(
@@ -279,8 +266,3 @@ def _write(path: Path, maker: ShardMaker, own: list[int], progress: Progress) ->
             progress.advance(len(maker.header.rows_of(shard)))
         if writing is not None:
             writing.result()
-
-
-def _finish(path: Path, header: Header) -> None:
-    shard_files.finish(path, header)
-    (path / _LOCK).unlink(missing_ok=True)

@@ -6,11 +6,13 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from ftfast.distill.data.stored_views import ViewedImages
@@ -73,9 +75,6 @@ class ShardMaker:
 _TRIAL_BATCHES, _TRIAL_SECONDS = 8, 2.0
 
 
-_UNITS = ("B", "KB", "MB", "GB", "TB")
-
-
 class Estimate(NamedTuple):
     """What is left to do: images, bytes, seconds; and the bytes that are free."""
 
@@ -120,7 +119,7 @@ def _seconds_for_an_image(maker: ShardMaker, left: list[int]) -> float:
 def describe(header: Header) -> str:
     """What a store holds, in a line."""
     logits = f" and {header.classes} logits" if header.classes else ""
-    whole = size(header.images * image_bytes(header))
+    whole = decimal(header.images * image_bytes(header))
     return (
         f"{header.images:,} images x {header.views} view{'s' * (header.views > 1)}, factors "
         f"{'x'.join(map(str, header.factor))} in {header.dtype}{logits}: {whole} in "
@@ -130,18 +129,5 @@ def describe(header: Header) -> str:
 
 def describe_work(found: Estimate) -> str:
     """What is left to do, in a line."""
-    return f"to do: {found.images:,} images, {size(found.bytes)}, about {_time(found.seconds)}; {size(found.free)} free"
-
-
-def size(count: float) -> str:
-    """Bytes in words, three digits."""
-    power = 0
-    while count >= 999.5 and power < len(_UNITS) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {_UNITS[power]}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    seconds = timedelta(seconds=round(found.seconds))
+    return f"to do: {found.images:,} images, {decimal(found.bytes)}, about {seconds}; {decimal(found.free)} free"

@@ -1,23 +1,30 @@
-"""The frozen teacher and paraphraser from which a store is made, out of a run folder or the store itself."""
+"""The teacher's side of a store: the frozen networks from which it is made, and what stands for them in a training."""
 
-from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ftfast.distill.data.images import Images
+from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.models.registry import Outputs
 from ftfast.distill.phases.paraphraser import build_paraphraser
 from ftfast.distill.phases.run_folder import RunFolder
-from ftfast.distill.phases.setup import build
-from ftfast.distill.phases.teacher import freeze, teacher_description
+from ftfast.distill.phases.setup import Setup, build, load_images, precision_of
+from ftfast.distill.phases.teacher import freeze, read_teacher, teacher_description
 from ftfast.distill.phases.trainable import TeacherSide
-from ftfast.distill.runtime import checkpoint
+from ftfast.distill.runtime import checkpoint, files
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.presets import settings_of
 from ftfast.distill.settings.run_settings import Settings
+from ftfast.distill.store import header as headers
 from ftfast.distill.store.header import Header
+from ftfast.distill.store.read import PARAPHRASER, TEACHER, Store
+from ftfast.distill.store.stored_images import StoredImages
+from ftfast.distill.training.methods import any_needs
 from ftfast.distill.training.step import Precision
 from ftfast.errors import DistillError, StoreError
 from ftfast.modules import Paraphraser
@@ -51,19 +58,21 @@ def read_run(folder: Path) -> tuple[Checkpoint, Checkpoint]:
 
 
 def frozen_teacher_side(
-    settings: Settings,
-    precision: Precision,
-    teacher: Checkpoint,
-    paraphraser: Checkpoint,
-    example: Callable[[], Tensor],
-    *,
-    size: tuple[int, int],
-    logits: bool,
+    settings: Settings, header: Header, train: Images, teacher: Checkpoint, paraphraser: Checkpoint
 ) -> TeacherSide:
-    """Both as they compute factors; for the arguments see :func:`ftfast.distill.phases.teacher.freeze`."""
+    """Both as they compute a store's factors of the training images."""
+    precision = precision_of(settings)
     model = build(teacher_description(settings), settings.dataset(), seed=0, device=precision.device)
     checkpoint.fill(model, teacher.tensors, Path("the teacher"), settings.teacher)
-    frozen, _ = freeze(settings, precision, model, example, size=size, logits=logits)
+    height, width = header.factor[1:]
+    frozen, _ = freeze(
+        settings,
+        precision,
+        model,
+        lambda: next(train.in_order(header.batch_size))[0],
+        size=(height, width),
+        logits=bool(header.classes),
+    )
     return TeacherSide(frozen, filled_paraphraser(settings, paraphraser))
 
 
@@ -95,3 +104,57 @@ def settings_for(header: Header, **given: Any) -> Settings:
     if classes := taken["classes"]:
         few["paraphraser_held_out"] = max(2, classes)
     return settings_of(None, **taken, **few, dtype=header.computed_in).resolved()
+
+
+def check(settings: Settings) -> None:
+    """Raises StoreError where resolved settings cannot train from their store, naming what differs from it."""
+    store = _opened(settings)
+    for name in (TEACHER, PARAPHRASER):
+        store.checkpoint_of(name)
+    if settings.teacher_checkpoint is not None:
+        headers.check_hashes(store.path, store.header, {"teacher": files.hash_tensors(read_teacher(settings))})
+    with closing(load_images(settings)[0]) as train:
+        headers.check_hashes(store.path, store.header, viewed(train, settings.data_dir).hashes())
+
+
+def _opened(settings: Settings) -> Store:
+    assert settings.store is not None
+    path = Path(settings.store)
+    headers.check_settings(path, headers.read(path), settings)
+    store = Store(path)
+    if any_needs(settings.methods, "logits") and not store.header.classes:
+        raise StoreError(
+            f"methods has {', '.join(settings.methods)}, and the store {path} has no logits; leave kd out, or build it "
+            "with --logits."
+        )
+    height, width = settings.map_size()
+    if any_needs(settings.methods, "factors") and store.header.factor[1:] != (height, width):
+        raise StoreError(
+            f"student gives maps of {height}x{width}, and the store {path} has factors of "
+            f"{store.header.factor[1]}x{store.header.factor[2]}; take another --student or --student-layer."
+        )
+    return store
+
+
+def stored_images(settings: Settings, train: Images) -> StoredImages:
+    """The training images of resolved settings, which :func:`check` has let pass, with what their store holds."""
+    return StoredImages.of(viewed(train, settings.data_dir), _opened(settings), torch.device(settings.device))
+
+
+def stored_teacher_side(setup: Setup, store: Store) -> tuple[TeacherSide, Checkpoint, dict[str, Any] | None]:
+    """The paraphraser, a teacher that is never asked, its checkpoint, and the paraphraser's diagnosis.
+
+    Both checkpoints are copied into the run folder, which then has what every run folder has.
+    """
+    found = {name: setup.processes.on_first(partial(store.checkpoint_of, name)) for name in (TEACHER, PARAPHRASER)}
+    for name, path in ((TEACHER, setup.folder.teacher), (PARAPHRASER, setup.folder.paraphraser)):
+        if not setup.processes.on_first(path.exists):
+            setup.keep(path, found[name])
+    teacher, paraphraser = found[TEACHER], found[PARAPHRASER]
+    header = store.header
+    setup.progress.say(
+        f"factor store: {header.settings['teacher']}, {teacher.description['accuracy']:.2f} % of the test images; "
+        f"{header.images:,} images x {header.views} view{'s' * (header.views > 1)} in {header.dtype}"
+    )
+    filled = filled_paraphraser(setup.settings, paraphraser)
+    return TeacherSide(NoTeacher(), filled), teacher, paraphraser.description["diagnosis"]

@@ -1,7 +1,8 @@
 """Whether a store is what was written, and what its teacher and paraphraser say today."""
 
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -27,80 +28,48 @@ class Verified(NamedTuple):
     distance: float
 
 
-def verify(
-    path: Path,
-    *,
-    sample: int = 64,
-    device: str = "auto",
-    data_dir: str | None = None,
-    loader: str | None = None,
-    workers: int | None = None,
-    seed: int = 0,
-) -> Verified:
+def verify(path: Path, *, sample: int = 64, seed: int = 0, **places: Any) -> Verified:
     """Reads every byte of a store, then computes the factors of a sample of its images anew.
 
     Args:
         sample: how many images, one view of each; 0 looks at the bytes alone and needs no images.
         seed: of the sample.
+        places: ``device``, ``data_dir``, ``loader`` and ``workers`` in place of the store's.
 
     Raises:
         StoreError: naming the file and the field that is not as it was written, or what has changed since.
     """
-    store = Store(path)
-    try:
+    with closing(Store(path)) as store:
         for name in (TEACHER, PARAPHRASER):
             if name in store.header.hashes:  # a store that was written from Python has no teacher
                 store.checkpoint_of(name)
         with Progress(store.header.images) as progress:
             progress.begin("reading", store.header.images)
             check_whole(store, progress.advance)
-        if not sample:
-            return Verified(0, 0.0)
-        return _compute_anew(store, sample, seed, device=device, data_dir=data_dir, loader=loader, workers=workers)
-    finally:
-        store.close()
+        return _compute_anew(store, sample, seed, places) if sample else Verified(0, 0.0)
 
 
-def _compute_anew(
-    store: Store,
-    sample: int,
-    seed: int,
-    *,
-    device: str,
-    data_dir: str | None,
-    loader: str | None,
-    workers: int | None,
-) -> Verified:
+def _compute_anew(store: Store, sample: int, seed: int, places: dict[str, Any]) -> Verified:
     header = store.header
-    settings = settings_for(header, device=device, data_dir=data_dir, loader=loader, workers=workers)
+    settings = settings_for(header, **places)
     headers.check_settings(store.path, header, settings)
-    precision = precision_of(settings)
-    with algorithms(settings.threads):
+    with algorithms(settings.threads), ExitStack() as stack:
         train, _ = load_images(settings)
-        try:
-            images = viewed(train, None if settings.data_dir is None else Path(settings.data_dir))
-            headers.check_hashes(store.path, header, images.hashes())
-            teacher_side = frozen_teacher_side(
-                settings,
-                precision,
-                store.checkpoint_of(TEACHER),
-                store.checkpoint_of(PARAPHRASER),
-                lambda: next(train.in_order(header.batch_size))[0],
-                size=(header.factor[1], header.factor[2]),
-                logits=bool(header.classes),
-            )
-            largest = 0.0
-            rows = _sample(header.images, header.views, sample, seed)
-            for first in range(0, len(rows.images), header.batch_size):
-                part = Rows(*(values[first : first + header.batch_size] for values in rows))
-                pixels = next(images.cut(iter([(part.images, store.boxes[part.images, part.views])])))[0]
-                factors, logits = factors_of(teacher_side, precision, pixels)
-                found = store.read(part)
-                largest = max(largest, _check(store, part, "factor", found[0].to(factors.device), factors))
-                if header.classes:
-                    _check(store, part, "logits", found[1].to(logits.device), logits)
-        finally:
-            train.close()
+        stack.callback(train.close)
+        images = viewed(train, settings.data_dir)
+        headers.check_hashes(store.path, header, images.hashes())
+        both = (store.checkpoint_of(name) for name in (TEACHER, PARAPHRASER))
+        teacher_side = frozen_teacher_side(settings, header, train, *both)
+        largest = 0.0
+        rows = _sample(header.images, header.views, sample, seed)
+        for first in range(0, len(rows.images), header.batch_size):
+            part = Rows(*(values[first : first + header.batch_size] for values in rows))
+            pixels = next(images.cut(iter([(part.images, store.boxes[part.images, part.views])])))[0]
+            factors, logits = factors_of(teacher_side, precision_of(settings), pixels)
+            found = store.read(part)
+            largest = max(largest, _check(store, part, "factor", found[0].to(factors.device), factors))
+            if header.classes:
+                _check(store, part, "logits", found[1].to(logits.device), logits)
     return Verified(len(rows.images), largest)
 
 
