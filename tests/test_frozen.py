@@ -13,6 +13,7 @@ from ftfast.distill.models import frozen_capture, frozen_teacher, inference_grap
 from ftfast.distill.models.frozen_teacher import FrozenTeacher, TeacherError
 from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.phases.teacher import Teacher
+from ftfast.layer_graph import layer_graph
 
 
 def settled(model: nn.Module, *size: int) -> nn.Module:
@@ -175,7 +176,7 @@ def test_every_engine_gives_what_the_layer_returned(way: str, engine: str) -> No
 def test_every_convolution_of_a_resnet_takes_its_neighbours_along() -> None:
     if not frozen_teacher._can_fuse(torch.zeros(1)):
         pytest.skip("torch has no oneDNN here")
-    found = inference_graph.fuse(inference_graph.fold(inference_graph.trace(resnet(), "stage3", classifier=False)))
+    found = inference_graph.fuse(inference_graph.fold(layer_graph(resnet(), ["stage3"], whole=False)))
     assert (found.folded, found.left, found.fused) == (13, 0, 13)
     kinds = [node.target for node in found.module.graph.nodes if node.op in ("call_function", "call_method")]
     assert not any("relu" in str(kind) or "add" in str(kind) for kind in kinds)

@@ -14,6 +14,7 @@ from ftfast.distill.models.frozen_capture import Captured
 from ftfast.distill.models.registry import Outputs
 from ftfast.errors import DistillError
 from ftfast.features import FeatureTap
+from ftfast.layer_graph import layer_graph
 from ftfast.ops.fingerprint import fingerprint
 
 EXECUTIONS = ("eager", "compile", "graph")
@@ -99,7 +100,12 @@ class FrozenTeacher(nn.Module):
             self._notes.append("as a CUDA graph")
         if execution != "eager":
             self.error = self._distance(run, example, expected)
-        self._refuse_above_the_limit()
+        if not self.error <= self.limit:
+            raise TeacherError(
+                f"the frozen teacher's features are off by {self.error:.1e} of the teacher's own, and at most "
+                f"{self.limit:.0e} is taken in {str(self.dtype).removeprefix('torch.')}; take float32 "
+                "(--dtype) or the model as it is (--engine plain)."
+            )
         # Hidden from torch: moved or cast, the weights would no longer be those that were compared.
         self._run = partial(run)
         del self._freeze_at  # and with it the model
@@ -152,12 +158,9 @@ class FrozenTeacher(nn.Module):
         self, model: nn.Module, example: Tensor, expected: Outputs, *, fusing: bool
     ) -> Callable[[Tensor], Any]:
         """Fused graph, plain graph or modules: the first that runs here and is near enough."""
-        ways = {"fusing convolutions": self._fused, "a graph with folded batch norms": self._folded}
-        if not fusing:
-            del ways["fusing convolutions"]
-        for title, way in ways.items():
+        for fused in (True, False) if fusing else (False,):
             try:
-                run, note = way(model)
+                run, note = self._graph(model, fused=fused)
                 self.error = self._distance(run, example, expected)
                 failure = "" if self.error <= self.limit else f"relative error {self.error:.1e}"
             except Exception as error:  # a graph or an operator can fail in many ways, and the modules serve them all
@@ -166,33 +169,26 @@ class FrozenTeacher(nn.Module):
             if not failure:
                 self._notes.append(note)
                 return run
+            title = "fusing convolutions" if fused else "a graph with folded batch norms"
             self._notes.append(f"without {title} ({failure})")
         run, note = self._whole(model)
         self._notes.append(note)
         self.error = self._distance(run, example, expected)
         return run
 
-    def _folded(self, model: nn.Module) -> tuple[Callable[[Tensor], Any], str]:
-        return self._graph(self._cut(model))
-
-    def _fused(self, model: nn.Module) -> tuple[Callable[[Tensor], Any], str]:
-        return self._graph(inference_graph.fuse(self._cut(model)))
-
-    def _cut(self, model: nn.Module) -> inference_graph.Cut:
+    def _graph(self, model: nn.Module, *, fused: bool) -> tuple[Callable[[Tensor], Any], str]:
         own = copy.deepcopy(model).eval()
-        return inference_graph.fold(inference_graph.trace(own, self.layer, classifier=self.classifier))
-
-    def _graph(self, found: inference_graph.Cut) -> tuple[Callable[[Tensor], Any], str]:
-        return _placed(found.module, self.dtype), self._note(found)
-
-    def _note(self, found: inference_graph.Cut) -> str:
+        found = inference_graph.fold(layer_graph(own, [self.layer], whole=self.classifier))
+        if fused:
+            found = inference_graph.fuse(found)
         parts = [
             f"{'whole' if self.classifier else f'cut after {self.layer}'}",
             f"{found.folded} batch norms folded" + (f", {found.left} not" if found.left else ""),
         ]
         if found.fused:
             parts.append(f"{found.fused} convolutions fused with what follows them")
-        return f"{', '.join(parts)}, {str(self.dtype).removeprefix('torch.')} channels_last"
+        note = f"{', '.join(parts)}, {str(self.dtype).removeprefix('torch.')} channels_last"
+        return _placed(found.module, self.dtype), note
 
     def _whole(self, model: nn.Module) -> tuple[Callable[[Tensor], Any], str]:
         tap = FeatureTap(copy.deepcopy(model).eval().to(memory_format=torch.channels_last), self.layer).eval()
@@ -204,14 +200,6 @@ class FrozenTeacher(nn.Module):
             return features, logits if self.classifier else None
 
         return run, f"as modules under autocast to {str(self.dtype).removeprefix('torch.')}, batch norms not folded"
-
-    def _refuse_above_the_limit(self) -> None:
-        if not self.error <= self.limit:
-            raise TeacherError(
-                f"the frozen teacher's features are off by {self.error:.1e} of the teacher's own, and at most "
-                f"{self.limit:.0e} is taken in {str(self.dtype).removeprefix('torch.')}; take float32 "
-                "(--dtype) or the model as it is (--engine plain)."
-            )
 
 
 def _check(model: nn.Module, layer: str, dtype: torch.dtype, device: torch.device, execution: str) -> None:

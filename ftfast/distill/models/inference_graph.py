@@ -2,13 +2,14 @@
 
 import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ftfast.layer_graph import drop_needless_copies, layer_graph
+from ftfast.layer_graph import drop_needless_copies
 from ftfast.ops.conv3x3 import direct
 from ftfast.ops.conv3x3.direct import PackedWeight
 
@@ -18,7 +19,7 @@ _OUT_OF_PLACE = {operator.iadd: operator.add, F.relu_: F.relu, torch.relu_: torc
 
 
 @dataclass(frozen=True)
-class Cut:
+class LayerGraph:
     """A model's graph whose outputs are the features of one layer and, with the classifier, the logits.
 
     Attributes:
@@ -86,60 +87,58 @@ class FusedConvolution(nn.Module):
         return y.contiguous(memory_format=torch.channels_last)
 
 
-def trace(model: nn.Module, layer: str, *, classifier: bool) -> Cut:
-    """The graph of a model up to a layer, in the mode that it is in.
-
-    Args:
-        model: its modules are shared with the result.
-        layer: a submodule's name; its features are the first output.
-        classifier: keep the model's own output as the second; without it nothing past the layer runs.
-
-    Raises:
-        Exception: as :func:`ftfast.layer_graph.layer_graph`.
-    """
-    return Cut(layer_graph(model, [layer], whole=classifier), 0, 0, 0)
-
-
-def fold(found: Cut) -> Cut:
-    """The same with batch norms in eval folded into the convolutions before them, and nothing written in place.
+def fold(module: fx.GraphModule) -> LayerGraph:
+    """The graph with batch norms in eval folded into the convolutions before them, and nothing written in place.
 
     The modules that are called are changed, so they should be nobody else's.
     """
-    module = found.module
     _write_nothing_in_place(module)
     folded = _fold_batch_norms(module)
     left = sum(isinstance(called, nn.modules.batchnorm._BatchNorm) for _, called in called_modules(module))
     module.delete_all_unused_submodules()
     module.recompile()
-    return Cut(module, folded, left, 0)
+    return LayerGraph(module, folded, left, 0)
 
 
-def fuse(found: Cut) -> Cut:
+def fuse(found: LayerGraph) -> LayerGraph:
     """The same with each convolution, its residual and its ReLU as one call."""
     module, fused = found.module, 0
     for node, convolution in called_modules(module):
-        if not isinstance(convolution, nn.Conv2d) or not _is_fusable(convolution):
-            continue
-        last, residual = node, None
-        following = only_user(last)
-        if following is not None and (other := summand(following, last)) is not None:
-            last, residual = following, other
-            following = only_user(last)
-        has_relu = following is not None and is_relu(module, following)
-        if has_relu:
-            assert following is not None
-            last = following
-        name = f"fused_{fused}"
-        module.add_submodule(name, FusedConvolution(convolution, relu=has_relu))
-        with module.graph.inserting_after(last):
-            arguments = (node.args[0],) if residual is None else (node.args[0], residual)
-            replacement = module.graph.call_module(name, arguments)
-        last.replace_all_uses_with(replacement)
-        fused += 1
+        if isinstance(convolution, nn.Conv2d) and _is_fusable(convolution):
+            tail = tail_of(module, node)
+            replace_call(module, node, tail, f"fused_{fused}", FusedConvolution(convolution, relu=tail.has_relu))
+            fused += 1
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     module.recompile()
-    return Cut(module, found.folded, found.left, fused)
+    return LayerGraph(module, found.folded, found.left, fused)
+
+
+class Tail(NamedTuple):
+    """What a call takes along: the last of its nodes, what a sum among them adds, and whether a ReLU ends them."""
+
+    last: fx.Node
+    residual: fx.Node | None
+    has_relu: bool
+
+
+def tail_of(module: fx.GraphModule, last: fx.Node) -> Tail:
+    """The sum and the ReLU behind a node, as far as nobody else reads what is between them."""
+    residual, following = None, only_user(last)
+    if following is not None and (other := summand(following, last)) is not None:
+        last, residual, following = following, other, only_user(following)
+    if following is None or not is_relu(module, following):
+        return Tail(last, residual, False)
+    return Tail(following, residual, True)
+
+
+def replace_call(module: fx.GraphModule, node: fx.Node, tail: Tail, name: str, made: nn.Module) -> None:
+    """Calls ``made`` on a call's input, and on the residual of its tail, in the place of both."""
+    module.add_submodule(name, made)
+    with module.graph.inserting_after(tail.last):
+        arguments = (node.args[0],) if tail.residual is None else (node.args[0], tail.residual)
+        replacement = module.graph.call_module(name, arguments)
+    tail.last.replace_all_uses_with(replacement)
 
 
 def called_modules(module: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:
@@ -170,40 +169,13 @@ def _fold_batch_norms(module: fx.GraphModule) -> int:
         convolution = module.get_submodule(str(before.target))
         if type(convolution) is not nn.Conv2d:
             continue
-        assert norm.running_var is not None
-        weight, bias = fuse_conv_bn_weights(
-            convolution.weight,
-            convolution.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
         name = f"folded_{folded}"
-        module.add_submodule(name, _with(convolution, weight, bias))
+        module.add_submodule(name, fuse_conv_bn_eval(convolution, norm).requires_grad_(False))
         before.target = name
         node.replace_all_uses_with(before)
         module.graph.erase_node(node)
         folded += 1
     return folded
-
-
-def _with(convolution: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter) -> nn.Conv2d:
-    """The same convolution with other parameters."""
-    made = nn.Conv2d(
-        convolution.in_channels,
-        convolution.out_channels,
-        convolution.kernel_size,  # type: ignore[arg-type]
-        convolution.stride,  # type: ignore[arg-type]
-        convolution.padding,  # type: ignore[arg-type]
-        convolution.dilation,  # type: ignore[arg-type]
-        convolution.groups,
-        padding_mode=convolution.padding_mode,
-        device="meta",
-    )
-    made.weight, made.bias = weight, bias
-    return made.requires_grad_(False).eval()
 
 
 def _is_fusable(convolution: nn.Conv2d) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ftfast.distill.models import inference_graph
 from ftfast.distill.models.registry import Outputs
 from ftfast.features import FeatureTap
+from ftfast.layer_graph import layer_graph
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 
 
@@ -65,7 +66,7 @@ def fused_graph(model: nn.Module, layer: str) -> fx.GraphModule:
     Raises:
         Exception: whatever torch.fx raises on a model that cannot be traced.
     """
-    module = inference_graph.trace(model, layer, classifier=True).module
+    module = layer_graph(model, [layer], whole=True)
     count = 0
     for node, convolution in inference_graph.called_modules(module):
         following = inference_graph.only_user(node)
@@ -74,23 +75,11 @@ def fused_graph(model: nn.Module, layer: str) -> fx.GraphModule:
         norm = module.get_submodule(str(following.target))
         if not fits(convolution, norm):
             continue
-        last, residual = following, None
-        following = inference_graph.only_user(last)
-        if following is not None and (other := inference_graph.summand(following, last)) is not None:
-            last, residual = following, other
-            following = inference_graph.only_user(last)
-        has_relu = following is not None and inference_graph.is_relu(module, following)
-        if has_relu:
-            assert following is not None
-            last = following
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        name = f"convolution_norm_{count}"
-        module.add_submodule(name, ConvolutionNorm(convolution, norm, relu=has_relu))
-        with module.graph.inserting_after(last):
-            arguments = (node.args[0],) if residual is None else (node.args[0], residual)
-            replacement = module.graph.call_module(name, arguments)
-        last.replace_all_uses_with(replacement)
+        tail = inference_graph.tail_of(module, following)
+        made = ConvolutionNorm(convolution, norm, relu=tail.has_relu)
+        inference_graph.replace_call(module, node, tail, f"convolution_norm_{count}", made)
         count += 1
     module.graph.eliminate_dead_code()
     _pass_inputs(module)
@@ -118,7 +107,8 @@ def _pass_inputs(module: fx.GraphModule) -> None:
         source = node.args[0]
         if not isinstance(called, ConvolutionNorm) or not isinstance(source, fx.Node) or len(source.users) < 2:
             continue
-        later = _after(node)
+        nodes = list(module.graph.nodes)
+        later = set(nodes[nodes.index(node) + 1 :])
         readers = [reader for reader in source.users if reader in later and reader.op != "output"]
         if not readers:
             continue
@@ -132,11 +122,6 @@ def _pass_inputs(module: fx.GraphModule) -> None:
                 reader.replace_input_with(node, result)
         for reader in readers:
             reader.replace_input_with(source, passed)
-
-
-def _after(node: fx.Node) -> set[fx.Node]:
-    nodes = list(node.graph.nodes)
-    return set(nodes[nodes.index(node) + 1 :])
 
 
 def training_forward(
@@ -153,7 +138,7 @@ def training_forward(
     graph: Callable[[Tensor], Any] | None = None
     try:
         if compiled:
-            graph = torch.compile(inference_graph.trace(model, layer, classifier=True).module, dynamic=False)
+            graph = torch.compile(layer_graph(model, [layer], whole=True), dynamic=False)
         elif fused:
             graph = fused_graph(model, layer)
     except Exception:  # torch.fx gives up on data-dependent forwards in many ways; the hook serves them all
