@@ -155,3 +155,11 @@ def check_map_dtype(dtype: torch.dtype, parameter: Tensor) -> None:
             f"student_features are {dtype} and the translator's parameters {parameter.dtype}; run the head under "
             "torch.autocast or convert one of them."
         )
+
+
+def has_bfloat16(device_type: str) -> bool:
+    """Whether there are instructions for bfloat16; emulated, it is slower than float32."""
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(value is True for name, value in capabilities.items() if name.endswith("bf16"))

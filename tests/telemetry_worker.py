@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ftfast.distill.monitor.gpu_meter import Gpu
-from ftfast.distill.monitor.step_clock import part
+from ftfast.distill.monitor.step_clock import timed
 from ftfast.distill.monitor.telemetry import RunLog
 from ftfast.distill.runtime.processes import Processes, joined
 from tests.fake_nvml import FakeNvml
@@ -48,7 +48,7 @@ def train(folder: Path, processes: Processes) -> None:
     for step in range(1, STEPS + 1):
         training.steps_done = training.total_steps_done = lambda step=step: step
         log.clock.begin_step()
-        with part("student"):
+        with timed("student"):
             time.sleep((0.005, 0.02)[rank])
         processes.sum(torch.zeros(1))  # as gradients meet
         log.clock.end_step()

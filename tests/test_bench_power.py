@@ -42,7 +42,7 @@ def gpu_here() -> Gpu:
 def test_a_device_is_found_by_what_it_is_and_not_by_its_number(nvml: FakeNvml, fails: str) -> None:
     nvml.fails = {fails}
     # The fake's clocks refuse any other handle.
-    assert gpu_here().look()["sm_clock_mhz"] == 1980
+    assert power.sampled(gpu_here())["sm_clock_mhz"] == 1980
 
 
 def test_hardware_names_driver_and_clocks(nvml: FakeNvml) -> None:

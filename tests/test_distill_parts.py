@@ -19,8 +19,7 @@ from ftfast import FactorTransfer, Paraphraser, Translator, reference
 from ftfast.distill.data import datasets, in_memory
 from ftfast.distill.data.in_memory import Split
 from ftfast.distill.models import registry
-from ftfast.distill.models.frozen_teacher import Teacher
-from ftfast.distill.models.registry import Outputs
+from ftfast.distill.models.registry import Outputs, Teacher
 from ftfast.distill.monitor.epochs import Epoch
 from ftfast.distill.monitor.plots import curve_rows
 from ftfast.distill.monitor.progress import Progress

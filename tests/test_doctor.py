@@ -193,7 +193,7 @@ def test_nchw_is_slow() -> None:
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_float32_is_slow_where_the_processor_has_bfloat16(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftfast.diagnosis.doctor._has_bfloat16", lambda device: has_bfloat16)
+    monkeypatch.setattr("ftfast.diagnosis.doctor.has_bfloat16", lambda device: has_bfloat16)
     step = well()
     found = problems(step.findings(loss_of(step, autocast=False)))
     assert any("float32" in problem for problem in found) == has_bfloat16

@@ -93,8 +93,8 @@ def test_a_file_system_without_locks_or_flushes_is_warned_of_once(number, tmp_pa
             files.write_text(tmp_path / name / "file", name)
             with files.new_folder(tmp_path / name / "folder"):
                 pass
-            with open(tmp_path / name / "file") as handle:
-                files.lock(handle.fileno(), tmp_path / name)
+            with files.locked(tmp_path / name):
+                pass
     assert (tmp_path / "two/file").read_text() == "two"
     said = [record.message for record in caplog.records]
     assert len(said) == 2

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ftfast.distill.monitor.epochs import Epoch
 from ftfast.distill.monitor.gpu_meter import why_there_is_none
-from ftfast.distill.monitor.step_clock import PARTS, StepClock, part
+from ftfast.distill.monitor.log_files import EpochLog
+from ftfast.distill.monitor.step_clock import PARTS, StepClock, timed
 from ftfast.distill.monitor.telemetry import FILE, RunLog
-from ftfast.distill.monitor.tensorboard import EpochLog
 from ftfast.distill.phases.run_folder import open_run_folder
 from ftfast.distill.run import run
 from ftfast.distill.settings.presets import settings_of
@@ -34,10 +34,10 @@ def test_one_step_in_many_is_timed_and_the_first_is_not() -> None:
     clock = StepClock(CPU, every=3)
     for _ in range(6):
         clock.begin_step()
-        with part("teacher"):
+        with timed("teacher"):
             time.sleep(0.01)
         clock.end_step()
-    with part("teacher"):
+    with timed("teacher"):
         time.sleep(1)  # outside of any step
     found = clock.means()
     assert list(found) == ["teacher"]
@@ -56,8 +56,11 @@ class Gpu:
         self.spent += 100
         return self.spent
 
-    def look(self) -> dict[str, float | None]:
-        return {"busy_percent": 80.0, "watts": None}
+    def watts(self) -> None:
+        return None
+
+    def busy_percent(self) -> float:
+        return 80.0
 
     def memory_used(self) -> int:
         return 123
@@ -189,7 +192,7 @@ def test_a_resumed_training_replaces_what_came_later_and_nothing_else(tmp_path: 
             start = first_step + 10 * (number - first_epoch)
             for step in range(start, start + 10):
                 log.step(training_at(step, labels=float(first_step)), 1)
-            epochs.add(epoch(number))
+            epochs.add_epoch(epoch(number))
     drawn = scalars(tmp_path / "tensorboard" / "teacher")
     assert [step for step, _ in drawn["accuracy/test"]] == [1, 2, 3, 4, 5]
     assert drawn["accuracy/test top 5"][0] == (1, 80.0)

@@ -38,7 +38,7 @@ CORE = (
     "tests/test_student_step.py",
     "tests/test_public_api.py",
     "tests/test_dispatch.py",
-    "tests/test_cuts.py",
+    "tests/test_stratified.py",
 )
 INTERPRETED = ("tests/test_ft_loss.py", "tests/test_ft_loss_triton.py", "tests/test_attention_triton.py")
 

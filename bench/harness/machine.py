@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import ftfast
+from bench.harness import power
 from ftfast import extension
 from ftfast.distill.monitor import gpu_meter
 
@@ -158,7 +159,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_bytes": properties.L2_cache_size,
-            **(gpu.describe() if (gpu := gpu_meter.gpu_of(device)) else {}),
+            **(power.describe(gpu) if (gpu := gpu_meter.gpu_of(device)) else {}),
         }
     return found
 

@@ -8,7 +8,20 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ftfast.distill.monitor.gpu_meter import BUSY, POWER_CAP, REASONS, Gpu
+from ftfast.distill.monitor.gpu_meter import Gpu
+
+# NVML_CLOCKS_EVENT_REASON_*: what keeps the clocks below the highest.
+POWER_CAP = "power cap"
+REASONS = {
+    0x004: POWER_CAP,
+    0x008: "hardware slowdown",
+    0x020: "software thermal slowdown",
+    0x040: "hardware thermal slowdown",
+    0x080: "power brake",
+    0x200: "board limit",
+    0x400: "reliability limit",
+}
+BUSY = "busy_percent"
 
 # How often a run is looked at; a look takes well under a millisecond, and none of it of the GPU's time.
 INTERVAL_SECONDS = 0.2
@@ -30,6 +43,41 @@ class Energy(NamedTuple):
     joules_per_call: float
     watts: float
     calls: int
+
+
+def sampled(gpu: Gpu) -> dict[str, float | None]:
+    """What is looked at again and again."""
+    return {
+        BUSY: gpu.busy_percent(),
+        "sm_clock_mhz": gpu.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+        "memory_clock_mhz": gpu.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+        "temperature_c": gpu.ask("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+        "watts": gpu.watts(),
+    }
+
+
+def throttling(gpu: Gpu) -> list[str]:
+    """Why the clocks are below the highest now, in words; an idle GPU's are, for no reason that counts."""
+    bits = gpu.ask("nvmlDeviceGetCurrentClocksEventReasons")
+    if bits is None:
+        bits = gpu.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+    return [reason for bit, reason in REASONS.items() if bits and bits & bit]
+
+
+def describe(gpu: Gpu) -> dict[str, Any]:
+    """Driver, clocks and power limit, without what is unknown."""
+    try:
+        driver = gpu.nvml.nvmlSystemGetDriverVersion()
+    except gpu.nvml.NVMLError:
+        driver = None
+    limit = gpu.ask("nvmlDeviceGetEnforcedPowerLimit")
+    found = {
+        "driver": driver.decode() if isinstance(driver, bytes) else driver,
+        "sm_clock_mhz": gpu.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+        "highest_sm_clock_mhz": gpu.ask("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
+        "power_limit_w": None if limit is None else limit / 1000,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class Watch:
@@ -57,8 +105,8 @@ class Watch:
     def _sample(self, gpu: Gpu) -> None:
         while True:
             last = self._stop.is_set()
-            self._samples.append(gpu.look())
-            for reason in gpu.throttling():
+            self._samples.append(sampled(gpu))
+            for reason in throttling(gpu):
                 self._throttling[reason] = self._throttling.get(reason, 0) + 1
             if last:
                 return

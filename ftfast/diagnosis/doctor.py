@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftfast.arguments import has_bfloat16
 from ftfast.diagnosis.observed_step import Observed, StepLoss, loss_without, observe
 from ftfast.head import FactorTransfer
 from ftfast.loss import FTLoss
@@ -34,7 +35,7 @@ class Finding:
 
     problem: str
     advice: str
-    gain: str
+    gain: str = ""
     wrong: bool = False
 
     def __str__(self) -> str:
@@ -99,7 +100,6 @@ def _mode(teacher: nn.Module) -> list[Finding]:
             f"the teacher's {names[0]} and {len(names) - 1} more are in train mode, so its features change from batch "
             "to batch and its running statistics drift",
             "call teacher.eval() after every student.train(), or wrap it in ftfast's FrozenTeacher",
-            "",
             wrong=True,
         )
     ]
@@ -114,7 +114,6 @@ def _optimised_teacher(teacher: nn.Module, optimizer: torch.optim.Optimizer | No
         Finding(
             f"the optimizer holds {count:,} parameters of the teacher, which weight decay and momentum change",
             "give it the student's and the translator's parameters alone",
-            "",
             wrong=True,
         )
     ]
@@ -134,7 +133,6 @@ def _weight_units(step: Observed) -> list[Finding]:
                     f"the weight {module.weight:g} with reduction {module.reduction!r} is {ratio:.2g} times the usual "
                     f"one for factors of {size} numbers: betas of 200 to 1000 belong to the mean over N*D",
                     f"take weight={usual / units:.4g}, or reduction='mean' with weight={usual:.4g}",
-                    "",
                     wrong=True,
                 )
             )
@@ -248,7 +246,7 @@ def _layout(teacher: nn.Module, step: Observed) -> list[Finding]:
 def _dtype(teacher: nn.Module, step: Observed) -> list[Finding]:
     calls = [call for call in step.calls if isinstance(call.module, _CONVOLUTIONS) and call.inputs]
     wide = [call for call in calls if call.inputs[0].dtype == torch.float32 and not call.autocasts]
-    if not wide or not _has_bfloat16(wide[0].inputs[0].device) or len(wide) <= len(calls) // 2:
+    if not wide or not has_bfloat16(wide[0].inputs[0].device.type) or len(wide) <= len(calls) // 2:
         return []
     gain = _measured(teacher, step, lambda model: model.to(torch.bfloat16), lambda x: x.to(torch.bfloat16))
     return [
@@ -290,13 +288,6 @@ def _seconds(model: nn.Module, inputs: list[Tensor]) -> float:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(value is True for name, value in capabilities.items() if name.endswith("bf16"))
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer | None) -> set[int]:

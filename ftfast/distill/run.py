@@ -3,12 +3,15 @@
 import json
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ftfast import dispatch
+from ftfast.diagnosis.doctor import doctor
 from ftfast.distill.data import datasets
 from ftfast.distill.data.photographs.readers import translate_reader_errors
 from ftfast.distill.monitor.progress import Progress
@@ -20,13 +23,13 @@ from ftfast.distill.phases.selection import candidates, trial_images
 from ftfast.distill.phases.setup import Setup, algorithms, load_images, precision_of
 from ftfast.distill.phases.students import select_weights, train_students
 from ftfast.distill.phases.teacher import prepare_teacher, read_teacher
-from ftfast.distill.phases.trainable import TeacherSide
-from ftfast.distill.run_doctor import run_doctor
+from ftfast.distill.phases.trainable import TeacherSide, build_student, trainable_of
 from ftfast.distill.runtime import files, torchrun
 from ftfast.distill.runtime.processes import Processes, joined, translate_distributed_errors
 from ftfast.distill.settings.run_settings import DTYPES, Settings, schedule_of
 from ftfast.distill.store import teacher_side as stored_side
-from ftfast.distill.training.methods import any_needs
+from ftfast.distill.training.methods import METHODS, any_needs
+from ftfast.distill.training.step import LearningStep
 from ftfast.errors import RunFolderError, SettingsError
 
 
@@ -151,7 +154,7 @@ def _run_in(
             teacher, teacher_checkpoint = prepare_teacher(setup)
             paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
             teacher_side = TeacherSide(teacher, paraphraser)
-            run_doctor(setup, teacher_side)
+            _run_doctor(setup, teacher_side)
         trials = select_weights(setup, teacher_side)
         methods = {method: train_students(setup, teacher_side, method, trials[method]) for method in settings.methods}
     results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)
@@ -164,6 +167,32 @@ def _run_in(
         return results
 
     return processes.on_first(write)
+
+
+def _run_doctor(setup: Setup, teacher_side: TeacherSide) -> None:
+    """Says what :func:`ftfast.doctor` finds in a step of the method that uses most of the teacher."""
+    if not setup.processes.is_first:
+        return
+    settings = replace(setup.settings, compile="off")  # compiled modules cannot be watched
+    method = max(settings.methods, key=lambda name: len(METHODS[name].weights))
+    if not METHODS[method].needs or settings.engine == "plain":
+        return
+    student = build_student(settings, settings.seed)
+    weights = candidates(settings, method)[0]
+    trainable, terms = trainable_of(settings, teacher_side, student, method=method, weights=weights, seed=settings.seed)
+    trainable.train()
+    optimiser = LearningStep(trainable, terms, schedule_of(settings, 1), setup.precision).optimiser
+
+    def loss(student: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
+        with setup.precision.autocast():
+            return torch.stack(list(terms(*batch).values())).sum()
+
+    batch = next(iter(setup.students.draw(setup.part_size, seed=settings.seed, epoch=0)))
+    findings = doctor(student, teacher_side.teacher, loss, batch, optimiser)
+    for finding in findings:
+        setup.progress.say(f"doctor: {finding}")
+    if not findings:
+        setup.progress.say(f"doctor: nothing slow or wrong in a step of {method}")
 
 
 def _check_backend(settings: Settings) -> None:

@@ -8,10 +8,23 @@ convolution and one linear classifier in place of three, as is usual for CIFAR. 
 stages' channels 16k, 32k and 64k: 6n + 4 layers.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHORTCUTS = ("identity", "projection")
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _stage(block: Callable[..., nn.Module], blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    first = block(in_channels, channels, stride)
+    return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
 
 
 class BasicBlock(nn.Module):
@@ -61,24 +74,18 @@ class ResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
-        self.stage1 = _basic_stage(blocks, channels, channels, 1, shortcut)
-        self.stage2 = _basic_stage(blocks, channels, 2 * channels, 2, shortcut)
-        self.stage3 = _basic_stage(blocks, 2 * channels, 4 * channels, 2, shortcut)
+        block = partial(BasicBlock, shortcut=shortcut)
+        self.stage1 = _stage(block, blocks, channels, channels, 1)
+        self.stage2 = _stage(block, blocks, channels, 2 * channels, 2)
+        self.stage3 = _stage(block, blocks, 2 * channels, 4 * channels, 2)
         self.classifier = nn.Linear(4 * channels, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[N, in_channels, H, W]`` to logits ``[N, classes]``."""
         x = F.relu(self.norm(self.stem(images)))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.classifier(x.mean((2, 3)))
-
-
-def _basic_stage(blocks: int, in_channels: int, channels: int, stride: int, shortcut: str) -> nn.Sequential:
-    first = BasicBlock(in_channels, channels, stride, shortcut)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1, shortcut) for _ in range(blocks - 1)))
 
 
 # Convolutions in each of the five stages, whose channels are 1, 2, 4, 8 and 8 times those of the first.
@@ -110,9 +117,7 @@ class VGG(nn.Module):
         self.stage4 = _plain_stage(counts[3], widths[3], widths[4])
         self.stage5 = _plain_stage(counts[4], widths[4], widths[5])
         self.classifier = nn.Linear(widths[5], classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[N, in_channels, H, W]`` to logits ``[N, classes]``."""
@@ -168,23 +173,16 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         widths = [channels * width * factor for factor in (1, 2, 4)]
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        self.stage1 = _preactivation_stage(blocks, channels, widths[0], 1)
-        self.stage2 = _preactivation_stage(blocks, widths[0], widths[1], 2)
-        self.stage3 = _preactivation_stage(blocks, widths[1], widths[2], 2)
+        self.stage1 = _stage(PreactivationBlock, blocks, channels, widths[0], 1)
+        self.stage2 = _stage(PreactivationBlock, blocks, widths[0], widths[1], 2)
+        self.stage3 = _stage(PreactivationBlock, blocks, widths[1], widths[2], 2)
         self.norm = nn.BatchNorm2d(widths[2])
         self.activation = nn.ReLU()
         self.classifier = nn.Linear(widths[2], classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[N, in_channels, H, W]`` to logits ``[N, classes]``."""
         x = self.stage3(self.stage2(self.stage1(self.stem(images))))
         x = self.activation(self.norm(x))
         return self.classifier(x.mean((2, 3)))
-
-
-def _preactivation_stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    first = PreactivationBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(PreactivationBlock(channels, channels, 1) for _ in range(blocks - 1)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.models import inference_graph, registry
+from ftfast.distill.models import inference_graph
 from ftfast.distill.models.frozen_capture import Captured
 from ftfast.distill.models.registry import Outputs
 from ftfast.errors import DistillError
@@ -292,25 +292,3 @@ def _compiled(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
             return compiled(images)
 
     return call
-
-
-class Teacher(nn.Module):
-    """A model in eval mode whatever is asked of it, without gradients or a graph, and otherwise as it is.
-
-    The plain engine's; :class:`ftfast.distill.models.frozen_teacher.FrozenTeacher` is faster and checked against it.
-    """
-
-    def __init__(self, model: nn.Module, layer: str = registry.LAST_STAGE) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
-        self._tap = FeatureTap(self.model, layer)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "Teacher":
-        """Stays in eval mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Outputs:
-        """``[N, C, H, W]`` to logits and last features."""
-        return Outputs(*self._tap(images))

@@ -215,6 +215,28 @@ def _probed(name: str, channels: int, shortcut: str, in_channels: int) -> nn.Mod
         return build()
 
 
+class Teacher(nn.Module):
+    """A model in eval mode whatever is asked of it, without gradients or a graph, and otherwise as it is.
+
+    The plain engine's; :class:`ftfast.distill.models.frozen_teacher.FrozenTeacher` is faster and checked against it.
+    """
+
+    def __init__(self, model: nn.Module, layer: str = LAST_STAGE) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self._tap = FeatureTap(self.model, layer)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Outputs:
+        """``[N, C, H, W]`` to logits and last features."""
+        return Outputs(*self._tap(images))
+
+
 def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Feature maps ``[N, C, H, W]`` pooled to ``size`` (height, width), or themselves where they have it."""
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)

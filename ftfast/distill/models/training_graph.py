@@ -95,9 +95,9 @@ def _is_subsampling(index: Any) -> bool:
     return (
         isinstance(index, tuple)
         and len(index) == 4
-        and all(isinstance(part, slice) and part.start is None and part.stop is None for part in index)
-        and [part.step for part in index[:2]] == [None, None]
-        and any(isinstance(part.step, int) for part in index[2:])
+        and all(isinstance(axis, slice) and axis.start is None and axis.stop is None for axis in index)
+        and [axis.step for axis in index[:2]] == [None, None]
+        and any(isinstance(axis.step, int) for axis in index[2:])
     )
 
 

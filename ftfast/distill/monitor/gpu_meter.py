@@ -1,4 +1,4 @@
-"""A GPU's load, clocks, power and energy through nvidia-ml-py.
+"""A GPU's load, memory, power and energy through nvidia-ml-py.
 
 Without a GPU, without nvidia-ml-py or after an error of NVML there are no figures, and no failure.
 """
@@ -7,19 +7,6 @@ from typing import Any
 
 import torch
 
-# NVML_CLOCKS_EVENT_REASON_*: what keeps the clocks below the highest.
-POWER_CAP = "power cap"
-REASONS = {
-    0x004: POWER_CAP,
-    0x008: "hardware slowdown",
-    0x020: "software thermal slowdown",
-    0x040: "hardware thermal slowdown",
-    0x080: "power brake",
-    0x200: "board limit",
-    0x400: "reliability limit",
-}
-# In per cent of a sample's time.
-BUSY = "busy_percent"
 # Of a PCI address, with their hexadecimal digits.
 PCI_PARTS = (("domain", 8), ("bus", 2), ("device", 2))
 
@@ -28,15 +15,15 @@ class Gpu:
     """A GPU as NVML knows it; every method returns None for what NVML does not tell."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml = nvml
+        self.nvml = nvml
         self._handle = handle
 
     def ask(self, function: str, *arguments: str) -> Any:
         """``nvml.<function>(handle, *arguments)``, constants by their names, or None."""
         try:
-            constants = [getattr(self._nvml, name) for name in arguments]
-            return getattr(self._nvml, function)(self._handle, *constants)
-        except (self._nvml.NVMLError, AttributeError):
+            constants = [getattr(self.nvml, name) for name in arguments]
+            return getattr(self.nvml, function)(self._handle, *constants)
+        except (self.nvml.NVMLError, AttributeError):
             # An older driver or binding, or a GPU without the sensor.
             return None
 
@@ -50,43 +37,15 @@ class Gpu:
         milliwatts = self.ask("nvmlDeviceGetPowerUsage")
         return None if milliwatts is None else milliwatts / 1000
 
-    def throttling(self) -> list[str]:
-        """Why the clocks are below the highest now, in words; an idle GPU's are, for no reason that counts."""
-        bits = self.ask("nvmlDeviceGetCurrentClocksEventReasons")
-        if bits is None:
-            bits = self.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-        return [reason for bit, reason in REASONS.items() if bits and bits & bit]
-
-    def look(self) -> dict[str, float | None]:
-        """What is sampled during a run."""
+    def busy_percent(self) -> int | None:
+        """Of a sample's time."""
         use = self.ask("nvmlDeviceGetUtilizationRates")
-        return {
-            BUSY: None if use is None else use.gpu,
-            "sm_clock_mhz": self.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            "memory_clock_mhz": self.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
-            "temperature_c": self.ask("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
-            "watts": self.watts(),
-        }
+        return None if use is None else use.gpu
 
     def memory_used(self) -> int | None:
         """Bytes in use, of all processes."""
         memory = self.ask("nvmlDeviceGetMemoryInfo")
         return None if memory is None else int(memory.used)
-
-    def describe(self) -> dict[str, Any]:
-        """Driver, clocks and power limit, without what is unknown."""
-        try:
-            driver = self._nvml.nvmlSystemGetDriverVersion()
-        except self._nvml.NVMLError:
-            driver = None
-        limit = self.ask("nvmlDeviceGetEnforcedPowerLimit")
-        found = {
-            "driver": driver.decode() if isinstance(driver, bytes) else driver,
-            "sm_clock_mhz": self.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            "highest_sm_clock_mhz": self.ask("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
-            "power_limit_w": None if limit is None else limit / 1000,
-        }
-        return {name: value for name, value in found.items() if value is not None}
 
 
 def why_there_is_none(device: torch.device) -> str | None:

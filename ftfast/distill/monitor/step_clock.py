@@ -16,9 +16,9 @@ _OFF = nullcontext()
 _timed: "StepClock | None" = None  # that of the step under way, where it is sampled
 
 
-def part(name: str) -> AbstractContextManager[Any]:
+def timed(name: str) -> AbstractContextManager[Any]:
     """Around one of :data:`PARTS` of a step; nothing happens in steps that are not sampled."""
-    return _OFF if _timed is None else _timed.part(name)
+    return _OFF if _timed is None else _timed.timed(name)
 
 
 class StepClock:
@@ -44,7 +44,7 @@ class StepClock:
         _timed = None
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         """Times what is inside."""
         start = self._now()
         try:

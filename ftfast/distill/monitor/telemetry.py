@@ -12,11 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ftfast.distill.monitor.appended import LineFile
-from ftfast.distill.monitor.gpu_meter import BUSY, Gpu
+from ftfast.distill.monitor.gpu_meter import Gpu
+from ftfast.distill.monitor.log_files import STEPS, AppendedFile, Scalars, add_line
 from ftfast.distill.monitor.rank_metrics import RankMetrics, gpus_of, losses_of, slowest_of, summed
 from ftfast.distill.monitor.step_clock import StepClock
-from ftfast.distill.monitor.tensorboard import STEPS, Scalars
 from ftfast.distill.runtime.processes import ALONE, Processes
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -84,11 +83,11 @@ class RunLog:
         self._title, self._gpu, self._seconds, self._processes = title, gpu, seconds, processes
         self._advance, self._counts = advance, {} if counts is None else counts
         self._is_off = folder is None and not processes.are_many
-        is_writing = folder is not None and processes.is_first
-        self._lines = LineFile(folder / FILE, say) if folder is not None and is_writing else None
-        self._scalars = None
-        if folder is not None and is_writing:
-            self._scalars = Scalars(folder / "tensorboard", f"{title}/{STEPS}", say)
+        self._files: tuple[AppendedFile, Scalars] | None = None
+        if folder is not None and processes.is_first:
+            lines = AppendedFile(folder / FILE, say)
+            lines.cut_half_a_line()
+            self._files = lines, Scalars(folder / "tensorboard", f"{title}/{STEPS}", say)
         self._first_step: int | None = None
         self._until_told, self._next_steps = 1, 1
         self._joules, self._joules_at = 0.0, None if gpu is None else gpu.joules()
@@ -135,8 +134,8 @@ class RunLog:
         self._until_told = self._next_steps = of_all_ranks[0].next_steps
         if not of_all_ranks[0].is_due:
             return
-        if self._lines is not None:
-            self._write(training, of_all_ranks, seconds)
+        if self._files is not None:
+            self._write(*self._files, training, of_all_ranks, seconds)
         self._start_line(now)  # what the look at the device waited for is the next line's
 
     def _start_line(self, now: float) -> None:
@@ -167,19 +166,18 @@ class RunLog:
         gpu = {}
         if self._gpu is not None:
             self._spend()
-            seen = self._gpu.look()
             found = {
                 "joules": None if self._joules_at is None else self._joules,
-                "watts": seen["watts"],
-                BUSY: seen[BUSY],
+                "watts": self._gpu.watts(),
+                "busy_percent": self._gpu.busy_percent(),
                 "memory_bytes": self._gpu.memory_used(),
             }
             gpu = {name: float(value) for name, value in found.items() if value is not None}
         return RankMetrics(is_due, max(1, steps), losses, self.clock.means(), gpu, dict(self._counts))
 
-    def _write(self, training: Watched, of_all_ranks: list[RankMetrics], seconds: float) -> None:
-        assert self._lines is not None
-        assert self._scalars is not None
+    def _write(
+        self, lines: AppendedFile, scalars: Scalars, training: Watched, of_all_ranks: list[RankMetrics], seconds: float
+    ) -> None:
         loss, losses = losses_of(of_all_ranks, self._images)
         gpu, self._all_joules = gpus_of(of_all_ranks, self._all_joules, self._images)
         line: dict[str, Any] = {
@@ -202,9 +200,9 @@ class RunLog:
             "counts": summed([told.counts for told in of_all_ranks]),
         }
         line |= {name: value for name, value in known.items() if value not in (None, {})}
-        self._lines.add(line)
-        scalars = {f"{STEPS}/{name}": value for name, value in _numbers(line)}
-        self._scalars.add(scalars, training.total_steps_done(), self._first_step)
+        add_line(lines, line)
+        drawn = {f"{STEPS}/{name}": value for name, value in _numbers(line)}
+        scalars.add(drawn, training.total_steps_done(), self._first_step)
 
 
 def _numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -14,7 +14,7 @@ import torch
 
 import ftfast
 from ftfast.distill.monitor.epochs import Epoch, images_per_second
-from ftfast.distill.phases.selection import Trial, to_json
+from ftfast.distill.phases.selection import Trial
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training.methods import METHODS, Weights
@@ -116,7 +116,7 @@ def _method_result(
         "title": METHODS[name].title,
         "source": METHODS[name].source,
         "weights": {key: weights[key] for key in METHODS[name].weights},
-        "trials": to_json(trials),
+        "trials": [asdict(trial) for trial in trials],
         "mean": mean,
         "standard_deviation": deviation,
         "gain": None if baseline is None or name == "none" else paired_gain(accuracies, baseline),

@@ -4,8 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +12,22 @@ from ftfast.distill.runtime import files
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.errors import RunFolderError, SettingsError
 
-_LOCK, _LAUNCH = ".lock", ".launch"
+_LAUNCH = ".launch"
 # A process that was killed may take moments to go, and one that was told to stop saves first.
 LOCK_SECONDS = 10.0
-_held: set[int] = set()
 
 
-def _give_up_locks() -> None:
-    """In a process that was forked off, as those that read images are: a lock lasts as long as any copy of it."""
-    for lock in _held:
-        with suppress(OSError):
-            os.close(lock)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):  # Windows forks nothing
-    os.register_at_fork(after_in_child=_give_up_locks)
-
-
-@dataclass(frozen=True)
 class RunFolder:
     """The paths of one run."""
 
-    path: Path
-
-    @property
-    def settings(self) -> Path:
-        return self.path / "settings.json"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def teacher(self) -> Path:
-        return self.path / "teacher"
-
-    @property
-    def paraphraser(self) -> Path:
-        return self.path / "paraphraser"
-
-    @property
-    def selection(self) -> Path:
-        return self.path / "selection.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.json"
+        self.results = path / "results.json"
+        self.selection = path / "selection.json"
+        self.teacher = path / "teacher"
+        self.paraphraser = path / "paraphraser"
+        self.tensorboard = path / "tensorboard"
 
     def student(self, method: str, seed: int) -> Path:
         return self.path / "students" / method / f"seed{seed}"
@@ -80,13 +48,9 @@ def open_run_folder(
     """
     folder = RunFolder(path)
     check_run_folder(path, settings, resume=resume)
-    lock = -1
-    try:
+    with ExitStack() as stack:
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            _held.add(lock)
-            files.lock(lock, path, LOCK_SECONDS if resume else 0.0)
+            stack.enter_context(files.locked(path, LOCK_SECONDS if resume else 0.0))
             check_run_folder(path, settings, resume=resume)  # another process may have filled it meanwhile
             files.write_json(path / _LAUNCH, [agent.hex() for agent in agents])
             if not folder.settings.exists():
@@ -101,10 +65,6 @@ def open_run_folder(
                 f"output {path} cannot be written ({error.strerror}); choose another --output."
             ) from None
         yield folder
-    finally:
-        if lock >= 0:
-            _held.discard(lock)
-            os.close(lock)  # which gives the lock back, as a kill does
 
 
 def is_of_one(path: Path, agents: Iterable[bytes]) -> bool:
@@ -124,7 +84,7 @@ def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RunFolderError(f"output {path} cannot be written: no permission for {nearest}; choose another --output.")
     entries = list(path.iterdir()) if path.exists() else []
-    found = [entry for entry in entries if entry.name not in (_LOCK, _LAUNCH) and not files.is_left_over(entry)]
+    found = [entry for entry in entries if entry.name not in (files.LOCK, _LAUNCH) and not files.is_left_over(entry)]
     holds_run = RunFolder(path).settings.is_file()
     if found and not resume:
         held = "a run already; continue it with --resume" if holds_run else "other files"

@@ -4,9 +4,8 @@ This module is given no test images, so nothing in it can depend on them.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from ftfast.distill.data.images import Images
 from ftfast.distill.phases.trainable import TeacherSide, student_training
@@ -102,8 +101,3 @@ def best(trials: list[Trial]) -> Trial | None:
     """The trial of the highest validation accuracy, of the lower loss where two are equal; None where all diverged."""
     finite = [trial for trial in trials if trial.accuracy is not None]
     return max(finite, key=lambda trial: (trial.accuracy, -(trial.loss or 0.0)), default=None)
-
-
-def to_json(trials: list[Trial]) -> list[dict[str, Any]]:
-    """Trials as JSON keeps them."""
-    return [asdict(trial) for trial in trials]

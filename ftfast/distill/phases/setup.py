@@ -17,9 +17,9 @@ from ftfast.distill.data.photographs import listing
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, to_photographs
 from ftfast.distill.models import registry
 from ftfast.distill.monitor.gpu_meter import gpu_of, why_there_is_none
+from ftfast.distill.monitor.log_files import EpochLog
 from ftfast.distill.monitor.progress import Progress
 from ftfast.distill.monitor.telemetry import SECONDS_BETWEEN_LINES, RunLog
-from ftfast.distill.monitor.tensorboard import EpochLog
 from ftfast.distill.phases.run_folder import RunFolder
 from ftfast.distill.runtime.checkpoint import Checkpoint, save
 from ftfast.distill.runtime.processes import Processes
@@ -160,7 +160,7 @@ class Setup:
             record = training.history[-1]
             progress.end_epoch(title, training.epochs, record)
             if is_first:
-                epochs.add(record)
+                epochs.add_epoch(record)
 
         resumable.train_to_end(
             training,

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def select_weights(setup: Setup, teacher_side: TeacherSide) -> dict[str, list[se
                 )
                 trials.append(trial)
                 if setup.processes.is_first:
-                    files.write_json(path, {name: selection.to_json(rows) for name, rows in kept.items()})
+                    files.write_json(path, {name: [asdict(row) for row in rows] for name, rows in kept.items()})
             progress.say(f"weights of {method}: {_chosen_line(trials)}, {time.perf_counter() - start:.1f} s")
             progress.end()
     return kept

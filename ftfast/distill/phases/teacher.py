@@ -13,8 +13,8 @@ from ftfast.distill.data import class_names
 from ftfast.distill.data.augment import Mixing
 from ftfast.distill.data.photographs import listing
 from ftfast.distill.models import checkpoint_names, libraries
-from ftfast.distill.models.frozen_teacher import FrozenTeacher, Teacher
-from ftfast.distill.models.registry import resized
+from ftfast.distill.models.frozen_teacher import FrozenTeacher
+from ftfast.distill.models.registry import Teacher, resized
 from ftfast.distill.models.training_graph import training_forward
 from ftfast.distill.phases.setup import Setup, build, with_batch_norms
 from ftfast.distill.runtime import checkpoint

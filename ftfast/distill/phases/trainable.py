@@ -11,7 +11,7 @@ from ftfast.distill.data.augment import Mixing
 from ftfast.distill.data.images import Images
 from ftfast.distill.models.registry import place, resized, seeded
 from ftfast.distill.models.training_graph import training_forward
-from ftfast.distill.monitor.step_clock import part
+from ftfast.distill.monitor.step_clock import timed
 from ftfast.distill.phases.setup import build, with_batch_norms
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.settings.run_settings import Settings, schedule_of
@@ -117,11 +117,11 @@ def trainable_of(
         if chosen.needs and not stored:
             found, taught = both(images)
         else:
-            with part("student"):
+            with timed("student"):
                 found = forward(images)
             if chosen.needs:
                 taught = Stored(*stored)
-        with part("head"):
+        with timed("head"):
             return chosen.terms(found, taught, labels, between, weights)
 
     return trainable, terms

@@ -8,13 +8,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LOCK = ".lock"
 _ASIDE = ".partial"
 # What file systems raise that have no such call, as some networks' and some of user space have not.
 _NOT_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -93,13 +94,28 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def lock(handle: int, path: Path, seconds: float = 0.0) -> None:
-    """Holds an open file for this process alone, until the file is closed.
+_held: set[int] = set()
+
+
+def _give_up_locks() -> None:
+    """In a process that was forked off, as those that read images are: a lock lasts as long as any copy of it."""
+    for lock in _held:
+        with suppress(OSError):
+            os.close(lock)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # Windows forks nothing
+    os.register_at_fork(after_in_child=_give_up_locks)
+
+
+@contextmanager
+def locked(path: Path, seconds: float = 0.0) -> Iterator[None]:
+    """Inside, a folder is this process's alone, by its ``.lock``; it is made where it is missing.
 
     A file system without locks gives none: that is said once, and the caller goes on.
 
     Args:
-        path: what the warning names.
         seconds: how long to wait for another process that holds it.
 
     Raises:
@@ -107,16 +123,24 @@ def lock(handle: int, path: Path, seconds: float = 0.0) -> None:
     """
     import fcntl  # here, since Windows has none, and writing needs none
 
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with _offered(path, "locks no files, so nothing keeps a second process from writing there"):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.1)
+    make_folder(path)
+    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(handle)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                with _offered(path, "locks no files, so nothing keeps a second process from writing there"):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.1)
+        yield
+    finally:
+        _held.discard(handle)
+        os.close(handle)  # which gives the lock back, as a kill does
 
 
 def is_left_over(path: Path) -> bool:

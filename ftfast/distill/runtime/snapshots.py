@@ -2,14 +2,15 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ftfast.distill.runtime import checkpoint, files
 from ftfast.distill.runtime.checkpoint import Checkpoint
@@ -81,13 +82,16 @@ class Snapshots:
         written is waited for.
 
         Args:
-            is_last: a disk that fails is told of though it has been before.
+            is_last: waits until it is written; a disk that fails is told of though it has been before.
         """
         self.is_idle(wait=True)
         self._has_warned = self._has_warned and not is_last
-        tensors, state = _copied((content.tensors, content.state))
+        tensors, state = tree_map_only(Tensor, _copy_begun, (content.tensors, content.state))
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         copy = Checkpoint(tensors, state, content.description)
-        self._writing = self._thread.submit(self._write, self._folder / name, copy)
+        self._writing = self._thread.submit(self._write_and_prune, self._folder / name, copy)
+        self.is_idle(wait=is_last)
 
     def is_idle(self, *, wait: bool = False) -> bool:
         """Whether nothing is being written, once waited for with ``wait``; a disk that fails is then told of."""
@@ -106,16 +110,16 @@ class Snapshots:
             self._say(f"warning: the checkpoint {error.filename} cannot be written: {error.strerror}; {stands}")
         return True
 
-    def make_room(self, write: Callable[[], None]) -> None:
-        """Calls ``write``, and where the disk is full again, without the checkpoints but the newest."""
+    def write(self, folder: Path, content: Checkpoint) -> None:
+        """Writes a checkpoint; where the disk is full again, without those on the way but the newest."""
         try:
-            write()
+            checkpoint.save(folder, content)
         except OSError as error:
             older = self._folders()[:-1]
             if error.errno not in _FULL or not older:
                 raise
             self._remove(older)  # the newest one stays until there is a newer
-            write()
+            checkpoint.save(folder, content)
 
     def remove(self) -> None:
         """Removes the folder, once nothing is being written."""
@@ -126,11 +130,10 @@ class Snapshots:
     def _folders(self) -> list[Path]:
         return sorted(self._folder.glob("[!.]*"))
 
-    def _write(self, folder: Path, content: Checkpoint) -> None:
-        if folder.exists() or not is_finite(content):
-            return
-        self.make_room(lambda: checkpoint.save(folder, content))
-        self._remove(self._folders()[: -self._kept])
+    def _write_and_prune(self, folder: Path, content: Checkpoint) -> None:
+        if not folder.exists() and is_finite(content):
+            self.write(folder, content)
+            self._remove(self._folders()[: -self._kept])
 
     def _remove(self, folders: list[Path]) -> None:
         for folder in folders:
@@ -139,34 +142,12 @@ class Snapshots:
 
 def is_finite(content: Checkpoint) -> bool:
     """Whether every number of a checkpoint's tensors is."""
-    floating = (tensor for tensor in _tensors((content.tensors, content.state)) if tensor.is_floating_point())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
+    tensors = (leaf for leaf in tree_leaves((content.tensors, content.state)) if isinstance(leaf, Tensor))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _copied(value: Any) -> Any:
-    """The same dictionaries, lists and tuples with copies of the tensors on the CPU."""
-    copy = _copy_begun(value)
-    if any(tensor.is_cuda for tensor in _tensors(value)):
-        torch.cuda.synchronize()
-    return copy
-
-
-def _copy_begun(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if not value.is_cuda:
-            return value.detach().to("cpu", copy=True)
-        # Into pinned memory, which torch keeps for the next time, the GPU copies while Python goes on to the next one.
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
-    if isinstance(value, dict):
-        return {name: _copy_begun(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy_begun(item) for item in value)
-    return value
+def _copy_begun(tensor: Tensor) -> Tensor:
+    """On the CPU; a GPU copies into pinned memory, which torch keeps for the next time, while Python goes on."""
+    if not tensor.is_cuda:
+        return tensor.detach().to("cpu", copy=True)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach(), non_blocking=True)

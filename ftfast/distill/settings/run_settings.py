@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from ftfast.arguments import has_bfloat16
 from ftfast.distill.data import datasets
 from ftfast.distill.data.augment import Augmentation
 from ftfast.distill.data.datasets import DATASETS, Dataset, Source, described_dataset
@@ -82,13 +83,8 @@ class Settings(Recipe):
 
     def dataset(self) -> Dataset:
         """The data set; of photographs, what is known of them."""
-        photographs = {
-            "classes": self.classes,
-            "size": self.image_size,
-            "train": self.train_images,
-            "test": self.test_images,
-        }
-        return described_dataset(self.data, photographs)
+        counts = {"classes": self.classes, "train": self.train_images, "test": self.test_images}
+        return described_dataset(self.data, {"size": self.image_size, **counts})
 
     def image_source(self) -> Source:
         """Where the images come from, and how those that are trained on are augmented."""
@@ -106,19 +102,15 @@ class Settings(Recipe):
 
     def teacher_features(self) -> registry.FeatureMap:
         """The teacher's layer that is compared, and its shape."""
-        shape = self.dataset().image_shape
-        layer, option = self.teacher_layer, "teacher_layer"
-        return registry.feature_map(
-            self.teacher, self.teacher_channels, self.shortcut, shape, layer=layer, option=option
-        )
+        return self._features(self.teacher, self.teacher_channels, self.teacher_layer, "teacher_layer")
 
     def student_features(self) -> registry.FeatureMap:
         """The students' layer that is compared, and its shape."""
+        return self._features(self.student, self.student_channels, self.student_layer, "student_layer")
+
+    def _features(self, model: str, channels: int, layer: str | None, option: str) -> registry.FeatureMap:
         shape = self.dataset().image_shape
-        layer, option = self.student_layer, "student_layer"
-        return registry.feature_map(
-            self.student, self.student_channels, self.shortcut, shape, layer=layer, option=option
-        )
+        return registry.feature_map(model, channels, self.shortcut, shape, layer=layer, option=option)
 
     def map_size(self) -> tuple[int, int]:
         """Height and width on which the feature maps are compared: the smaller of teacher's and student's."""
@@ -228,7 +220,7 @@ class Settings(Recipe):
             raise SettingsError("dtype is 'float16', which takes a GPU; on the CPU take bfloat16 or float32.")
         if self.dtype != "auto" or self.engine == "plain":
             return "float32" if self.dtype == "auto" else self.dtype
-        return "bfloat16" if _has_bfloat16(device) else "float32"
+        return "bfloat16" if has_bfloat16(device) else "float32"
 
     def _resolved_compile(self, device: str) -> str:
         if self.compile != "auto":
@@ -284,14 +276,6 @@ HINTS = typing.get_type_hints(Settings)
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
-
-
-def _has_bfloat16(device: str) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Emulated bfloat16 is slower than float32, so only processors with instructions of their own count.
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(value is True for name, value in capabilities.items() if name.endswith("bf16"))
 
 
 def schedule_of(settings: Settings, epochs: int) -> Schedule:

@@ -5,11 +5,10 @@ are missing and ends in the same bytes; several processes take every so-manieth 
 """
 
 import dataclasses
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from ftfast.errors import StoreError
 
 MOST_VIEWS = 1000
 DEFAULT_VIEWS = 4
-_LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +129,10 @@ def build_store(
                 )
             if only_estimate:
                 return left
-            stack.enter_context(_locked(path))
+            try:
+                stack.enter_context(files.locked(path))
+            except BlockingIOError:
+                raise StoreError(f"another process is building {path}; wait for it, or choose another name.") from None
             _check_path(path, header, resume=resume)  # another process may have filled it meanwhile
             _begin(path, header, teacher, paraphraser)
             return left
@@ -146,7 +147,7 @@ def build_store(
         processes.wait()
         processes.on_first(lambda: shard_files.finish(path, header))
         if processes.is_first:
-            (path / _LOCK).unlink(missing_ok=True)
+            (path / files.LOCK).unlink(missing_ok=True)
         progress.end()
         progress.say(f"the store {path} is finished")
     return header
@@ -200,7 +201,7 @@ def _check_path(path: Path, header: Header, *, resume: bool) -> bool:
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; choose another name for the store.")
     entries = list(path.iterdir()) if path.exists() else []
-    found = [entry for entry in entries if entry.name != _LOCK and not files.is_left_over(entry)]
+    found = [entry for entry in entries if entry.name != files.LOCK and not files.is_left_over(entry)]
     holds_store = (path / headers.FILE).exists()
     if found and not holds_store:
         raise StoreError(f"{path} holds other files; choose another name for the store.")
@@ -212,21 +213,6 @@ def _check_path(path: Path, header: Header, *, resume: bool) -> bool:
         raise StoreError(f"{path} holds {held}{';' if begun.is_finished else ', or'} choose another name.")
     headers.check_same_build(path, begun, header)
     return begun.is_finished
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The folder for this build alone."""
-    files.make_folder(path)
-    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            files.lock(lock, path)
-        except BlockingIOError:
-            raise StoreError(f"another process is building {path}; wait for it, or choose another name.") from None
-        yield
-    finally:
-        os.close(lock)  # which gives the lock back, as a kill does
 
 
 def _begin(path: Path, header: Header, teacher: Checkpoint, paraphraser: Checkpoint) -> None:

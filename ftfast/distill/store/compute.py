@@ -68,8 +68,8 @@ class ShardMaker:
         computed = self.compute(self.batches(shards))
         for shard in shards:
             count = -(-len(self.header.rows_of(shard)) // self.header.batch_size)
-            parts = [next(computed) for _ in range(count)]
-            yield shard, {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+            batches = [next(computed) for _ in range(count)]
+            yield shard, {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
 
 
 _TRIAL_BATCHES, _TRIAL_SECONDS = 8, 2.0

@@ -180,10 +180,10 @@ def check_same_build(path: Path, begun: Header, asked: Header) -> None:
     """Raises StoreError naming the first field in which an unfinished store differs from what is now asked for."""
     check_hashes(path, begun, asked.hashes)
     before, now = begun.to_json(), asked.to_json()
-    for part_before, part_now in ((before["settings"], now["settings"]), (before, now)):
-        for name, value in part_now.items():
-            if name not in ("settings", "shards") and part_before.get(name) != value:
+    for those_before, those_now in ((before["settings"], now["settings"]), (before, now)):
+        for name, value in those_now.items():
+            if name not in ("settings", "shards") and those_before.get(name) != value:
                 raise StoreError(
                     f"{name} is {value!r}, and the store {path} was begun with "
-                    f"{shown(repr(part_before.get(name)))}; go on as it was begun, or build another one."
+                    f"{shown(repr(those_before.get(name)))}; go on as it was begun, or build another one."
                 )

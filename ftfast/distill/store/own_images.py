@@ -138,14 +138,14 @@ def write_factors(
     model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
     kept = Checkpoint(paraphraser.state_dict(), {}, {"kind": "paraphraser", "model": model})
     with files.new_folder(path) as folder:
-        parts = _parts(teacher.eval(), paraphraser.eval(), loader, DTYPES[dtype], logits=logits)
-        first = next(parts, None)
+        batches = _batches(teacher.eval(), paraphraser.eval(), loader, DTYPES[dtype], logits=logits)
+        first = next(batches, None)
         if first is None:
             raise StoreError("loader gives no batch; it takes one that gives images.")
         height, width, channels = first[FACTORS].shape[2:]
         factor = (channels, height, width)
         in_a_shard, images = shard_files.images_in_a_shard(1, 0, 1, factor, dtype), 0
-        for shard, tensors in enumerate(_shards(chain([first], parts), in_a_shard)):
+        for shard, tensors in enumerate(_shards(chain([first], batches), in_a_shard)):
             shard_files.write_shard(shard_path(folder, shard), tensors)
             images += len(tensors[LABELS])
         checkpoint.save(folder / PARAPHRASER, kept)
@@ -167,7 +167,7 @@ def write_factors(
     return FactorStore(path)
 
 
-def _parts(
+def _batches(
     teacher: nn.Module, paraphraser: Paraphraser, loader: Iterable[Any], dtype: torch.dtype, *, logits: bool
 ) -> Iterator[dict[str, Tensor]]:
     """What a shard has of each batch."""
@@ -205,12 +205,12 @@ def _computed(
     return factors, said
 
 
-def _shards(parts: Iterable[dict[str, Tensor]], images: int) -> Iterator[dict[str, Tensor]]:
+def _shards(batches: Iterable[dict[str, Tensor]], images: int) -> Iterator[dict[str, Tensor]]:
     """The same in pieces of so many images, but for the last one."""
     held: list[dict[str, Tensor]] = []
-    for part in chain(parts, [None]):
-        held += [] if part is None else [part]
-        while held and (part is None or sum(len(each[LABELS]) for each in held) >= images):
+    for batch in chain(batches, [None]):
+        held += [] if batch is None else [batch]
+        while held and (batch is None or sum(len(each[LABELS]) for each in held) >= images):
             whole = {name: torch.cat([each[name] for each in held]) for name in held[0]}
             yield {name: tensor[:images].contiguous() for name, tensor in whole.items()}
             rest = {name: tensor[images:] for name, tensor in whole.items()}

@@ -63,13 +63,13 @@ def _compute_anew(store: Store, sample: int, seed: int, places: dict[str, Any]) 
         largest = 0.0
         rows = _sample(header.images, header.views, sample, seed)
         for first in range(0, len(rows.images), header.batch_size):
-            part = Rows(*(values[first : first + header.batch_size] for values in rows))
-            pixels = next(images.cut(iter([(part.images, store.boxes[part.images, part.views])])))[0]
+            batch = Rows(*(values[first : first + header.batch_size] for values in rows))
+            pixels = next(images.cut(iter([(batch.images, store.boxes[batch.images, batch.views])])))[0]
             factors, logits = factors_of(teacher_side, precision_of(settings), pixels)
-            found = store.read(part)
-            largest = max(largest, _check(store, part, "factor", found[0].to(factors.device), factors))
+            found = store.read(batch)
+            largest = max(largest, _check(store, batch, "factor", found[0].to(factors.device), factors))
             if header.classes:
-                _check(store, part, "logits", found[1].to(logits.device), logits)
+                _check(store, batch, "logits", found[1].to(logits.device), logits)
     return Verified(len(rows.images), largest)
 
 

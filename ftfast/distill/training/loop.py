@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ftfast.distill.data.images import Images, size_of, steps_of
 from ftfast.distill.monitor.epochs import Epoch
-from ftfast.distill.monitor.step_clock import part
+from ftfast.distill.monitor.step_clock import timed
 from ftfast.distill.monitor.telemetry import RunLog
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.runtime.signals import Stopped
@@ -171,7 +171,7 @@ class Training:
         while True:
             if self.log is not None:
                 self.log.clock.begin_step()
-            with part("data"):
+            with timed("data"):
                 batch = next(batches, None)
             if batch is None:
                 if self.log is not None:

@@ -120,12 +120,7 @@ def train_to_end(
     def save_last(training: Training) -> None:
         """Nobody leaves before it is written: torchrun soon ends the processes that are left."""
         content = _checkpoint_of(training, unfinished)
-
-        def write() -> None:
-            snapshots.save(_name_of(training), content, is_last=True)
-            snapshots.is_idle(wait=True)
-
-        processes.on_first(write)
+        processes.on_first(lambda: snapshots.save(_name_of(training), content, is_last=True))
 
     def must_stop(*, is_due: bool = False) -> bool:
         nonlocal signal_heard, save_heard
@@ -185,7 +180,7 @@ def _keep(final: Checkpoint, folder: Path, snapshots: Snapshots) -> None:
             "what was learned is not finite after the last step; the last checkpoint before it is kept. Lower "
             f"--learning-rate or the weights of the loss, or set --clip-gradient, {IN_A_NEW_RUN} once that is there."
         )
-    snapshots.make_room(lambda: checkpoint.save(folder, final))
+    snapshots.write(folder, final)
     snapshots.remove()
 
 

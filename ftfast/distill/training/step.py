@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ftfast.distill.models.registry import Outputs
-from ftfast.distill.monitor.step_clock import part as timed_part
+from ftfast.distill.monitor.step_clock import timed as timed_part
 from ftfast.distill.runtime.processes import ALONE, Processes, translate_distributed_errors
 from ftfast.distill.training.methods import Terms
 from ftfast.distill.training.schedule import Schedule

@@ -95,19 +95,13 @@ def cut_middle(photograph: Tensor, size: int) -> Tensor:
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """Of one photograph's box in one epoch: no process, order or resumption changes it."""
-    mixed = 0
-    for part in (seed, epoch, index):  # splitmix64's finaliser, in few instructions
-        mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
-    return mixed
+    return int(sample_seeds(seed, epoch, np.array([index]))[0])
 
 
 def sample_seeds(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """:func:`sample_seed` of many photographs: ``[N]`` to ``[N]`` uint64."""
     mixed = np.zeros(len(indices), np.uint64)
-    for part in (np.uint64(seed), np.uint64(epoch), indices.astype(np.uint64)):
+    for part in (np.uint64(seed), np.uint64(epoch), indices.astype(np.uint64)):  # splitmix64's finaliser
         mixed = mixed + part + np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -65,7 +65,7 @@ class FolderFiles:
 
 
 @lru_cache(maxsize=8)
-def list_photographs(folder: Path, loader: str, part: str) -> Photographs:
+def list_photographs(folder: Path, loader: str, split: str) -> Photographs:
     """The photographs of ``"train"`` or ``"val"`` as a loader of :data:`LOADERS` that reads files finds them.
 
     Raises:
@@ -73,24 +73,24 @@ def list_photographs(folder: Path, loader: str, part: str) -> Photographs:
     """
     list_files = LOADERS[loader].list_files
     assert list_files is not None
-    return list_files(folder, part)
+    return list_files(folder, split)
 
 
-def _list_shards(folder: Path, part: str) -> Photographs:
-    found, labels = tar_shards.list_shards(folder, part)
+def _list_shards(folder: Path, split: str) -> Photographs:
+    found, labels = tar_shards.list_shards(folder, split)
     return Photographs(found, labels, int(labels.max()) + 1)
 
 
-def _list_either(folder: Path, part: str) -> Photographs:
-    """Shards where there are such and no folders to train on, so that both parts are of one kind."""
+def _list_either(folder: Path, split: str) -> Photographs:
+    """Shards where there are such and no folders to train on, so that both splits are of one kind."""
     has_shards = not (folder / TRAIN).is_dir() and next(folder.glob(f"{TRAIN}-*.tar"), None) is not None
-    return (_list_shards if has_shards else _list_folders)(folder, part)
+    return (_list_shards if has_shards else _list_folders)(folder, split)
 
 
-def _list_folders(home: Path, part: str) -> Photographs:
+def _list_folders(home: Path, split: str) -> Photographs:
     from torchvision.datasets import ImageFolder
 
-    folder = home / part
+    folder = home / split
     if not folder.is_dir():
         raise DataError(
             f"{shown(str(folder))} is not there; photographs are taken from --data-dir with {TRAIN}/CLASS/*.jpeg and "
@@ -120,7 +120,7 @@ def list_both(folder: Path, loader: str) -> tuple[Photographs, Photographs]:
     Raises:
         DataError: none there, or training and test photographs of unlike classes.
     """
-    train, test = (list_photographs(folder, loader, part) for part in (TRAIN, TEST))
+    train, test = (list_photographs(folder, loader, split) for split in (TRAIN, TEST))
     unlike = difference((TRAIN, train.class_names), (TEST, test.class_names))
     if train.classes != test.classes or unlike:
         raise DataError(

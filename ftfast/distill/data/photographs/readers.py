@@ -5,11 +5,12 @@ import multiprocessing
 import multiprocessing.queues
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils import signal_handling
 
@@ -99,10 +101,9 @@ class Reader(Dataset[Any]):
     def _bytes(self, index: int) -> bytes:
         """Tried twice: a disk or server that fails says nothing of the picture, which nothing else can stand in for."""
         try:
-            return self.files.read(index)
-        except OSError:
+            with suppress(OSError):
+                return self.files.read(index)
             time.sleep(_SECONDS_TO_ANOTHER_TRY)
-        try:
             return self.files.read(index)
         except OSError as error:
             advice = (
@@ -199,12 +200,7 @@ def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Tensor | Square
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise
-        raise _shared_memory_is_full(sum(tensor.nbytes for tensor in _tensors(found))) from None
-
-
-def _tensors(found: Sequence[Any]) -> Iterator[Tensor]:
-    for one in found:
-        yield from one if isinstance(one, Squares) else (one,)
+        raise _shared_memory_is_full(sum(tensor.nbytes for tensor in tree_leaves(found))) from None
 
 
 def _shared_memory_is_full(batch: int | None = None) -> DataError:
@@ -218,11 +214,9 @@ def _shared_memory_is_full(batch: int | None = None) -> DataError:
 
 
 def _size_of_shared_memory() -> str:
-    try:
-        size = os.statvfs(_SHARED_MEMORY)
-    except OSError:
-        return ""
-    return f" ({_SHARED_MEMORY} has {size.f_blocks * size.f_frsize / 1e6:.0f} MB)"
+    with suppress(OSError):
+        return f" ({_SHARED_MEMORY} has {shutil.disk_usage(_SHARED_MEMORY).total / 1e6:.0f} MB)"
+    return ""
 
 
 def translate_loader_errors(loader: Any) -> Iterator[Any]:

@@ -6,6 +6,7 @@ cannot be read is made again; an index is never needed.
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -33,7 +34,7 @@ Rows = np.ndarray
 """Offset, size and label of each photograph of one shard: ``[N, 3]`` int64."""
 
 
-def rows_of(folder: Path, part: str, paths: list[Path], walk: Callable[[Path], Rows]) -> list[Rows]:
+def rows_of(folder: Path, split: str, paths: list[Path], walk: Callable[[Path], Rows]) -> list[Rows]:
     """The rows of every shard, from the index where it knows them; an index that lacks some is written anew.
 
     Args:
@@ -42,13 +43,13 @@ def rows_of(folder: Path, part: str, paths: list[Path], walk: Callable[[Path], R
     Raises:
         DataError: a shard that is not there, or what ``walk`` raises.
     """
-    known = {stamp: rows for place in _places(folder, part) for stamp, rows in _read(place).items()}
+    known = {stamp: rows for place in _places(folder, split) for stamp, rows in _read(place).items()}
     found: dict[Stamp, Rows] = {}
     for path in paths:
         stamp = _stamp(path)  # before the walk, so that a change in between is seen the next time
         found[stamp] = known[stamp] if stamp in known else walk(path)
     if found.keys() - known.keys():
-        _write(folder, part, found)
+        _write(folder, split, found)
     return list(found.values())
 
 
@@ -60,12 +61,12 @@ def _stamp(path: Path) -> Stamp:
     return Stamp(path.name, state.st_size, state.st_mtime_ns)
 
 
-def _places(folder: Path, part: str) -> list[Path]:
+def _places(folder: Path, split: str) -> list[Path]:
     """Beside the shards, and in the user's folder where these lie in one that cannot be written."""
-    places = [folder / f".ftfast-{part}.npz"]
+    places = [folder / f".ftfast-{split}.npz"]
     if (kept := user_folder()) is not None:
         name = sha256(os.fsencode(folder.absolute())).hexdigest()[:32]
-        places.append(kept / "shards" / f"{name}-{part}.npz")
+        places.append(kept / "shards" / f"{name}-{split}.npz")
     return places
 
 
@@ -89,7 +90,7 @@ def _read(path: Path) -> dict[Stamp, Rows]:
         return {}
 
 
-def _write(folder: Path, part: str, found: dict[Stamp, Rows]) -> None:
+def _write(folder: Path, split: str, found: dict[Stamp, Rows]) -> None:
     content = BytesIO()
     np.savez(
         content,
@@ -99,7 +100,7 @@ def _write(folder: Path, part: str, found: dict[Stamp, Rows]) -> None:
         counts=np.array([len(rows) for rows in found.values()], dtype=np.int64),
         rows=np.concatenate(list(found.values())),
     )
-    for place in _places(folder, part):
+    for place in _places(folder, split):
         aside = place.with_name(f".ftfast-{uuid4().hex}.tmp")  # a name of its own: all processes of a run may be here
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +108,5 @@ def _write(folder: Path, part: str, found: dict[Stamp, Rows]) -> None:
             os.replace(aside, place)
             return
         except OSError:
-            _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)

@@ -245,17 +245,17 @@ def load(
             f"{shown(str(folder))} has {both[0].classes} classes, and {classes} are asked for; leave --classes out, or "
             "see --data-dir."
         )
-    parts: list[Images] = []
-    for part, wanted, found in zip((TRAIN, TEST), (train_images, test_images), both, strict=True):
+    found_images: list[Images] = []
+    for split, wanted, listed in zip((TRAIN, TEST), (train_images, test_images), both, strict=True):
         whole = Streamed(
-            found, reading if part == TRAIN else replace(reading, rand_augment=0), np.arange(len(found.labels))
+            listed, reading if split == TRAIN else replace(reading, rand_augment=0), np.arange(len(listed.labels))
         )
         if wanted > len(whole):
             raise DataError(
-                f"{shown(str(folder))} has {len(whole)} photographs in {part}, fewer than the {wanted} asked for."
+                f"{shown(str(folder))} has {len(whole)} photographs in {split}, fewer than the {wanted} asked for."
             )
-        parts.append(whole.stratified(wanted)[0])
-    return parts[0], parts[1]
+        found_images.append(whole.stratified(wanted)[0])
+    return found_images[0], found_images[1]
 
 
 def default_workers() -> int:

@@ -81,23 +81,23 @@ def _most_open() -> int:
     return MOST_OPEN if allowed == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, allowed // 4))
 
 
-def list_shards(folder: Path, part: str) -> tuple[ShardFiles, np.ndarray]:
-    """The photographs of all ``part-*.tar`` and their labels ``[N]`` int64, in the shards' order.
+def list_shards(folder: Path, split: str) -> tuple[ShardFiles, np.ndarray]:
+    """The photographs of all ``SPLIT-*.tar`` and their labels ``[N]`` int64, in the shards' order.
 
     Raises:
         DataError: no shards, one that is cut short or no tar file, or a photograph without a label.
     """
-    paths = sorted(folder.glob(f"{part}-*.tar"))
+    paths = sorted(folder.glob(f"{split}-*.tar"))
     if not paths:
         raise DataError(
-            f"{shown(str(folder))} has no {part}-*.tar; --loader webdataset takes such shards of photographs and "
+            f"{shown(str(folder))} has no {split}-*.tar; --loader webdataset takes such shards of photographs and "
             "labels."
         )
-    rows = shard_index.rows_of(folder, part, paths, _list_shard)
+    rows = shard_index.rows_of(folder, split, paths, _list_shard)
     number = np.repeat(np.arange(len(paths)), [len(own) for own in rows])
     found = np.concatenate(rows)
     if not len(found):
-        raise DataError(f"{shown(str(folder))} has no photographs ({', '.join(KINDS)}) in its {part}-*.tar.")
+        raise DataError(f"{shown(str(folder))} has no photographs ({', '.join(KINDS)}) in its {split}-*.tar.")
     return ShardFiles(paths, np.column_stack([number, found[:, :2]])), found[:, 2].copy()
 
 
