@@ -60,7 +60,8 @@ def run(
         stack.enter_context(translate_reader_errors())
         processes = stack.enter_context(joined(settings.device))
 
-        agents = _agents(processes)
+        # What started the processes of the run, on all machines.
+        agents = {agent for agent in processes.gather(torchrun.agent()) if agent is not None}
 
         def open_folder() -> bool:
             # The number of restarts stays what it is where a machine came or went, so it tells of restarts at best.
@@ -75,11 +76,6 @@ def run(
         starts_anew = processes.on_first(open_folder)
         seconds = (checkpoint_seconds, telemetry_seconds)
         return _run_in(RunFolder(output), settings, seconds, checkpoints_kept, processes, starts_anew=starts_anew)
-
-
-def _agents(processes: Processes) -> set[bytes]:
-    """What started the processes of the run, on all machines."""
-    return {agent for agent in processes.gather(torchrun.agent()) if agent is not None}
 
 
 def _check(settings: Settings, processes: Processes) -> None:

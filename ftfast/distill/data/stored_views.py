@@ -7,10 +7,11 @@ by their padding.
 import base64
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,42 +30,53 @@ Batch = tuple[np.ndarray, np.ndarray]
 """Rows ``[N]`` and their boxes ``[N, 5]``."""
 
 
-class ViewedImages(Protocol):
+class ViewedImages(ABC):
     """All training images of a data set, from which boxes can be cut; rows are numbers in their order."""
 
-    @property
-    def images(self) -> Images:
-        """The same, as they are trained on without a store."""
+    images: Images
 
     @property
     def labels(self) -> np.ndarray:
         """``[N]`` int64."""
+        return self.images.row_labels()
 
+    @abstractmethod
     def transform(self) -> dict[str, Any]:
         """How a box becomes what the networks take, in words and numbers."""
 
+    @abstractmethod
+    def decoder_hash(self) -> str:
+        """Of what makes pixels of files."""
+
+    @abstractmethod
+    def content(self) -> Iterator[bytes]:
+        """What tells these images from others."""
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 of transform, decoder and data."""
+        data = hashlib.sha256()
+        for piece in self.content():
+            data.update(piece)
+        data.update(self.labels.astype(np.int64).tobytes())
+        return {"transform": hash_json(self.transform()), "decoder": self.decoder_hash(), "data": data.hexdigest()}
 
+    @abstractmethod
     def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of each batch of rows: images ``[N * views, C, H, W]``, labels ``[N]`` and boxes ``[N, views, 5]``.
 
         An image's boxes follow from ``seed`` and its row alone.
         """
 
+    @abstractmethod
     def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
         """Images ``[N, C, H, W]`` float32, normalised, channels_last, on their device, and labels."""
 
 
 @dataclass(frozen=True)
-class SmallImages:
+class SmallImages(ViewedImages):
     """Images in memory."""
 
     images: Split
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.images.row_labels()
 
     def transform(self) -> dict[str, Any]:
         augmentation, normalisation = self.images.augmentation, self.images.normalisation
@@ -80,12 +92,13 @@ class SmallImages:
             "normalisation": numbers,
         }
 
-    def hashes(self) -> dict[str, str]:
+    def decoder_hash(self) -> str:
+        return hash_json("none")
+
+    def content(self) -> Iterator[bytes]:
         pixels = self.images.pixels.cpu().contiguous()
-        data = hashlib.sha256(f"{pixels.dtype} {list(pixels.shape)}".encode())
-        data.update(pixels.numpy().tobytes())
-        data.update(self.labels.tobytes())
-        return {"transform": hash_json(self.transform()), "decoder": hash_json("none"), "data": data.hexdigest()}
+        yield f"{pixels.dtype} {list(pixels.shape)}".encode()
+        yield pixels.numpy().tobytes()
 
     @property
     def different_views(self) -> int:
@@ -94,7 +107,7 @@ class SmallImages:
         return (2 * augmentation.crop_padding + 1) ** 2 * (2 if augmentation.flip else 1)
 
     def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`ViewedImages.draw`; no two boxes of an image are alike."""
+        """No two boxes of an image are alike."""
         if views > self.different_views:
             augmentation = self.images.augmentation
             raise StoreError(
@@ -117,7 +130,6 @@ class SmallImages:
         return np.column_stack([top, left, sizes, flip]).astype(np.int32)
 
     def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
-        """See :meth:`ViewedImages.cut`."""
         for rows, boxes in batches:
             yield self._cut(rows, boxes)
 
@@ -145,7 +157,7 @@ _KNOWN_JPEG = base64.b64decode(
 
 
 @dataclass(frozen=True)
-class PhotographViews:
+class PhotographViews(ViewedImages):
     """Photographs that are decoded as they are needed.
 
     Attributes:
@@ -154,10 +166,6 @@ class PhotographViews:
 
     images: Streamed
     folder: Path
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.images.row_labels()
 
     def transform(self) -> dict[str, Any]:
         colours = self.images.reading.colours._asdict()
@@ -170,23 +178,24 @@ class PhotographViews:
             "normalisation": {"scale": 255, **{name: list(values) for name, values in colours.items()}},
         }
 
-    def hashes(self) -> dict[str, str]:
+    def decoder_hash(self) -> str:
+        """Of the pixels that a known file becomes, so that a new version of the same decoder changes nothing."""
+        content = torch.frombuffer(bytearray(_KNOWN_JPEG), dtype=torch.uint8)
+        return hashlib.sha256(decode(content).numpy().tobytes()).hexdigest()
+
+    def content(self) -> Iterator[bytes]:
         names, prefix = self.images.photographs.files, f"{self.folder}/"
-        data = hashlib.sha256()
         for row in self.images.rows.tolist():
-            data.update(os.fsencode(names.name(row).removeprefix(prefix)) + b"\n")
-        data.update(self.labels.astype(np.int64).tobytes())
-        return {"transform": hash_json(self.transform()), "decoder": _decoder_hash(), "data": data.hexdigest()}
+            yield os.fsencode(names.name(row).removeprefix(prefix)) + b"\n"
 
     def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See :meth:`ViewedImages.draw`; a photograph's boxes are those that an epoch of the number would draw."""
+        """A photograph's boxes are those that an epoch of the number would draw."""
         for images, labels, boxes, *_ in self.images.draw_views(
             [crops.Views(row, seed, views) for row in self.images.rows[rows].tolist()] for rows in batches
         ):
             yield images, labels, boxes
 
     def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
-        """See :meth:`ViewedImages.cut`."""
         return self.images.cut_boxes(
             [
                 crops.Cut(row, crops.Box(top, left, height, width, flip=bool(flip)))
@@ -196,12 +205,6 @@ class PhotographViews:
             ]
             for rows, boxes in batches
         )
-
-
-def _decoder_hash() -> str:
-    """Of the pixels that a known file becomes, so that a new version of the same decoder changes nothing."""
-    content = torch.frombuffer(bytearray(_KNOWN_JPEG), dtype=torch.uint8)
-    return hashlib.sha256(decode(content).numpy().tobytes()).hexdigest()
 
 
 def viewed(images: Images, folder: str | Path | None) -> ViewedImages:

@@ -11,24 +11,20 @@ from ftfast.distill.models.cifar import VGG, ResNet, WideResNet
 from ftfast.errors import CheckpointError
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-# What is common to the authors' code and the CIFAR networks that most projects share. The first rule that fits a place
-# is the one that counts.
-_RESNET_RULES = (
+# What is common to the authors' code and the CIFAR networks that most projects share.
+_COMMON_RULES = (
     (r"^conv1\.", "stem."),
     (r"^bn1\.", "norm."),
-    (r"^layer(\d)\.", r"stage\1."),
     (r"\.bn(\d)\.", r".norm\1."),
-    (r"\.(?:shortcut|downsample)\.", ".projection."),
     (r"^(?:linear|fc)\.", "classifier."),
 )
-_WIDE_RESNET_RULES = (
-    (r"^conv1\.", "stem."),
-    (r"^bn1\.", "norm."),
-    (r"^(?:layer|block)(\d)\.(?:layer\.)?", r"stage\1."),
-    (r"\.bn(\d)\.", r".norm\1."),
-    (r"\.(?:shortcut\.0|convShortcut)\.", ".projection."),
-    (r"^(?:linear|fc)\.", "classifier."),
-)
+_RULES = {
+    ResNet: ((r"^layer(\d)\.", r"stage\1."), (r"\.(?:shortcut|downsample)\.", ".projection.")),
+    WideResNet: (
+        (r"^(?:layer|block)(\d)\.(?:layer\.)?", r"stage\1."),
+        (r"\.(?:shortcut\.0|convShortcut)\.", ".projection."),
+    ),
+}
 
 
 def to_own_layout(tensors: dict[str, Tensor], model: nn.Module, path: Path, data: str) -> dict[str, Tensor]:
@@ -69,10 +65,11 @@ def _unwrapped(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, 
 def _renamed(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, VGG):
         return _in_order(tensors, model)
-    rules = {ResNet: _RESNET_RULES, WideResNet: _WIDE_RESNET_RULES}.get(type(model), ())
+    if type(model) not in _RULES:
+        return tensors
     renamed = {}
     for name, tensor in tensors.items():
-        for pattern, replacement in rules:
+        for pattern, replacement in (*_COMMON_RULES, *_RULES[type(model)]):
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     return renamed

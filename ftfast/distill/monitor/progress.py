@@ -4,19 +4,28 @@ Epochs that take a while have a line each.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from ftfast.distill.monitor.epochs import Epoch
 
+Value = TypeVar("Value")
 LONG_EPOCH_SECONDS = 10.0  # of these each has its line
 SECONDS_OF_SILENCE = 60.0  # after which a shorter one has
 STEADY_SECONDS = 600.0  # of which rate and time left are reckoned: steps of a minute, and evaluations, are in it
@@ -47,13 +56,11 @@ def _shows_bars(console: Console) -> bool:
     return console.is_jupyter or (console.is_terminal and console.file.isatty())
 
 
-@contextmanager
-def bar(title: str, steps: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
-    """A bar on standard error of something outside a run, with what advances it; none off terminals and notebooks."""
-    console = console or Console(stderr=True)
-    with Bars(console=console, transient=True, disable=not _shows_bars(console)) as bars:
-        task = bars.add_task(title, total=steps)
-        yield lambda: bars.advance(task)
+def bar(values: Iterable[Value], title: str, steps: int) -> Iterator[Value]:
+    """The values of something outside a run, with a bar on standard error; none off terminals and notebooks."""
+    console = Console(stderr=True)
+    shows = _shows_bars(console)
+    yield from track(values, title, steps, console=console, transient=True, disable=not shows)
 
 
 class Progress:

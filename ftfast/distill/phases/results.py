@@ -2,9 +2,9 @@
 
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,6 +22,7 @@ from ftfast.distill.training.resumable import history_of
 
 FORMAT = "ftfast-results"
 VERSION = 1
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def student_result(seed: int, history: list[Epoch]) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def collect(
     """
     baseline = [student["accuracy"] for student in methods["none"][1]] if "none" in methods else None
     history = history_of(teacher)
+    trained = (student["history"] for _, students in methods.values() for student in students)
+    epochs = chain(map(asdict, history), *trained)
     dataset = settings.dataset()
     return {
         "format": FORMAT,
@@ -81,11 +84,13 @@ def collect(
             "teacher_images": dataset.train_images,
             "student_images": settings.student_images,
             "test_images": dataset.test_images,
-            "damaged_images": max((epoch["damaged"] for epoch in _epochs(history, methods)), default=0),
+            "damaged_images": max((epoch["damaged"] for epoch in epochs), default=0),
         },
         "teacher": {
             "accuracy": teacher.description["accuracy"],
-            "parameters": sum(tensor.numel() for name, tensor in teacher.tensors.items() if _is_parameter(name)),
+            "parameters": sum(
+                tensor.numel() for name, tensor in teacher.tensors.items() if not name.endswith(_BUFFERS)
+            ),
             "images_per_second": images_per_second(history),
             "history": [asdict(record) for record in history],
         },
@@ -96,14 +101,6 @@ def collect(
         },
         "seconds": seconds,
     }
-
-
-def _epochs(teacher: list[Epoch], methods: dict[str, tuple[Weights, list[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
-    """The records of all trainings."""
-    yield from map(asdict, teacher)
-    for _, students in methods.values():
-        for student in students:
-            yield from student["history"]
 
 
 def _method_result(
@@ -127,10 +124,6 @@ def _method_result(
 
 def _mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
-
-
-def _is_parameter(name: str) -> bool:
-    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def _software() -> dict[str, str]:

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ftfast.errors import CheckpointError, shown
 FORMAT = "ftfast-checkpoint"
 VERSION = 1
 MODEL_FILE, STATE_FILE, SETTINGS_FILE = "model.safetensors", "state.pt", "settings.json"
+_LOAD_PLAIN = partial(torch.load, map_location="cpu", weights_only=True)
 _WRAPPERS = ("state_dict", "model", "net")
 _MAY_HOLD_CODE = (
     "{} is no file of plain tensors, may hold code, and was not opened; save the model's state_dict() alone."
@@ -217,11 +219,7 @@ def _parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is cut short or no safetensors file ({shown(str(error))}).") from None
 
 
-def _load_plain(content: BytesIO) -> Any:
-    return torch.load(content, map_location="cpu", weights_only=True)
-
-
-def _parse_torch(content: bytes, path: Path, load: Callable[[BytesIO], Any] = _load_plain) -> Any:
+def _parse_torch(content: bytes, path: Path, load: Callable[[BytesIO], Any] = _LOAD_PLAIN) -> Any:
     cut = f"{path} is cut short or no torch file."
     try:
         if content.startswith(b"PK") and not zipfile.is_zipfile(BytesIO(content)):

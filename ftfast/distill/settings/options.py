@@ -73,7 +73,9 @@ def _parse(name: str, hint: Any, text: str) -> Any:
     words = [word.strip() for word in text.split(",")] if is_tuple else [text]
     kind = plain_type(hint)
     if kind is bool:
-        return _parse_truth(name, text)
+        if text.lower() not in _TRUTHS:
+            raise SettingsError(f"{name} is {text!r}; it takes yes or no.")
+        return _TRUTHS[text.lower()]
     try:
         values = tuple(kind(word) for word in words)
     except ValueError:
@@ -82,9 +84,3 @@ def _parse(name: str, hint: Any, text: str) -> Any:
             f"{name} is {text!r}; it takes {wanted + ', or several separated by commas' if is_tuple else wanted}."
         ) from None
     return values if is_tuple else values[0]
-
-
-def _parse_truth(name: str, text: str) -> bool:
-    if text.lower() not in _TRUTHS:
-        raise SettingsError(f"{name} is {text!r}; it takes yes or no.")
-    return _TRUTHS[text.lower()]

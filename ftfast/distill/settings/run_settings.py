@@ -169,6 +169,7 @@ class Settings(Recipe):
             return self._counted().resolved()
         device = self._resolved_device()
         in_files = DATASETS[self.data].in_files
+        repeats = "off" if device == "cuda" and DATASETS[self.data].is_streamed else "on"
         self._check_map_sizes()
         derived: dict[str, Any] = {name: self._grid(name) for name in WEIGHTS}
         if DATASETS[self.data].is_streamed:
@@ -178,7 +179,7 @@ class Settings(Recipe):
             device=device,
             dtype=self._resolved_dtype(device),
             compile=self._resolved_compile(device),
-            deterministic=self._resolved_deterministic(device),
+            deterministic=self.deterministic if self.deterministic != "auto" else repeats,
             threads=self.threads or torch.get_num_threads(),
             **derived,
             teacher_checkpoint=_absolute(self.teacher_checkpoint),
@@ -186,8 +187,8 @@ class Settings(Recipe):
             data_dir=str(Path(self.data_dir or datasets.default_folder()).absolute()) if in_files else None,
             store=_absolute(self.store),
             student_images=self._student_images(),
-            teacher_channels=self._resolved_channels(self.teacher, self.teacher_channels),
-            student_channels=self._resolved_channels(self.student, self.student_channels),
+            teacher_channels=_channels(self.teacher, self.teacher_channels),
+            student_channels=_channels(self.student, self.student_channels),
             teacher_layer=self.teacher_features().layer,
             student_layer=self.student_features().layer,
         )
@@ -228,16 +229,6 @@ class Settings(Recipe):
         steps = self.student_epochs * steps_of(self._student_images(), self.batch_size)
         return "on" if device == "cuda" and steps >= STEPS_WORTH_COMPILING else "off"
 
-    def _resolved_deterministic(self, device: str) -> str:
-        if self.deterministic != "auto":
-            return self.deterministic
-        return "off" if device == "cuda" and DATASETS[self.data].is_streamed else "on"
-
-    @staticmethod
-    def _resolved_channels(model: str, channels: int) -> int:
-        own = registry.own_channels(model)
-        return (channels or own) if own else 0
-
     def _resolved_device(self) -> str:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("device is 'cuda', and torch finds no CUDA device here; use --device cpu.")
@@ -272,6 +263,11 @@ class Settings(Recipe):
 
 
 HINTS = typing.get_type_hints(Settings)
+
+
+def _channels(model: str, channels: int) -> int:
+    own = registry.own_channels(model)
+    return (channels or own) if own else 0
 
 
 def _absolute(path: str | None) -> str | None:

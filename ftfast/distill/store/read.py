@@ -54,17 +54,14 @@ class Store:
         self.path, self.header = path, headers.read(path)
         if not self.header.is_finished:
             raise StoreError(f"the store {path} is not finished; go on with ftfast store build RUN {path} --resume.")
-        self.heads = [self._checked_head(shard) for shard in range(self.header.shard_count)]
+        self.heads: list[Head] = []
+        for shard in range(self.header.shard_count):
+            self.heads.append(read_head(shard_path(path, shard)))
+            check_head(shard_path(path, shard), self.heads[-1], self.header, shard)
         self.boxes = np.concatenate(
             [read_whole(shard_path(path, shard), head, VIEWS, np.dtype("<i4")) for shard, head in enumerate(self.heads)]
         )
         self._files: dict[int, int] = {}
-
-    def _checked_head(self, shard: int) -> Head:
-        path = shard_path(self.path, shard)
-        head = read_head(path)
-        check_head(path, head, self.header, shard)
-        return head
 
     def checkpoint_of(self, name: str) -> Checkpoint:
         """The store's copy of its ``"teacher"`` or ``"paraphraser"``.

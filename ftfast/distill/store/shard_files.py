@@ -102,10 +102,10 @@ def read_head(path: Path) -> Head:
         content = json.loads(text)
         checksums = json.loads(content.pop("__metadata__")["sha256"])
         base = _LENGTH.size + length
-        places = {
-            name: Place(base + entry["data_offsets"][0], _span(entry), tuple(entry["shape"]))
-            for name, entry in content.items()
-        }
+        places = {}
+        for name, entry in content.items():
+            first, last = map(int, entry["data_offsets"])
+            places[name] = Place(base + first, last - first, tuple(entry["shape"]))
         end = max(place.first + place.bytes for place in places.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{path} is cut short or no shard of a factor store.") from None
@@ -114,31 +114,20 @@ def read_head(path: Path) -> Head:
     return Head(places, checksums, size, hashlib.sha256(start + text).hexdigest())
 
 
-def _span(entry: dict[str, Any]) -> int:
-    first, end = entry["data_offsets"]
-    return int(end) - int(first)
-
-
-def shape_of(header: Header, name: str, images: int) -> tuple[int, ...]:
-    """The shape of one of a shard's tensors."""
+def shapes_of(header: Header, images: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a shard of so many images, and their shapes."""
     channels, height, width = header.factor
-    return {
+    found: dict[str, tuple[int, ...]] = {
         FACTORS: (images, header.views, height, width, channels),
         VIEWS: (images, header.views, 5),
         LABELS: (images,),
-        LOGITS: (images, header.views, header.classes),
-    }[name]
-
-
-def names_of(header: Header) -> tuple[str, ...]:
-    """The tensors that every shard of a store has."""
-    return (FACTORS, VIEWS, LABELS, LOGITS) if header.classes else (FACTORS, VIEWS, LABELS)
+    }
+    return {**found, LOGITS: (images, header.views, header.classes)} if header.classes else found
 
 
 def check_head(path: Path, head: Head, header: Header, shard: int) -> None:
     """Raises StoreError where a shard is not the one that the header speaks of."""
-    images = len(header.rows_of(shard))
-    expected = {name: shape_of(header, name, images) for name in names_of(header)}
+    expected = shapes_of(header, len(header.rows_of(shard)))
     found = {name: place.shape for name, place in head.places.items()}
     if found != expected or head.checksums.keys() != expected.keys():
         wrong = next((name for name in (*expected, *found) if found.get(name) != expected.get(name)), "its head")

@@ -90,7 +90,7 @@ class StoredImages(Images):
         read = partial(self.store.read, pinned=self.device.type == "cuda")
         with closing(make_ahead(read, batches())) as ahead:
             for images, stored in zip(self.viewed.cut(boxes), ahead, strict=True):
-                yield *images, *(_sent(tensor, self.device) for tensor in stored)
+                yield *images, *(tensor.to(self.device, non_blocking=True) for tensor in stored)
 
     def _views(self, images: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         views = np.uint64(self.store.header.views)
@@ -116,8 +116,3 @@ class StoredImages(Images):
 
     def at(self, rows: np.ndarray) -> Self:
         return replace(self, rows=self.rows[rows])
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for the copy."""
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)

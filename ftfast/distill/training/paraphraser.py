@@ -3,8 +3,7 @@
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal
@@ -113,8 +112,9 @@ def train_paraphraser(
 
     optimiser = torch.optim.Adam(paraphraser.parameters(), lr=learning_rate)
     try:
-        with torch.autocast(kind, enabled=False), _bar(count, shown=progress) as advance:
-            fit(paraphraser, passing(), optimiser, lambda step: cosine(learning_rate, step, count), loss, cast, advance)
+        with torch.autocast(kind, enabled=False):
+            seen = _with_bar(passing(), count) if progress else passing()
+            fit(paraphraser, seen, optimiser, lambda step: cosine(learning_rate, step, count), loss, cast)
     finally:
         paraphraser.requires_grad_(False).eval()
     with cast():
@@ -143,12 +143,9 @@ def _judge(paraphraser: Paraphraser, features: Tensor, *, strict: bool) -> None:
         warnings.warn(f"{said}: give it more steps or another learning_rate.", stacklevel=3)
 
 
-@contextmanager
-def _bar(steps: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    if not shown or importlib.util.find_spec("rich") is None:
-        yield lambda _: None
-        return
+def _with_bar(batches: Iterable[Tensor], steps: int) -> Iterable[Tensor]:
+    if importlib.util.find_spec("rich") is None:
+        return batches
     from ftfast.distill.monitor.progress import bar
 
-    with bar("paraphraser", steps) as advance:
-        yield lambda _: advance()
+    return bar(batches, "paraphraser", steps)
