@@ -20,7 +20,7 @@ from ftfast.cli import main
 from ftfast.diagnosis import check
 from ftfast.distill.data import datasets
 from ftfast.distill.data.photographs import shard_index
-from ftfast.distill.monitor import pictures
+from ftfast.distill.monitor import plots
 from ftfast.distill.runtime import files
 from ftfast.user_folder import user_folder
 from tests import versions
@@ -132,12 +132,12 @@ def _take_matplotlib():
 def test_pictures_are_drawn_whatever_backend_a_notebook_has_chosen(chosen, monkeypatch, no_matplotlib):
     """matplotlib refuses to be imported with a backend that is not installed."""
     monkeypatch.setenv("MPLBACKEND", chosen)
-    figure = pictures.new_figure(2, 2)
+    figure = plots.new_figure(2, 2)
     figure.subplots()
-    assert pictures.drawn(figure, "png").startswith(b"\x89PNG")
+    assert plots.drawn(figure, "png").startswith(b"\x89PNG")
     assert os.environ["MPLBACKEND"] == chosen
     if chosen == "agg":
-        assert pictures.import_matplotlib().rcParams["backend"] == "agg"
+        assert plots.import_matplotlib().rcParams["backend"] == "agg"
 
 
 def test_closed_streams_are_opened_before_a_checkpoint_gets_their_numbers(monkeypatch):

@@ -1,13 +1,53 @@
-"""A run in pictures that every colour vision can read: accuracy over epochs, and which class is taken for which."""
+"""A run in pictures that every colour vision can read: accuracy over epochs, and which class is taken for which.
 
+The bytes of their files depend on nothing but what they show.
+"""
+
+import io
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from statistics import fmean, stdev
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ftfast.distill.monitor.pictures import drawn, new_figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_METADATA = {"png": {"Software": None}, "svg": {"Date": None}}
+
+
+def import_matplotlib() -> ModuleType:
+    """matplotlib, also where MPLBACKEND names a backend that is not installed; one that there is stays chosen.
+
+    A notebook's kernel hands its own to what it starts. Pictures in files need none.
+    """
+    chosen = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib.figure
+    finally:
+        if chosen is not None:
+            os.environ["MPLBACKEND"] = chosen
+    if chosen:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = chosen
+    return matplotlib
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches."""
+    return import_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def drawn(figure: "Figure", kind: str) -> bytes:
+    """The figure as a file of the kind ``"png"`` or ``"svg"``."""
+    buffer = io.BytesIO()
+    with import_matplotlib().rc_context({"svg.hashsalt": "ftfast"}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata=_METADATA[kind])
+    return buffer.getvalue()
 
 
 def curve_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import os
 import resource
 import tarfile
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class ShardFiles:
     def __init__(self, paths: list[Path], places: np.ndarray) -> None:
         self._paths = paths
         self._places = places
-        self._open = lru_cache(_most_open())(_Handle)
+        self._open = lru_cache(_most_open())(FileIO)  # closed when the last one that reads it lets go
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardFiles, (self._paths, self._places)
@@ -42,10 +43,10 @@ class ShardFiles:
         """Raises OSError where the file cannot be opened or read, and DataError where it has become shorter."""
         shard, offset, size = (int(value) for value in self._places[index])
         try:
-            handle = self._open(self._paths[shard])
-            content = os.pread(handle.number, size, offset)
+            file = self._open(self._paths[shard])
+            content = os.pread(file.fileno(), size, offset)
             while len(content) < size:
-                more = os.pread(handle.number, size - len(content), offset + len(content))
+                more = os.pread(file.fileno(), size - len(content), offset + len(content))
                 if not more:
                     raise DataError(
                         f"{shown(self.name(index))} ends too early: the shard was changed since the run began."
@@ -59,20 +60,6 @@ class ShardFiles:
     def name(self, index: int) -> str:
         shard, offset, _ = self._places[index]
         return f"{self._paths[shard]} at byte {offset}"
-
-
-class _Handle:
-    """An open file, closed when the last one that reads it lets go of it."""
-
-    _close = staticmethod(os.close)
-    number = -1
-
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            self._close(self.number)
 
 
 def _most_open() -> int:
