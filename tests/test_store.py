@@ -244,7 +244,7 @@ def test_factors_of_other_weights_are_found_by_a_sample(store: Path, run_folder:
     ("words", "said"),
     [
         (["--dtype", "int4"], "dtype is 'int4'; it takes int8"),
-        (["--views", "0"], "views is 0; it takes a whole number of 1"),
+        (["--views", "0"], "views is 0; it takes a number of at least 1"),
         (["--views", "19"], "views is 19, and with crop_padding 1 and flip on an image has 18"),
         (["--shard-images", "70"], "shard_images is 70; it takes whole batches, a multiple of 64"),
     ],

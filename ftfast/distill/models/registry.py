@@ -37,7 +37,7 @@ class Family:
 
     Attributes:
         takes: whether there is a model with the name's numbers.
-        make: those numbers, channels, in_channels, classes and shortcut to a model.
+        make: those numbers and by name channels, in_channels, classes and shortcut to a model.
         layer: the name of the last feature map.
         channels: of the first convolution or stage.
     """
@@ -45,7 +45,7 @@ class Family:
     pattern: str
     examples: str
     takes: Callable[..., bool]
-    make: Callable[[list[int], int, int, int, str], nn.Module]
+    make: Callable[..., nn.Module]
     layer: str
     channels: int
 
@@ -55,9 +55,7 @@ FAMILIES = (
         r"resnet(\d{1,4})",
         "resnet<6n+2> (resnet8, resnet14, resnet20, ...)",
         lambda depth: depth >= 8 and depth % 6 == 2,
-        lambda numbers, channels, in_channels, classes, shortcut: ResNet(
-            numbers[0], channels, in_channels=in_channels, classes=classes, shortcut=shortcut
-        ),
+        ResNet,
         LAST_STAGE,
         16,
     ),
@@ -65,9 +63,7 @@ FAMILIES = (
         r"wrn-(\d{1,4})-(\d{1,3})",
         "wrn-<6n+4>-<k> (wrn-16-2, wrn-40-1, ...)",
         lambda depth, width: depth >= 10 and depth % 6 == 4 and width > 0,
-        lambda numbers, channels, in_channels, classes, shortcut: WideResNet(
-            numbers[0], numbers[1], channels, in_channels=in_channels, classes=classes
-        ),
+        lambda *numbers, shortcut, **sizes: WideResNet(*numbers, **sizes),
         "activation",
         16,
     ),
@@ -75,9 +71,7 @@ FAMILIES = (
         r"vgg(\d{1,2})",
         ", ".join(f"vgg{depth}" for depth in VGG_STAGES),
         lambda depth: depth in VGG_STAGES,
-        lambda numbers, channels, in_channels, classes, shortcut: VGG(
-            numbers[0], channels, in_channels=in_channels, classes=classes
-        ),
+        lambda *numbers, shortcut, **sizes: VGG(*numbers, **sizes),
         "stage5",
         64,
     ),
@@ -124,7 +118,8 @@ def build_model(
         if pretrained:
             raise SettingsError(f"{name} has no weights to start from; they come with torchvision/NAME and timm/NAME.")
         family, numbers = _family(name)
-        return family.make(numbers, channels or family.channels, in_channels, classes, shortcut)
+        sizes = {"channels": channels or family.channels, "in_channels": in_channels, "classes": classes}
+        return family.make(*numbers, shortcut=shortcut, **sizes)
 
 
 def _family(name: str) -> tuple[Family, list[int]]:

@@ -64,13 +64,16 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _damaged(count: int) -> str:
-    return f" In an epoch up to {count} of them could not be decoded, and others stood in." if count else ""
-
-
 def to_markdown(results: dict[str, Any]) -> str:
     """report.md; its pictures lie beside it."""
     settings, data, teacher = results["settings"], results["data"], results["teacher"]
+    damaged = ""
+    if count := data.get("damaged_images", 0):
+        damaged = f" In an epoch up to {count} of them could not be decoded, and others stood in."
+    methods = [
+        f"- `{name}`: {method['title']}" + f" ({method['source']})" * bool(method["source"])
+        for name, method in results["methods"].items()
+    ]
     lines = [
         f"# Distillation on {settings['data']}",
         "",
@@ -78,7 +81,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"first stage, {teacher['parameters']:,} parameters) learns from {data['teacher_images']} images and reaches "
         f"**{teacher['accuracy']:.2f} %** of the {data['test_images']} test images. The students "
         f"({settings['student']}, {settings['student_channels']} channels) learn from {data['student_images']} of "
-        "its images." + _damaged(data.get("damaged_images", 0)),
+        f"its images.{damaged}",
         "",
         *_markdown_table(_HEADINGS, method_rows(results)),
         "",
@@ -90,7 +93,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         "",
         "The same numbers: [curves.csv](curves.csv); as vectors: [curves.svg](curves.svg).",
         "",
-        *_method_lines(results),
+        *methods,
         "",
         *_paraphraser_section(results["paraphraser"]),
         *_weights_section(results),
@@ -112,13 +115,6 @@ def to_markdown(results: dict[str, Any]) -> str:
 def _markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     cells = [headings, ("---",) * len(headings), *rows]
     return ["| " + " | ".join(row) + " |" for row in cells]
-
-
-def _method_lines(results: dict[str, Any]) -> list[str]:
-    methods = results["methods"].items()
-    return [
-        f"- `{name}`: {method['title']}" + f" ({method['source']})" * bool(method["source"]) for name, method in methods
-    ]
 
 
 def _paraphraser_section(diagnosis: dict[str, Any] | None) -> list[str]:

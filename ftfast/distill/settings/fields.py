@@ -3,7 +3,7 @@
 import math
 import types
 import typing
-from dataclasses import Field, field
+from dataclasses import Field, field, fields
 from typing import Any
 
 from ftfast.errors import SettingsError
@@ -36,8 +36,14 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def check(item: "Field[Any]", hint: Any, value: Any) -> None:
-    """Raises SettingsError where a value is not of the field's type, choices and range."""
+def check_fields(record: Any) -> None:
+    """Raises SettingsError where a value of a dataclass is not of its field's type, choices and range."""
+    hints = typing.get_type_hints(type(record))
+    for item in fields(record):
+        _check(item, hints[item.name], getattr(record, item.name))
+
+
+def _check(item: "Field[Any]", hint: Any, value: Any) -> None:
     optional = typing.get_origin(hint) is types.UnionType
     is_tuple = typing.get_origin(hint) is tuple
     if optional and value is None:

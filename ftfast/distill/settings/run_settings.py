@@ -19,7 +19,7 @@ from ftfast.distill.data.photographs import decoding
 from ftfast.distill.models import registry
 from ftfast.distill.settings import normalisation
 from ftfast.distill.settings.checks import check_recipe
-from ftfast.distill.settings.fields import check
+from ftfast.distill.settings.fields import check_fields
 from ftfast.distill.settings.recipe import DTYPES, Recipe
 from ftfast.distill.training.methods import METHODS, WEIGHTS, any_needs
 from ftfast.distill.training.schedule import Schedule
@@ -42,8 +42,7 @@ class Settings(Recipe):
     """
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            check(item, HINTS[item.name], getattr(self, item.name))
+        check_fields(self)
         check_recipe(self)
         if not self.dataset().train_images:
             return  # photographs that are not counted yet

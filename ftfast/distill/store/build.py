@@ -24,6 +24,7 @@ from ftfast.distill.phases.setup import algorithms, load_images, precision_of
 from ftfast.distill.runtime import checkpoint, files
 from ftfast.distill.runtime.checkpoint import Checkpoint
 from ftfast.distill.runtime.processes import joined, translate_distributed_errors
+from ftfast.distill.settings.fields import check_fields, setting
 from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.store import header as headers
 from ftfast.distill.store import shard_files
@@ -34,7 +35,6 @@ from ftfast.distill.store.shard_files import DTYPES
 from ftfast.distill.store.teacher_side import frozen_teacher_side, read_run
 from ftfast.errors import StoreError
 
-MOST_VIEWS = 1000
 DEFAULT_VIEWS = 4
 
 
@@ -42,31 +42,19 @@ DEFAULT_VIEWS = 4
 class Request:
     """What to store.
 
-    Attributes:
-        views: of each image; None for :data:`DEFAULT_VIEWS`, or for one where images are not augmented.
-        dtype: of the factors, one of :data:`ftfast.distill.store.shard_files.DTYPES`.
-        logits: keep the teacher's too.
-        seed: of the views.
-        batch_size: images that go through the teacher at once, with all their views.
-        shard_images: images in a file, a multiple of ``batch_size``; None for about 64 MiB.
+    Raises:
+        SettingsError: a value outside what its field takes.
     """
 
-    views: int | None = None
-    dtype: str = "int8"
-    logits: bool = False
-    seed: int = 0
-    batch_size: int = 64
-    shard_images: int | None = None
+    views: int | None = setting(None, "of each image (default: 4, and 1 without augmentation)", least=1, most=1000)
+    dtype: str = setting("int8", "of the factors", choices=tuple(DTYPES))
+    logits: bool = setting(False, "keep the teacher's too")
+    seed: int = setting(0, "of the views", least=0)
+    batch_size: int = setting(64, "images that go through the teacher at once, with all their views", least=1)
+    shard_images: int | None = setting(None, "in a file, whole batches (default: about 64 MiB)", least=1)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise StoreError(f"dtype is {self.dtype!r}; it takes {', '.join(DTYPES)}.")
-        for name, most in (("views", MOST_VIEWS), ("batch_size", 1 << 16), ("shard_images", 1 << 32)):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise StoreError(f"{name} is {value}; it takes a whole number of 1 to {most}.")
-        if not 0 <= self.seed < 1 << 32:
-            raise StoreError(f"seed is {self.seed}; it takes a whole number of at least 0.")
+        check_fields(self)
         if self.shard_images is not None and self.shard_images % self.batch_size:
             raise StoreError(
                 f"shard_images is {self.shard_images}; it takes whole batches, a multiple of {self.batch_size}."
@@ -113,11 +101,11 @@ def build_store(
         teacher_side = frozen_teacher_side(settings, header, train, teacher, paraphraser)
         maker = ShardMaker(header, images, teacher_side, precision_of(settings))
 
-        def begin() -> list[int]:
-            """The shards to make."""
+        def begin() -> list[int] | None:
+            """The shards to make; None where nothing is left to do."""
             if _check_path(path, header, resume=resume):
                 progress.say(f"the store {path} is finished already")
-                return []
+                return None
             left = _left(path, header, progress.say)
             found = estimate(path, maker, left, processes.part.ranks)
             progress.say(describe(header))
@@ -128,7 +116,7 @@ def build_store(
                     "room, choose another place, fewer --views or a smaller --dtype."
                 )
             if only_estimate:
-                return left
+                return None
             try:
                 stack.enter_context(files.locked(path))
             except BlockingIOError:
@@ -137,9 +125,8 @@ def build_store(
             _begin(path, header, teacher, paraphraser)
             return left
 
-        is_whole = headers.is_finished(path)
         left = processes.on_first(begin)
-        if only_estimate or is_whole:
+        if left is None:
             return header
         own = left[processes.part.rank :: processes.part.ranks]
         progress.begin("factors", sum(len(header.rows_of(shard)) for shard in own))

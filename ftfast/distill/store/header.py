@@ -143,14 +143,6 @@ def with_store(given: dict[str, Any]) -> dict[str, Any]:
     return given if given.get("store") is None else {**read(Path(given["store"])).read_settings(), **given}
 
 
-def is_finished(path: Path) -> bool:
-    """Whether there is a finished store; one of another version, or none, is not."""
-    try:
-        return read(path).is_finished
-    except StoreError:
-        return False
-
-
 def write(path: Path, header: Header) -> None:
     files.write_json(path / FILE, header.to_json())
 
