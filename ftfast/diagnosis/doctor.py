@@ -165,9 +165,7 @@ def _teacher_graph(teacher: nn.Module, step: Observed) -> list[Finding]:
     gain = "its activations are kept until the step's end"
     if any(id(parameter) in reached for parameter in teacher.parameters()):
         gain = f"its backward, about {_share(2 * forward, step)} of this step by twice its forward's time"
-    return [
-        Finding("the teacher runs under autograd", "call it inside torch.no_grad()", gain),
-    ]
+    return [Finding("the teacher runs under autograd", "call it inside torch.no_grad()", gain)]
 
 
 def _unused_gradients(

@@ -76,7 +76,7 @@ class Reader(Dataset[Any]):
         return self._first_whole(key, lambda content, key: Read(content, self._box(content, key)))
 
     def _first_whole(self, key: Key, use: Callable[[Encoded, Key], Any]) -> tuple[Any, int, list[str]]:
-        index = _number(key)
+        index = key.row if isinstance(key, crops.Cut | crops.Views) else key if isinstance(key, int) else key[2]
         damaged: list[str] = []
         reason = ""
         for _ in range(min(_TRIES, len(self.labels))):
@@ -143,12 +143,6 @@ class Reader(Dataset[Any]):
         return v2.RandAugment(magnitude=self.rand_augment)(square)
 
 
-def _number(key: Key) -> int:
-    if isinstance(key, int):
-        return key
-    return key.row if isinstance(key, crops.Cut | crops.Views) else key[2]
-
-
 class Keys:
     """The batches of keys that a loader reads next; set anew for every pass."""
 
@@ -205,18 +199,13 @@ def _collate(samples: list[tuple[Any, int, list[str]]]) -> tuple[Tensor | Square
 
 def _shared_memory_is_full(batch: int | None = None) -> DataError:
     """What to say of it; ``batch`` is the bytes of one."""
-    of_batch = "" if batch is None else f", where a batch takes {batch / 1e6:.1f} MB"
-    return DataError(
-        f"the shared memory in which reading processes hand over batches is full{_size_of_shared_memory()}{of_batch}; "
-        "enlarge it (docker run --shm-size 8g), give a smaller --batch-size or fewer --workers, or --workers 0, which "
-        "needs none."
-    )
-
-
-def _size_of_shared_memory() -> str:
+    size, of_batch = "", "" if batch is None else f", where a batch takes {batch / 1e6:.1f} MB"
     with suppress(OSError):
-        return f" ({_SHARED_MEMORY} has {shutil.disk_usage(_SHARED_MEMORY).total / 1e6:.0f} MB)"
-    return ""
+        size = f" ({_SHARED_MEMORY} has {shutil.disk_usage(_SHARED_MEMORY).total / 1e6:.0f} MB)"
+    return DataError(
+        f"the shared memory in which reading processes hand over batches is full{size}{of_batch}; enlarge it (docker "
+        "run --shm-size 8g), give a smaller --batch-size or fewer --workers, or --workers 0, which needs none."
+    )
 
 
 def translate_loader_errors(loader: Any) -> Iterator[Any]:
