@@ -43,16 +43,17 @@ def default_folder() -> Path:
     return folder
 
 
-def check_is_there(name: str, folder: Path, download: bool) -> None:
-    """Raises DataError where nothing of a data set is in the folder, or can be brought there."""
-    if download or any((folder / place).exists() for place in DATASETS[name].places):
+def check_files(name: str, source: "Source") -> None:
+    """Raises DataError where a data set's files are not there and are not to be downloaded; reads nothing."""
+    places = DATASETS[name].places
+    if not places or source.download or (name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir()):
         return
-    if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
-        return
-    raise DataError(
-        f"{name} is not in {folder}; give --download to fetch it, or --data-dir with the folder that holds "
-        f"{DATASETS[name].places[0]}."
-    )
+    folder = source.folder or default_folder()
+    if not any((folder / place).exists() for place in places):
+        raise DataError(
+            f"{name} is not in {folder}; give --download to fetch it, or --data-dir with the folder that holds "
+            f"{places[0]}."
+        )
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
@@ -125,8 +126,8 @@ def _load_torchvision(
     """The images of torchvision's class of that name, normalised by these numbers, a channel each."""
     from torchvision import datasets
 
+    check_files(name, source)
     folder = source.folder or default_folder()
-    check_is_there(name, folder, source.download)
     places = [folder / place for place in DATASETS[name].places]
     if name == "fashion-mnist" and not places[0].exists() and DEBIAN_FASHION_MNIST.is_dir():
         parts = _read_debian()
@@ -248,12 +249,6 @@ def described_dataset(name: str, photographs: dict[str, int] | None = None) -> D
         train_images=photographs.get("train", 0),
         test_images=photographs.get("test", 0),
     )
-
-
-def check_files(name: str, source: Source) -> None:
-    """Raises DataError where a data set's files are not there and are not to be downloaded; reads nothing."""
-    if DATASETS[name].in_files and not DATASETS[name].is_streamed:
-        check_is_there(name, source.folder or default_folder(), source.download)
 
 
 def load(name: str, device: torch.device, source: Source | None = None) -> tuple[Split, Split]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -45,16 +46,14 @@ def end_again() -> None:
     Raises:
         DistillError, Interrupted: that, in the same words.
     """
-    store = _reached()
-    try:
-        if store is None or not store.check([_ENDED]):
-            return
-        number, sentence = json.loads(store.get(_ENDED))
-    except RuntimeError:
+    kept = None
+    with suppress(RuntimeError):
+        if (store := _reached()) is not None and store.check([_ENDED]):
+            kept = store.get(_ENDED)
+    if kept is None:
         return
-    if number:
-        raise Interrupted(number, sentence)
-    raise DistillError(sentence)
+    number, sentence = json.loads(kept)
+    raise Interrupted(number, sentence) if number else DistillError(sentence)
 
 
 def remember(end: DistillError | Interrupted) -> None:
@@ -68,10 +67,8 @@ def remember(end: DistillError | Interrupted) -> None:
         is_final, number, sentence = end.is_final, 0, str(end)
     store = _reached()
     if is_final and store is not None:
-        try:
+        with suppress(RuntimeError):  # torchrun has gone, and starts nothing again
             store.compare_set(_ENDED, "", json.dumps([number, sentence]))
-        except RuntimeError:  # torchrun has gone, and starts nothing again
-            return
 
 
 def is_first_to_say(sentence: str) -> bool | None:
@@ -80,10 +77,9 @@ def is_first_to_say(sentence: str) -> bool | None:
     if store is None:
         return None
     name = hashlib.sha1(sentence.encode(errors="backslashreplace"), usedforsecurity=False).hexdigest()
-    try:
+    with suppress(RuntimeError):
         return store.add(f"said/{restarts()}/{name}", 1) == 1
-    except RuntimeError:
-        return None
+    return None
 
 
 def _reached() -> dist.Store | None:
@@ -97,8 +93,7 @@ def _store() -> dist.Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
+    with suppress(RuntimeError):
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
-    except RuntimeError:
-        return None
-    return dist.PrefixStore("ftfast", store)
+        return dist.PrefixStore("ftfast", store)
+    return None
