@@ -23,7 +23,7 @@ from ftfast.distill.data.in_memory import Split
 from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.image_files import decode
 from ftfast.distill.data.photographs.streamed import Streamed
-from ftfast.distill.runtime.files import hash_json
+from ftfast.distill.runtime import files
 from ftfast.errors import StoreError
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -45,20 +45,8 @@ class ViewedImages(ABC):
         """How a box becomes what the networks take, in words and numbers."""
 
     @abstractmethod
-    def decoder_hash(self) -> str:
-        """Of what makes pixels of files."""
-
-    @abstractmethod
-    def content(self) -> Iterator[bytes]:
-        """What tells these images from others."""
-
     def hashes(self) -> dict[str, str]:
         """SHA-256 of transform, decoder and data."""
-        data = hashlib.sha256()
-        for piece in self.content():
-            data.update(piece)
-        data.update(self.labels.astype(np.int64).tobytes())
-        return {"transform": hash_json(self.transform()), "decoder": self.decoder_hash(), "data": data.hexdigest()}
 
     @abstractmethod
     def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -92,13 +80,9 @@ class SmallImages(ViewedImages):
             "normalisation": numbers,
         }
 
-    def decoder_hash(self) -> str:
-        return hash_json("none")
-
-    def content(self) -> Iterator[bytes]:
-        pixels = self.images.pixels.cpu().contiguous()
-        yield f"{pixels.dtype} {list(pixels.shape)}".encode()
-        yield pixels.numpy().tobytes()
+    def hashes(self) -> dict[str, str]:
+        data = files.hash_tensors({"pixels": self.images.pixels, "labels": self.images.labels})
+        return {"transform": files.hash_json(self.transform()), "decoder": files.hash_json("none"), "data": data}
 
     @property
     def different_views(self) -> int:
@@ -178,25 +162,30 @@ class PhotographViews(ViewedImages):
             "normalisation": {"scale": 255, **{name: list(values) for name, values in colours.items()}},
         }
 
-    def decoder_hash(self) -> str:
-        """Of the pixels that a known file becomes, so that a new version of the same decoder changes nothing."""
-        content = torch.frombuffer(bytearray(_KNOWN_JPEG), dtype=torch.uint8)
-        return hashlib.sha256(decode(content).numpy().tobytes()).hexdigest()
-
-    def content(self) -> Iterator[bytes]:
+    def hashes(self) -> dict[str, str]:
         names, prefix = self.images.photographs.files, f"{self.folder}/"
+        data = hashlib.sha256()
         for row in self.images.rows.tolist():
-            yield os.fsencode(names.name(row).removeprefix(prefix)) + b"\n"
+            data.update(os.fsencode(names.name(row).removeprefix(prefix)) + b"\n")
+        data.update(self.labels.tobytes())
+        # The pixels that a known file becomes: a new version of the same decoder changes nothing.
+        known = decode(torch.frombuffer(bytearray(_KNOWN_JPEG), dtype=torch.uint8))
+        return {
+            "transform": files.hash_json(self.transform()),
+            "decoder": hashlib.sha256(known.numpy().tobytes()).hexdigest(),
+            "data": data.hexdigest(),
+        }
 
     def draw(self, batches: Iterable[np.ndarray], views: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """A photograph's boxes are those that an epoch of the number would draw."""
-        for images, labels, boxes, *_ in self.images.draw_views(
-            [crops.Views(row, seed, views) for row in self.images.rows[rows].tolist()] for rows in batches
-        ):
-            yield images, labels, boxes
+        keys = ([crops.Views(row, seed, views) for row in self.images.rows[rows].tolist()] for rows in batches)
+        for images, labels, *boxes in self.images.read("views", lambda: keys, len(self.images)):
+            yield images, labels, boxes[0]
+        if damaged := self.images.damaged():
+            self.images.check_damage_limit(damaged)
 
     def cut(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
-        return self.images.cut_boxes(
+        keys = (
             [
                 crops.Cut(row, crops.Box(top, left, height, width, flip=bool(flip)))
                 for row, (top, left, height, width, flip) in zip(
@@ -205,6 +194,7 @@ class PhotographViews(ViewedImages):
             ]
             for rows, boxes in batches
         )
+        return self.images.read("draw", lambda: keys, len(self.images))
 
 
 def viewed(images: Images, folder: str | Path | None) -> ViewedImages:

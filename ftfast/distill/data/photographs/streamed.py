@@ -6,7 +6,7 @@ processes; a file that cannot be decoded is counted, said and replaced by the ne
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ftfast.distill.data.datasets import DataError, default_folder
 from ftfast.distill.data.images import Images, steps_of
-from ftfast.distill.data.photographs import crops
 from ftfast.distill.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distill.data.photographs.gpu_pipeline import decoded_ahead
 from ftfast.distill.data.photographs.listing import LOADERS, TEST, TRAIN, Photographs, list_both
@@ -88,23 +87,13 @@ class Streamed(Images):
                 own = batch.tensor_split(part.ranks)[part.rank].numpy()
                 yield [(seed, epoch, row) for row in self.rows[own].tolist()]
 
-        yield from self._read("draw", keys, len(self) // part.ranks)
-
-    def cut_boxes(self, batches: Iterable[list[crops.Cut]]) -> Iterator[tuple[Tensor, ...]]:
-        """The boxes of each batch, images ``[N, 3, size, size]`` as :meth:`draw` has them, and labels."""
-        yield from self._read("draw", lambda: iter(batches), len(self))
-
-    def draw_views(self, batches: Iterable[list[crops.Views]]) -> Iterator[tuple[Tensor, ...]]:
-        """Images ``[N * V, 3, size, size]``, an image's views one after the other, labels and boxes ``[N, V, 5]``."""
-        yield from self._read("views", lambda: iter(batches), len(self))
-        if self._damaged:
-            self.check_damage_limit(len(self._damaged))
+        yield from self.read("draw", keys, len(self) // part.ranks)
 
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """The middle of every photograph, with its label; of several processes, each takes its own."""
         own = np.array_split(self.rows, part.ranks)[part.rank]
         batches = [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
-        for images, labels, *_ in self._read("in order", lambda: iter(batches), len(own)):
+        for images, labels, *_ in self.read("in order", lambda: iter(batches), len(own)):
             yield images, labels
 
     def damaged(self) -> int:
@@ -132,8 +121,11 @@ class Streamed(Images):
     def at(self, rows: np.ndarray) -> Self:
         return replace(self, rows=self.rows[rows], _loaders={}, _damaged=set())
 
-    def _read(self, kind: str, keys: Callable[[], Iterator[list[Any]]], count: int) -> Iterator[tuple[Tensor, ...]]:
-        """Images, labels and boxes of the keys, of which there are about ``count``."""
+    def read(self, kind: str, keys: Callable[[], Iterator[list[Any]]], count: int) -> Iterator[tuple[Tensor, ...]]:
+        """Images ``[N, 3, size, size]`` as :meth:`draw` has them, and labels, of about ``count`` keys.
+
+        Of ``"views"`` images ``[N * V, 3, size, size]``, those of one together, labels and boxes ``[N, V, 5]``.
+        """
         damaged = self._damaged
         damaged.clear()
         if not len(self):
