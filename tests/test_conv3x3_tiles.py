@@ -23,9 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.harness.measuring import QUICK_PLAN
+from bench.harness.registry import Settings
+from bench.kernels import conv3x3 as bench
+from bench.kernels.layers import WORKS, Layer
+from bench.shapes import HEADS
 from ftfast import FactorTransfer, Paraphraser, Translator
 from ftfast import extension as extension_module
+from ftfast.backends.native import Native
 from ftfast.commands import info
+from ftfast.diagnosis import check_head
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.distill.models.inference_graph import FusedConvolution
 from ftfast.extension import extension, load_extension, why_no_tiles
@@ -34,6 +41,7 @@ from ftfast.ops.conv3x3 import direct, native
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
 
+CPU = torch.device("cpu")
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 COMPILED = ("cpu_amx/conv3x3.cpp", "cpu_amx/weight_gradient.cpp", "conv3x3_tiles.cpp", "conv3x3_tiles_gradient.cpp")
 COMPILED += ("tile_permission.cpp",)
@@ -392,6 +400,26 @@ def test_an_empty_batch_has_an_empty_result_and_a_gradient_of_zeros(kernels: Sim
     y = direct.convolve(x, direct.pack(weight))
     assert y.shape == (0, 16, 4, 4)
     assert not native.gradients(x, y, weight, need_input=False, kernel="tiles")[1].any()
+
+
+def test_check_has_a_head_that_tiles_compute(kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_head, "why_no_tiles", str)
+    found = [outcome for outcome in check_head.check_heads(Native(), CPU) if "64 channels" in outcome.maps]
+    assert {outcome.dtype for outcome in found} == {"float32", "bfloat16"}
+    assert all(outcome.ok for outcome in found)
+    assert kernels.calls["conv3x3_tiles"] >= 9
+
+
+def test_the_bench_has_each_kernel_beside_the_library(kernels: SimpleNamespace) -> None:
+    settings = Settings(CPU, (), (), (), (), QUICK_PLAN, heads=(HEADS["cifar-r56-r20"],))
+    assert {Layer(128, 64, 64, 8, 8), Layer(128, 32, 32, 16, 16)} <= set(bench.layers(settings))
+    found = bench.candidates(settings, Layer(4, 32, 48, 5, 5), torch.bfloat16)
+    for name in (bench.LIBRARY, bench.TILES, bench.DOT_PRODUCTS):
+        assert [candidate.work for candidate in found if candidate.name == name] == list(WORKS)
+    for candidate in found:
+        if candidate.name == bench.TILES:
+            assert candidate.gate().passed
+    assert kernels.calls == {"conv3x3_tiles": 2, "conv3x3_tiles_weight_gradient": 1}
 
 
 def test_linux_that_refuses_tiles_is_a_reason(
