@@ -48,6 +48,21 @@ X86_INSTRUCTION_SETS = {
 # Every file of csrc/cpu_bf16 is compiled for these alone, where the compiler knows them.
 AVX512_BF16 = [*X86_INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 
+# And every file of csrc/cpu_amx for these, with the instructions that it is made of as a probe.
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+AMX_PROBE = """#include <immintrin.h>
+void probe(const void* configuration, float* sums) {
+  _tile_loadconfig(configuration);
+  _tile_zero(0);
+  _tile_loadd(1, sums, 64);
+  _tile_loadd(2, sums, 64);
+  _tile_dpbf16ps(0, 1, 2);
+  _tile_stored(0, sums, 64);
+  _tile_release();
+}
+int main() { return 0; }
+"""
+
 
 def find_compiler() -> list[str]:
     """The C++ compiler's command: the words of CXX, else the first of the usual names; empty where there is none."""
@@ -159,9 +174,13 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
     bf16_program = 'int main() { return __builtin_cpu_supports("avx512bf16"); }\n'
     has_bf16 = x86 and builds(compiler, AVX512_BF16, bf16_program)
     bf16_sources = sorted((ROOT / "csrc" / "cpu_bf16").glob("*.cpp")) if has_bf16 else []
+    without_amx = why_not_built(compiler, AMX, AMX_PROBE) if has_bf16 else ""
+    has_amx = has_bf16 and not without_amx
+    amx_sources = sorted((ROOT / "csrc" / "cpu_amx").glob("*.cpp")) if has_amx else []
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if targets else []
     flags = [*CPP_FLAGS, *openmp, *includes, *(["-DFTFAST_X86"] if x86 else [])]
     flags += ["-DFTFAST_AVX512_BF16"] if bf16_sources else []
+    flags += ["-DFTFAST_AMX"] if amx_sources else []
     flags += ["-DFTFAST_CUDA"] if cuda_sources else []
 
     objects: list[str] = []
@@ -181,6 +200,8 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
                 compile_with("cpp", source, f"{source.stem}.{name}.o", [f"-DFTFAST_INSTRUCTION_SET={name}", *extra])
         for source in bf16_sources:
             compile_with("cpp", source, f"{source.stem}.avx512_bf16.o", AVX512_BF16)
+        for source in amx_sources:
+            compile_with("cpp", source, f"{source.stem}.amx.o", ["-DFTFAST_INSTRUCTION_SET=amx", *AMX])
         link = [*compiler, "-shared", *openmp]
         if cuda_sources:
             codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in targets]
@@ -204,7 +225,12 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
         "reason": "",
         "compiler": shlex.join(compiler),
         "openmp": bool(openmp),
-        "instruction_sets": [*instruction_sets, *(["avx512_bf16"] if bf16_sources else [])],
+        "instruction_sets": [
+            *instruction_sets,
+            *(["avx512_bf16"] if bf16_sources else []),
+            *(["amx"] if has_amx else []),
+        ],
+        "without_amx": f"{compiler[0]} does not compile for them ({without_amx})" if without_amx else "",
         "cuda": [f"sm_{code}" for code in targets] if cuda_sources else [],
         "without_cuda": without_cuda,
     }

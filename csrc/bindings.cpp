@@ -7,8 +7,6 @@
 
 #include "attention.h"
 #include "batch_norm.h"
-#include "conv3x3.h"
-#include "conv3x3_direct.h"
 #include "fingerprint.h"
 #include "ft_head.h"
 #include "ft_loss.h"
@@ -142,24 +140,6 @@ void taps_last(uintptr_t from, uintptr_t to, int dtype, int64_t outputs, int64_t
                    threads);
 }
 
-void weight_gradient(uintptr_t input, uintptr_t gradient, int64_t samples, int64_t height, int64_t width,
-                     int64_t channels, int64_t outputs, uintptr_t result, const py::tuple& strides, int threads) {
-  WeightGradient work;
-  work.input = reinterpret_cast<uint16_t*>(input);
-  work.gradient = reinterpret_cast<uint16_t*>(gradient);
-  work.result = reinterpret_cast<float*>(result);
-  const auto of_result = numbers(strides);
-  std::copy_n(of_result.begin(), 4, work.strides);
-  work.samples = samples;
-  work.height = height;
-  work.width = width;
-  work.channels = channels;
-  work.outputs = outputs;
-  work.threads = threads;
-  py::gil_scoped_release release;
-  conv3x3_weight_gradient(work);
-}
-
 // upstream is 0 for the map, else result is the features' gradient
 void attention(uintptr_t features, uintptr_t upstream, uintptr_t result, int dtype, int64_t samples, int64_t channels,
                int64_t pixels, bool channels_last, int exponent, int threads) {
@@ -176,37 +156,6 @@ void attention(uintptr_t features, uintptr_t upstream, uintptr_t result, int dty
   work.threads = threads;
   py::gil_scoped_release release;
   (upstream ? attention_gradient : attention_map)(work);
-}
-
-// bias and residual may be 0
-void direct_convolution(uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t result,
-                        int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t outputs,
-                        float negative_slope, int threads) {
-  DirectConvolution work;
-  work.input = reinterpret_cast<uint16_t*>(input);
-  work.weight = reinterpret_cast<uint16_t*>(weight);
-  work.bias = reinterpret_cast<float*>(bias);
-  work.residual = reinterpret_cast<uint16_t*>(residual);
-  work.result = reinterpret_cast<uint16_t*>(result);
-  work.samples = samples;
-  work.height = height;
-  work.width = width;
-  work.channels = channels;
-  work.outputs = outputs;
-  work.negative_slope = negative_slope;
-  work.threads = threads;
-  py::gil_scoped_release release;
-  conv3x3_direct(work);
-}
-
-void pack_direct(uintptr_t from, const py::tuple& strides, int64_t outputs, int64_t channels, bool for_gradient,
-                 uintptr_t to, int threads) {
-  int64_t of_weight[4];
-  const auto given = numbers(strides);
-  std::copy_n(given.begin(), 4, of_weight);
-  py::gil_scoped_release release;
-  pack_direct_weight(reinterpret_cast<float*>(from), of_weight, outputs, channels, for_gradient,
-                     reinterpret_cast<uint16_t*>(to), threads);
 }
 
 // addresses as NormForward has them; residual may be 0
@@ -279,6 +228,9 @@ std::pair<int64_t, int> rows_of_files(uintptr_t descriptors, uintptr_t offsets, 
 }  // namespace
 }  // namespace ftfast
 
+namespace ftfast {
+void bind_convolutions(py::module_& module);  // bindings_conv3x3.cpp
+}
 #if defined(FTFAST_CUDA)
 namespace ftfast::cuda {
 void bind(py::module_& module);  // bindings_cuda.cpp
@@ -299,12 +251,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("unfold_3x3", &ftfast::unfold);
   module.def("weight_taps_first", &ftfast::taps_first);
   module.def("weight_taps_last", &ftfast::taps_last);
-  // absent where the processor cannot run it
-  if (ftfast::weight_gradient_kernels().tile) module.def("conv3x3_weight_gradient", &ftfast::weight_gradient);
-  if (ftfast::direct_kernels().rows16) {
-    module.def("conv3x3_direct", &ftfast::direct_convolution);
-    module.def("pack_direct_weight", &ftfast::pack_direct);
-  }
+  ftfast::bind_convolutions(module);
 #if defined(FTFAST_CUDA)
   ftfast::cuda::bind(module);
 #endif

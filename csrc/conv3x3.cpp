@@ -2,14 +2,11 @@
 #include "conv3x3.h"
 
 #include <algorithm>
-#include <memory>
+
+#include "scratch.h"
 
 namespace ftfast {
 namespace {
-
-// The packed maps' memory is kept from call to call up to this many bytes a calling thread: a step frees and allocates
-// so much that it would be fresh pages each time, and to fault those in costs as much as the products.
-constexpr int64_t bytes_kept = 32 << 20;
 
 // Multiplications that are worth a second thread: waking one costs microseconds.
 constexpr int64_t products_per_thread = 1 << 21;
@@ -27,21 +24,6 @@ void pack_pair(decltype(WeightGradientKernels::pack_input) pack, const uint16_t*
   pack(first, alone ? nullptr : first + pixels * channels, to + pair * pixels * block, pixels, channels,
        packed_pixels(work) * block);
 }
-
-struct Scratch {
-  std::unique_ptr<uint32_t[]> words;
-  int64_t size = 0;
-
-  uint32_t* of_size(int64_t wanted) {
-    if (wanted > size) {
-      words.reset();
-      size = 0;
-      words.reset(new uint32_t[size_t(wanted)]);
-      size = wanted;
-    }
-    return words.get();
-  }
-};
 
 // A tile's sums to where the result has them.
 void place(const WeightGradientKernels& kernels, const float* sums, const WeightGradient& work, int64_t first_output,
@@ -72,11 +54,10 @@ void conv3x3_weight_gradient(const WeightGradient& work) {
   const int64_t pairs = (work.samples + 1) / 2, pixels = packed_pixels(work);
   const int64_t input_blocks = blocks(work.channels, input_block), output_blocks = blocks(work.outputs, output_block);
   const int64_t input_size = input_blocks * input_block * pixels, gradient_size = output_blocks * output_block * pixels;
-  const int64_t scratch_size = input_size + gradient_size;
   thread_local Scratch kept;
   Scratch passing;
-  Scratch& scratch = scratch_size * int64_t(sizeof(uint32_t)) <= bytes_kept ? kept : passing;
-  uint32_t* const input = scratch.of_size(scratch_size);
+  const int64_t bytes = (input_size + gradient_size) * int64_t(sizeof(uint32_t));
+  uint32_t* const input = static_cast<uint32_t*>((bytes <= bytes_kept ? kept : passing).of_size(bytes));
   uint32_t* const gradient = input + input_size;
   const int64_t products = 2 * pixels * 9 * work.channels * work.outputs;
   const int workers = int(std::max<int64_t>(1, std::min<int64_t>(work.threads, products / products_per_thread)));

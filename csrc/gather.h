@@ -8,11 +8,11 @@
 
 namespace ftfast {
 
-// 16 bytes of E, and squares of as many of them.
-template <class E>
+// A register of E, and squares of as many of them.
+template <class E, int bytes = 16>
 struct Block {
-  static constexpr int64_t size = 16 / int64_t(sizeof(E));
-  typedef E Row __attribute__((vector_size(16)));
+  static constexpr int64_t size = bytes / int64_t(sizeof(E));
+  typedef E Row __attribute__((vector_size(bytes)));
 
   // a0 b0 a1 b1 ... of the first halves (half = 0) or the second ones (half = size / 2)
   template <int half, int... lane>

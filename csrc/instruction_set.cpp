@@ -7,8 +7,10 @@
 #include "batch_norm.h"
 #include "conv3x3.h"
 #include "conv3x3_direct.h"
+#include "conv3x3_tiles.h"
 #include "ft_head.h"
 #include "ft_loss.h"
+#include "tile_permission.h"
 
 namespace ftfast {
 
@@ -36,6 +38,12 @@ AttentionKernels attention_kernels(DType dtype, bool channels_last, int exponent
 namespace avx512_bf16 {
 WeightGradientKernels weight_gradient_kernels();
 DirectKernels direct_kernels();
+}
+#endif
+#if defined(FTFAST_AMX)
+namespace amx {
+TileKernels tile_kernels();
+TileGradientKernels tile_gradient_kernels();
 }
 #endif
 
@@ -105,6 +113,21 @@ DirectKernels direct_kernels() { return has_bf16() ? avx512_bf16::direct_kernels
 #else
 WeightGradientKernels weight_gradient_kernels() { return {}; }
 DirectKernels direct_kernels() { return {}; }
+#endif
+#if defined(FTFAST_AMX)
+// avx512 in FTFAST_INSTRUCTION_SET asks for less than tiles.
+static bool has_tiles() {
+  const char* wanted = std::getenv("FTFAST_INSTRUCTION_SET");
+  static const bool supported = has_bf16() && (!wanted || !*wanted) && !*why_no_tiles();
+  return supported;
+}
+TileKernels tile_kernels() { return has_tiles() ? amx::tile_kernels() : TileKernels(); }
+TileGradientKernels tile_gradient_kernels() {
+  return has_tiles() ? amx::tile_gradient_kernels() : TileGradientKernels();
+}
+#else
+TileKernels tile_kernels() { return {}; }
+TileGradientKernels tile_gradient_kernels() { return {}; }
 #endif
 const char* instruction_set() { return current().name; }
 

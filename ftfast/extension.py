@@ -43,3 +43,15 @@ def extension() -> ModuleType:
     found, _ = load_extension()
     assert found is not None
     return found
+
+
+def why_no_tiles() -> str:
+    """Why no kernel runs on Intel's matrix tiles (AMX) here, in words for users; empty where kernels do."""
+    found, reason = load_extension()
+    if found is None or hasattr(found, "conv3x3_tiles"):
+        return "" if found else reason
+    if reason := found.why_no_tiles():
+        return str(reason)
+    if wanted := os.environ.get("FTFAST_INSTRUCTION_SET", ""):
+        return f"FTFAST_INSTRUCTION_SET is {wanted!r}"
+    return str(build_report().get("without_amx") or "the extension was compiled without them")

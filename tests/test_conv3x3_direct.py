@@ -33,6 +33,12 @@ def weight_of(outputs: int, channels: int) -> Tensor:
     return torch.randn(outputs, channels, 3, 3, generator=torch.Generator().manual_seed(9)).bfloat16().float()
 
 
+@pytest.fixture(autouse=True)
+def _direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with tiles too."""
+    monkeypatch.setattr(direct, "FASTEST", direct.DIRECT)
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -90,10 +96,7 @@ def test_a_nan_reaches_its_neighbours_and_nobody_else() -> None:
     assert torch.equal(found, expected)
 
 
-def test_what_it_cannot_compute_is_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "IS_FASTER", True)
+def test_what_it_cannot_compute_is_left_to_the_library() -> None:
     assert direct.takes(torch.bfloat16, 48, 16)
     for dtype, channels, outputs in ((torch.float32, 16, 16), (torch.bfloat16, 24, 16), (torch.bfloat16, 16, 8)):
         assert not direct.takes(dtype, channels, outputs)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not direct._is_faster()

@@ -113,6 +113,19 @@ def test_nvcc_is_given_the_compiler_and_its_options_apart(scripts, build, monkey
     assert all(f"nvcc {flags.format(scripts)} -" in line for line in commands)
 
 
+def test_a_compiler_without_matrix_tiles_leaves_them_out_and_says_why(setup, scripts, build, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    _, report = build()
+    assert (report["instruction_sets"][-1], report["without_amx"]) == ("amx", "")
+    unknown = 'case "$*" in *-mamx-*) echo "error: unrecognized option -mamx-tile" >&2; exit 1;; esac'
+    write(scripts / "g++", unknown, WRITES_OUTPUT)
+    ninja, report = build()
+    assert report["instruction_sets"][-1] == "avx512_bf16"
+    assert report["without_amx"].endswith("g++ does not compile for them (error: unrecognized option -mamx-tile)")
+    assert "mamx" not in ninja
+    assert "-DFTFAST_AMX" not in ninja
+
+
 def test_an_unknown_ftfast_cuda_is_one_sentence(scripts, build, monkeypatch):
     monkeypatch.setenv("FTFAST_CUDA", "off")
     with pytest.raises(setuptools.errors.OptionError, match=r"^FTFAST_CUDA is 'off'; it takes 0 .* or 1\.$"):

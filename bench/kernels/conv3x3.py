@@ -1,5 +1,6 @@
 """The heads' 3x3 convolutions one by one: ours on the CPU, the library's with our epilogue on a GPU, against the
-library's alone, with a matmul of as many FLOPs as the ceiling.
+library's alone, with a matmul of as many FLOPs as the ceiling. On a CPU with matrix tiles each kernel of ours by itself
+too, and a layer of the student, whichever ftfast would take.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from bench.kernels.layers import (
     FORWARD,
     INPUT_GRADIENT,
     SLOPE,
+    STUDENT_LAYERS,
     WEIGHT_GRADIENT,
     WORKS,
     Layer,
@@ -40,6 +42,7 @@ STEM = "conv3x3"
 OURS = "ftfast"
 LIBRARY = "library"
 LIBRARY_AND_EPILOGUE = "library, our epilogue"
+TILES, DOT_PRODUCTS = "ftfast, tiles", "ftfast, dot products"
 FORMULA = (
     "every work 2*9*N*H*W*C*K FLOPs and (N*H*W*(C+K) + 9*C*K)*e bytes, e bytes an element: both maps and the weight, "
     "each once; forward with bias and LeakyReLU"
@@ -60,9 +63,17 @@ def why_not_ours(device: torch.device, dtype: torch.dtype) -> str:
     return "" if dtype in taken else f"no kernel of ours here: {str(dtype).removeprefix('torch.')} is the library's"
 
 
+def layers(settings: Settings) -> list[Layer]:
+    """The convolutions to measure: on the CPU the student's too."""
+    found = layers_of(settings.heads)
+    if settings.device.type == "cpu":
+        found += [layer for head in settings.heads for layer in STUDENT_LAYERS.get(head.name, ())]
+    return found
+
+
 def groups(settings: Settings) -> Iterator[Group]:
     """One group for each convolution and dtype."""
-    for layer in layers_of(settings.heads):
+    for layer in layers(settings):
         for dtype in settings.head_dtypes:
             details: dict[str, Any] = {"dims": list(layer), "dtype": str(dtype).removeprefix("torch.")}
             if note := why_not_ours(settings.device, dtype):
@@ -90,6 +101,36 @@ def our_steps(with_: Operands) -> dict[str, Callable[[], Tensor]]:
         FORWARD: lambda: conv3x3_native.forward(x, weight, bias, SLOPE),
         INPUT_GRADIENT: lambda: gradient(0),
         WEIGHT_GRADIENT: lambda: gradient(1),
+    }
+
+
+def kernels_to_choose(device: torch.device, dtype: torch.dtype, layer: Layer) -> tuple[str, ...]:
+    """Our kernels for a convolution on a CPU with matrix tiles, of which ftfast has to know the fastest."""
+    from ftfast.ops.conv3x3 import direct
+    from ftfast.ops.conv3x3.native import CANDIDATES
+
+    takes = dtype == torch.bfloat16 and direct.fits(layer.channels_in, layer.channels_out)
+    return (TILES, DOT_PRODUCTS) if device.type == "cpu" and takes and direct.TILES in CANDIDATES else ()
+
+
+def kernel_steps(with_: Operands, name: str) -> dict[str, Callable[[], Tensor]]:
+    """One kernel of ours, as :func:`our_steps` has the one that ftfast takes."""
+    from ftfast.ops.conv3x3 import direct
+    from ftfast.ops.conv3x3 import native as conv3x3_native
+
+    x, dz, parameter, _, bias = with_
+    kernel, of_weight = (direct.TILES, direct.TILES) if name == TILES else (direct.DIRECT, "native")
+    weight = direct.pack(parameter, kernel=kernel)
+
+    def weight_gradient() -> Tensor:
+        found = conv3x3_native.gradients(x, dz, parameter, need_input=False, kernel=of_weight)[1]
+        assert found is not None
+        return found
+
+    return {
+        FORWARD: lambda: direct.convolve(x, weight, bias.float(), negative_slope=SLOPE),
+        INPUT_GRADIENT: lambda: direct.convolve(dz, direct.pack(parameter, for_gradient=True, kernel=kernel)),
+        WEIGHT_GRADIENT: weight_gradient,
     }
 
 
@@ -143,6 +184,8 @@ def candidates(settings: Settings, layer: Layer, dtype: torch.dtype) -> list[Can
     if not why_not_ours(device, dtype):
         name, steps = (OURS, our_steps) if device.type == "cpu" else (LIBRARY_AND_EPILOGUE, library_and_epilogue)
         found += [candidate(name, work, step) for work, step in steps(with_).items()]
+    for name in kernels_to_choose(device, dtype, layer):
+        found += [candidate(name, work, step) for work, step in kernel_steps(with_, name).items()]
     for work, step in matmul_steps(layer, dtype, device).items():
         found.append(Candidate(MATMUL, work, step, details={"flops": layer.flops}))
     destination = torch.empty_like(with_.x)
@@ -156,7 +199,9 @@ def size(settings: Settings) -> int:
     for dtype in settings.head_dtypes:
         # The library's and the matmul of every work, the copy; ours of every work, or after the library's forward.
         ours = 0 if why_not_ours(settings.device, dtype) else len(WORKS) if settings.device.type == "cpu" else 1
-        total += len(layers_of(settings.heads)) * (2 * len(WORKS) + 1 + ours)
+        for layer in layers(settings):
+            by_kernel = len(WORKS) * len(kernels_to_choose(settings.device, dtype, layer))
+            total += 2 * len(WORKS) + 1 + ours + by_kernel
     return total * (1 + settings.plan.blocks)
 
 

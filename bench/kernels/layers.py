@@ -53,6 +53,10 @@ def layers_of(heads: Iterable[HeadShape]) -> list[Layer]:
     )
 
 
+# The widest maps of the students that a head stands behind whose channels are not the head's, by the head's name.
+STUDENT_LAYERS = {"cifar-r56-r20": (Layer(128, 32, 32, 16, 16),)}
+
+
 class Operands(NamedTuple):
     """Maps are channels_last, the weight in both the precision of training and that of the maps."""
 

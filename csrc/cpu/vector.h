@@ -64,11 +64,18 @@ inline Floats load(const BFloat16* source) {
   return reinterpret_cast<Floats>(__builtin_convertvector(load_bytes<Halves>(source), Words) << 16);
 }
 
-inline void store(BFloat16* target, Floats values) {
+#if defined(__AVX512BF16__)
+inline Halves bfloat16_bits(Floats values) { return (Halves)_mm512_cvtneps_pbh((__m512)values); }
+#else
+inline Halves bfloat16_bits(Floats values) {
   const Words bits = reinterpret_cast<Words>(values);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words nan = (bits >> 16) | 0x40;
-  const Halves halves = __builtin_convertvector(values != values ? nan : rounded, Halves);
+  return __builtin_convertvector(values != values ? nan : rounded, Halves);
+}
+#endif
+inline void store(BFloat16* target, Floats values) {
+  const Halves halves = bfloat16_bits(values);
   std::memcpy(target, &halves, sizeof halves);
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ftfast.backends import KernelBackend, Options, Support
-from ftfast.extension import build_report, extension, load_extension
+from ftfast.extension import build_report, extension, load_extension, why_no_tiles
 from ftfast.ops.ft_loss import native as ft_loss_native
 
 
@@ -27,7 +27,8 @@ class Native(KernelBackend):
             return Support(False, reason)
         if device.type == "cuda":
             return _cuda_supports(found, device)
-        return Support(True, f"C++ kernels, {found.instruction_set()} instructions, {torch.get_num_threads()} threads")
+        instructions = f"{found.instruction_set()} instructions" + ("" if why_no_tiles() else " and matrix tiles")
+        return Support(True, f"C++ kernels, {instructions}, {torch.get_num_threads()} threads")
 
     def launchers(self, device: torch.device) -> ModuleType:
         if device.type == "cpu":

@@ -11,7 +11,7 @@ import torch
 
 import ftfast
 from ftfast.dispatch import BACKENDS, explain, supports
-from ftfast.extension import build_report, load_extension
+from ftfast.extension import build_report, load_extension, why_no_tiles
 
 _PACKAGES = ("torch", "triton", "torchvision", "numpy", "safetensors", "matplotlib", "rich")
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     print("packages   " + ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
     extension = found["extension"]
     print(f"extension  {extension['state']}")
-    for key in ("compiler", "openmp", "instruction_sets", "cuda", "without_cuda"):
+    for key in ("compiler", "openmp", "instruction_sets", "matrix_tiles", "cuda", "without_cuda"):
         if extension.get(key, "") != "":
             print(f"           {key.replace('_', ' ')}: {extension[key]}")
     for device in found["devices"]:
@@ -44,7 +44,10 @@ def collect() -> dict[str, Any]:
     """What ``ftfast info`` shows, as plain data."""
     extension, state = load_extension()
     build = build_report()
-    build.pop("reason", None)
+    for told_elsewhere in ("reason", "without_amx"):
+        build.pop(told_elsewhere, None)
+    if extension is not None:
+        build["matrix_tiles"] = f"not used: {reason}" if (reason := why_no_tiles()) else "used"
     return {
         "ftfast": ftfast.__version__,
         "python": platform.python_version(),

@@ -12,6 +12,7 @@ from torch import Tensor
 from ftfast import reference
 from ftfast.backends import KernelBackend, Options
 from ftfast.diagnosis.check_loss import relative_error
+from ftfast.extension import why_no_tiles
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops.ft_head import function as ft_head
 from ftfast.ops.ft_head.operands import Plan
@@ -25,6 +26,8 @@ ALLOWANCE = 1.5
 TF32_ALLOWANCE = 4.0
 # samples, student's channels, teacher's, the factor's, height, width
 SHAPES = {"8x8": (3, 16, 32, 16, 8, 8), "7x5, odd channels": (2, 12, 20, 10, 7, 5)}
+# Where the CPU has matrix tiles, which take no fewer channels.
+SHAPES_ON_TILES = {"5x4, 64 channels": (3, 64, 80, 64, 5, 4)}
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,15 @@ def check_heads(backend: KernelBackend, device: torch.device) -> Iterator[HeadOu
     cases = [(torch.float32, 1), (torch.float32, 2), (torch.float16, 2)]
     if backend.place(device) != "interpreter":  # it rounds bfloat16 towards zero
         cases.append((torch.bfloat16, 2))
-    for (maps, shape), (dtype, p) in itertools.product(SHAPES.items(), cases):
+    has_tiles = backend.name == "native" and device.type == "cpu" and not why_no_tiles()
+    shapes = SHAPES | SHAPES_ON_TILES if has_tiles else SHAPES
+    for (maps, shape), (dtype, p) in itertools.product(shapes.items(), cases):
         for kernel in ways(backend, device, dtype, shape):
             yield check_head(backend, device, kernel, dtype, p, maps, shape)
 
 
 def ways(backend: KernelBackend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The ways that a backend has to compute a head of one of SHAPES."""
+    """The ways that a backend has to compute a head of such a shape."""
     kernels = backend.head_kernels(device)
     samples, student, teacher, factor, height, width = shape
     return kernels.candidates(device, dtype, (samples, student, height, width), factor, teacher) if kernels else ()

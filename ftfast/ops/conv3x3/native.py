@@ -17,9 +17,9 @@ from ftfast.ops.maps import as_map
 from ftfast.ops.memory import plain
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
-# The extension has its own kernel, for bfloat16, where the processor has AVX512-BF16.
-_OWN = ("native",) if hasattr(load_extension()[0], "conv3x3_weight_gradient") else ()
-CANDIDATES = ("library", "unfolded", *_OWN)
+# The extension's own kernels, for bfloat16: dot products where the processor has AVX512-BF16, and matrix tiles.
+_OWN = {"native": "conv3x3_weight_gradient", direct.TILES: "conv3x3_tiles_weight_gradient"}
+CANDIDATES = ("library", "unfolded", *(kernel for kernel, name in _OWN.items() if hasattr(load_extension()[0], name)))
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,7 +108,8 @@ def weight_gradient_kernel(x: Tensor, outputs: int) -> str:
     dtype = str(x.dtype).removeprefix("torch.")
     work = Work("weight_gradient", dtype, samples, height, width, channels, outputs)
     # Where there is one, our own was faster than either at every size measured, unless there are few channels.
-    default = "native" if direct.takes(x.dtype, channels, outputs) else "library"
+    own = direct.kernel_for(direct.WEIGHT_GRADIENT, x.dtype, channels, outputs)
+    default = {direct.TILES: direct.TILES, direct.DIRECT: "native", None: "library"}[own]
     return choose_kernel(work, x.device, CANDIDATES, default).kernel
 
 
@@ -132,15 +133,15 @@ def gradients(
         need_input, need_weight: which gradients are wanted.
         transposed: the convolution was; its weight's gradient is that of a convolution from ``dz`` to ``x``, and its
             input's gradient that convolution's result.
-        kernel: one of CANDIDATES for the weight's gradient; by default the one measured fastest. "native" takes
-            bfloat16 alone.
+        kernel: one of CANDIDATES for the weight's gradient; by default the one measured fastest. "native" and "tiles"
+            take bfloat16 alone, "tiles" channels that are multiples of 16.
         added: what is added to the input's gradient, channels_last in its dtype.
 
     Returns:
         The input's gradient, channels_last, and the weight's; None for what is not wanted.
 
     Raises:
-        ValueError: a kernel that is no candidate here, or not one for this dtype.
+        ValueError: a kernel that is no candidate here, or not one for this dtype or these channels.
     """
     for_input = None
     if need_input and direct.takes(dz.dtype, *parameter.shape[:2]):
@@ -165,8 +166,8 @@ def gradients(
         for_input = for_input.add_(added)
     if need_weight and kernel == "unfolded":
         for_weight = _unfolded_weight_gradient(x, dz)
-    if need_weight and kernel == "native":
-        for_weight = _native_weight_gradient(x, dz, parameter)
+    if need_weight and kernel in _OWN:
+        for_weight = _own_weight_gradient(x, dz, parameter, kernel)
     return (
         for_input.contiguous(memory_format=torch.channels_last) if for_input is not None else None,
         None if for_weight is None else _as_parameter(for_weight, parameter),
@@ -192,13 +193,15 @@ def _unfolded_weight_gradient(x: Tensor, dz: Tensor) -> Tensor:
     return product.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
 
 
-def _native_weight_gradient(x: Tensor, dz: Tensor, parameter: Tensor) -> Tensor:
-    """Float32 with the parameter's strides, by dot products of two samples' pixels."""
+def _own_weight_gradient(x: Tensor, dz: Tensor, parameter: Tensor, kernel: str) -> Tensor:
+    """Float32 with the parameter's strides, by products of two samples' pixels."""
     if x.dtype != torch.bfloat16:
-        raise ValueError(f"kernel is 'native', which takes bfloat16 maps, not {x.dtype}.")
+        raise ValueError(f"kernel is {kernel!r}, which takes bfloat16 maps, not {x.dtype}.")
     samples, channels, height, width = x.shape
+    if kernel == direct.TILES and not direct.fits(channels, dz.shape[1]):
+        raise ValueError(f"kernel is 'tiles', which takes multiples of 16 channels, not {channels} and {dz.shape[1]}.")
     gradient = torch.empty_like(parameter, dtype=torch.float32)
-    extension().conv3x3_weight_gradient(
+    getattr(extension(), _OWN[kernel])(
         x.data_ptr(),
         dz.data_ptr(),
         samples,
