@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ft_head_loss import direction_of, finish_loss
+from .ft_head_loss import direction_of
 from .image_tiles import convolve_image, load_image, store_image
 from .launch import arrival_counters, capability, device_guard
 from .loss_terms import (
+    finish_loss,
     norm_floor,
     reciprocal_distance,
     reciprocal_norm,
@@ -187,7 +188,7 @@ def _small_head_forward_kernel(
     d = direction_of(s, t, student_inverse, teacher_inverse, product, unit, student_slope, P)
     store_image(direction + n * pixels * FACTOR_CHANNELS, d, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
     tl.store(inverse_norm + n, student_inverse)
-    finish_loss(loss, distances, counter, weight, distance, n, samples, scale, PER_SAMPLE, WEIGHTED, FOLD)
+    finish_loss(loss, distances, counter, weight, distance, n, samples, scale, PER_SAMPLE, WEIGHTED, FOLD, tl.float32)
 
 
 def small_head_fits(

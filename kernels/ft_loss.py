@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .launch import arrival_counters, device_guard
 from .loss_terms import (
+    finish_loss,
     loss_factor,
     norm_floor,
     reciprocal_distance,
@@ -23,9 +24,8 @@ from .loss_terms import (
     reduction_scale,
     split_weight,
     square_root,
-    squares_of_sample,
+    sums_of_sample,
     terms_of,
-    terms_of_sample,
 )
 from .sample_layout import load, remaining, store, walk_over
 
@@ -84,8 +84,8 @@ def _ft_loss_forward_kernel(
         student_squares = tl.sum(x * x, 0)
         teacher_squares = tl.sum(y * y, 0)
     else:
-        student_squares, teacher_squares = squares_of_sample(
-            student_base, teacher_base, size, lanes, layout, RANK, ALIGN, BLOCK, DTYPE
+        student_squares, teacher_squares, _ = sums_of_sample(
+            student_base, teacher_base, 1.0, 1.0, size, lanes, layout, True, P, RANK, ALIGN, BLOCK, DTYPE
         )
     floor = tl.full((), eps, DTYPE)
     student_inverse, student_clamped = reciprocal_norm(student_squares, floor)
@@ -96,9 +96,9 @@ def _ft_loss_forward_kernel(
         student_product = tl.sum(student_terms, 0)
         teacher_product = tl.sum(teacher_terms, 0)
     else:
-        distance, student_product, teacher_product = terms_of_sample(
-            student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, layout, P, RANK, ALIGN, BLOCK,
-            DTYPE,
+        distance, student_product, teacher_product = sums_of_sample(
+            student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, layout, False, P, RANK, ALIGN,
+            BLOCK, DTYPE,
         )  # fmt: skip
     if P == 2:
         distance = square_root(distance)
@@ -110,19 +110,7 @@ def _ft_loss_forward_kernel(
     tl.store(statistics + 2 * samples + n, tl.where(student_clamped, 0.0, student_product))
     tl.store(statistics + 3 * samples + n, tl.where(teacher_clamped, 0.0, teacher_product))
     distances = statistics + 4 * samples
-    tl.store(distances + n, distance)
-    if PER_SAMPLE:
-        tl.store(loss + n, distance * loss_factor(scale, weight, WEIGHTED, DTYPE))
-    else:
-        # The barrier puts this program's store before the count that releases it; L1 may hold stale lines, so .cg.
-        tl.debug_barrier()
-        if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            total = tl.zeros((FOLD,), DTYPE)
-            for start in range(zero, samples, FOLD):
-                row = start + tl.arange(0, FOLD)
-                total += tl.load(distances + row, mask=row < samples, other=0.0, cache_modifier=".cg")
-            tl.store(loss, tl.sum(total, 0) * loss_factor(scale, weight, WEIGHTED, DTYPE))
-            tl.store(counter, 0)
+    finish_loss(loss, distances, counter, weight, distance, n, samples, scale, PER_SAMPLE, WEIGHTED, FOLD, DTYPE)
 
 
 @triton.jit(do_not_specialize=_BACKWARD_NUMBERS, do_not_specialize_on_alignment=_BACKWARD_POINTERS)
