@@ -49,28 +49,12 @@ _BACKWARD_NUMBERS = [*_RUNTIME_NUMBERS, "student_grad_row", "teacher_grad_row", 
 
 @triton.jit(do_not_specialize=_RUNTIME_NUMBERS, do_not_specialize_on_alignment=_FORWARD_POINTERS)
 def _ft_loss_forward_kernel(
-    student,
-    teacher,
-    loss,
-    statistics,
-    counter,
-    weight,
-    student_row: tl.int64,
-    teacher_row: tl.int64,
-    size: tl.int64,
-    samples: tl.int64,
-    eps: tl.float64,
-    scale: tl.float64,
-    layout,
-    P: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    RANK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SINGLE_PASS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FOLD: tl.constexpr,
-):
+    student, teacher, loss, statistics, counter, weight,
+    student_row: tl.int64, teacher_row: tl.int64, size: tl.int64, samples: tl.int64,
+    eps: tl.float64, scale: tl.float64, layout,
+    P: tl.constexpr, PER_SAMPLE: tl.constexpr, WEIGHTED: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
+    SINGLE_PASS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = statistics.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     student_base = student + n * (student_row * ALIGN)
@@ -115,31 +99,12 @@ def _ft_loss_forward_kernel(
 
 @triton.jit(do_not_specialize=_BACKWARD_NUMBERS, do_not_specialize_on_alignment=_BACKWARD_POINTERS)
 def _ft_loss_backward_kernel(
-    student,
-    teacher,
-    statistics,
-    upstream,
-    weight,
-    student_grad,
-    teacher_grad,
-    student_row: tl.int64,
-    teacher_row: tl.int64,
-    student_grad_row: tl.int64,
-    teacher_grad_row: tl.int64,
-    upstream_stride: tl.int64,
-    size: tl.int64,
-    samples: tl.int64,
-    splits: tl.int32,
-    scale: tl.float64,
-    layout,
-    P: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
-    RANK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, teacher, statistics, upstream, weight, student_grad, teacher_grad,
+    student_row: tl.int64, teacher_row: tl.int64, student_grad_row: tl.int64, teacher_grad_row: tl.int64,
+    upstream_stride: tl.int64, size: tl.int64, samples: tl.int64, splits: tl.int32, scale: tl.float64, layout,
+    P: tl.constexpr, WEIGHTED: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr, RANK: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = statistics.dtype.element_ty
     program = tl.program_id(0)
     n = (program // splits).to(tl.int64)

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from bench.machine_code.compiling import ARCHITECTURES, compile_launch
 from bench.machine_code.shipped.ft_head_small import HEADS, launches_of, refusal
-from ftfast.kernels import ft_head_small
+from ftfast.kernels import ft_head_small_shape
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_every_shipped_head_fits(architecture):
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(sizes, reason):
-    assert reason in ft_head_small.small_head_fits(CPU, torch.bfloat16, *sizes)
+    assert reason in ft_head_small_shape.small_head_fits(CPU, torch.bfloat16, *sizes)
 
 
 def test_the_scratch_is_read_after_every_thread_has_written_it():

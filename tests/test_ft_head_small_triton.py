@@ -25,6 +25,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the package triton is not installed")
 forward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small")
 backward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_backward")
+weight_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_weights")
+shape_rules = pytest.importorskip("ftfast.kernels.ft_head_small_shape")
 launch = pytest.importorskip("ftfast.kernels.launch")
 packing = pytest.importorskip("ftfast.kernels.pack_weights")
 
@@ -450,7 +452,7 @@ def _count(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[str]:
 def test_a_step_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     head = make(SMALL)
     teacher = packing.pack_weights([weight for weight, _ in head.teacher_layers], head.dtype, backward=False)
-    launches = _count(monkeypatch, packing, forward_kernels, backward_kernels)
+    launches = _count(monkeypatch, packing, forward_kernels, backward_kernels, weight_kernels)
     student = packing.pack_weights([weight for weight, _ in head.student_layers], head.dtype, backward=True)
     options: dict[str, Any] = {"p": 1, "reduction": "mean", "weight": 1.0}
     loss, kept = forward_kernels.small_head_forward(
@@ -484,7 +486,7 @@ def test_a_step_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fits(shape: Shape, dtype: torch.dtype = torch.bfloat16, teacher: bool = True) -> str:
-    reason: str = forward_kernels.small_head_fits(
+    reason: str = shape_rules.small_head_fits(
         torch.device("cpu"),
         dtype,
         shape.height,
