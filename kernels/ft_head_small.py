@@ -154,7 +154,9 @@ def _small_head_forward_kernel(
     pixels = height * width
     student_factor += n * pixels * FACTOR_CHANNELS
     teacher_factor += n * pixels * FACTOR_CHANNELS
-    if tl.program_id(0) % SIDES == 0:
+    side = tl.program_id(0) % SIDES
+    # Not an else: then the compiler keeps shared memory for both at once.
+    if side == 0:
         s = _side(
             student + n * pixels * STUDENT_CHANNELS, student_weight0, student_weight1, student_weight2, student_bias0,
             student_bias1, student_bias2, a1 + n * pixels * STUDENT_CHANNELS, a2 + n * pixels * FACTOR_CHANNELS,
@@ -162,7 +164,7 @@ def _small_head_forward_kernel(
             FACTOR_PADDED, FACTOR_BLOCK, ROWS, INPUT_PRECISION,
         )  # fmt: skip
         store_image(student_factor, s, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
-    else:
+    if side == 1:
         scratch += n * pixels * (TEACHER_CHANNELS + FACTOR_CHANNELS)
         t = _side(
             teacher + n * pixels * TEACHER_CHANNELS, teacher_weight0, teacher_weight1, teacher_weight2, teacher_bias0,

@@ -64,9 +64,18 @@ def test_the_scratch_is_read_after_every_thread_has_written_it():
     for first, second in pairwise(stores):
         between = [load for load in loads if first < load < second]
         assert not between or any(first < barrier < between[0] for barrier in barriers)
-    for launch in (forward, weight_gradients):
+    for launch, arrivals in ((forward, 2), (weight_gradients, 3)):
         ptx = compile_launch(launch, 90).ptx
-        count = re.search(r"atom\S*\.acq_rel\S*\.add", ptx)
-        assert count is not None
-        assert ptx.rindex("bar.sync", 0, count.start()) > ptx.rindex("st.global", 0, count.start())
-        assert "ld.global.cg" in ptx[count.end() :]
+        counts = list(re.finditer(r"atom\S*\.acq_rel\S*\.add", ptx))
+        assert len(counts) == arrivals  # forward: of the sides of an image, of the images; then a layer each
+        for count in counts:
+            assert ptx.rindex("bar.sync", 0, count.start()) > ptx.rindex("st.global", 0, count.start())
+            assert "ld.global.cg" in ptx[count.end() :]
+
+
+def test_each_side_of_an_image_has_a_program_of_its_own():
+    *sizes, dtype = HEADS[0]
+    forward, *_ = launches_of(*sizes, dtype)
+    samples = forward.arguments["samples"]
+    assert forward.grid == (2 * samples,)
+    assert forward.arguments["counters"].numel() == samples + 1

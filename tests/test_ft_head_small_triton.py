@@ -409,6 +409,26 @@ def test_a_thousand_runs_are_bit_equal() -> None:
         assert all(one is not None and torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU programs end in whatever order they do")
+def test_whatever_side_and_image_ends_last_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs programs first to last, so the teacher's was always the one that ended last."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    head = make(SMALL, torch.float16)
+    upstream = upstream_of(head, "mean")
+
+    def results() -> list[Tensor]:
+        loss, kept = forward(head)
+        return [loss, *kept, *(gradient for gradient in backward(head, kept, upstream) if gradient is not None)]
+
+    expected_bits = results()
+    in_order = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(
+        interpreter_builder, "set_grid_idx", lambda x, y, z: in_order(interpreter_builder.grid_dim[0] - 1 - x, y, z)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(results(), expected_bits, strict=True))
+
+
 def test_without_the_features_gradient_the_others_are_the_same() -> None:
     head = make(SMALL)
     upstream = upstream_of(head, "mean")

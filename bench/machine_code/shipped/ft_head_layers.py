@@ -9,7 +9,7 @@ from bench.machine_code.shipped import ShippedLaunch
 from bench.shapes import HEADS, HeadShape
 from ftfast.kernels import activation, ft_head_loss
 
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def run_launchers(head: HeadShape, dtype: torch.dtype, *, p: int = 1) -> None:
