@@ -712,8 +712,12 @@ def test_nothing_spills(architecture: str) -> None:
     usage = _functions(_dump("--dump-resource-usage", architecture), "Function")
     assert len(usage) == 32  # forward and backward for 15 pairs of dtypes and float64
     for name, body in usage.items():
-        registers, stack, local = (int(re.search(rf"{word}:(\d+)", body)[1]) for word in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+        registers, stack, local, shared = (
+            int(re.search(rf"{word}:(\d+)", body)[1])  # type: ignore[index]
+            for word in ("REG", "STACK", "LOCAL", "SHARED")
+        )
         assert (stack, local) == (0, 0), name
+        assert shared <= 2048, name  # what ft_loss.cu leaves beside the staged samples
         # of a multiprocessor's 65536: three blocks of 512 threads forward, four of 256 backward; two where doubles add
         assert registers <= (64 if "Idd" in name or "backward" in name else 40), name
     sass = _functions(_dump("-sass", architecture), "Function :")
