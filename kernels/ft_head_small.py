@@ -1,9 +1,10 @@
 """Triton kernel of a small head in a single pass: six convolutions, both norms, the loss and its direction, one launch.
 
-One program owns one image and computes both sides for it: teacher ``[H*W, Ct] -> Ct -> K -> K`` and student
-``Cs -> Cs -> K -> K``, each ``z = conv3x3(x) + bias``, ``y = leaky_relu(z)``, then loss and direction as in
-ft_head_loss.py. Maps between convolutions go through global memory, where a barrier makes them visible to the program
-that wrote them. Kept for backward: the student's two maps in between, the direction, the reciprocal norms.
+One program owns one side of one image, teacher ``[H*W, Ct] -> Ct -> K -> K`` or student ``Cs -> Cs -> K -> K``, each
+``z = conv3x3(x) + bias``, ``y = leaky_relu(z)``; of the two, the one that ends last goes on to the loss and the
+direction, as in ft_head_loss.py. Maps between convolutions go through global memory, where a barrier makes them visible
+to the program that wrote them. Kept for backward: the student's two maps in between, the direction, the reciprocal
+norms.
 
 Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, section 3.
 """
@@ -18,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ft_head_loss import direction_of, finish_loss
+from .ft_head_loss import direction_of
+from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
 from .image_tiles import convolve_image, load_image, store_image
-from .launch import arrival_counters, capability, device_guard
+from .launch import arrival_counters, device_guard
 from .loss_terms import (
+    finish_loss,
     norm_floor,
     reciprocal_distance,
     reciprocal_norm,
@@ -32,13 +35,7 @@ from .loss_terms import (
 )
 from .pack_weights import padded_channels
 
-TAPS = 9
-OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 FOLD_BLOCK = 512
-# What one program can hold of an image without a spill: pixels, numbers of 16 bits of a map and of a factor.
-MOST_PIXELS = 64
-MOST_MAP = 64 * 256
-MOST_FACTOR = 64 * 128
 WIDEST_BLOCK = 64
 
 
@@ -76,11 +73,37 @@ def _layer(
     return tl.where(z > 0, z, z * negative_slope)
 
 
+@triton.jit
+def _side(
+    x, weight0, weight1, weight2, bias0, bias1, bias2, first, second, height, width, taps, negative_slope,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, FACTOR_CHANNELS: tl.constexpr,
+    FACTOR_PADDED: tl.constexpr, FACTOR_BLOCK: tl.constexpr, ROWS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One image's factor ``[ROWS, FACTOR_PADDED]``; ``first`` and ``second`` take the maps in between."""
+    y = _layer(
+        x, weight0, bias0, height, width, taps, negative_slope, CHANNELS, PADDED, CHANNELS, PADDED, ROWS, BLOCK,
+        INPUT_PRECISION,
+    )  # fmt: skip
+    store_image(first, y, height * width, CHANNELS, PADDED, ROWS)
+    tl.debug_barrier()
+    y = _layer(
+        first, weight1, bias1, height, width, taps, negative_slope, CHANNELS, PADDED, FACTOR_CHANNELS, FACTOR_PADDED,
+        ROWS, BLOCK, INPUT_PRECISION,
+    )  # fmt: skip
+    store_image(second, y, height * width, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    tl.debug_barrier()
+    return _layer(
+        second, weight2, bias2, height, width, taps, negative_slope, FACTOR_CHANNELS, FACTOR_PADDED, FACTOR_CHANNELS,
+        FACTOR_PADDED, ROWS, FACTOR_BLOCK, INPUT_PRECISION,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["height", "width", "samples", "taps"])
 def _small_head_forward_kernel(
     student,  # [N, H, W, Cs]
     teacher,  # [N, H, W, Ct]
-    factor,  # [N, H, W, K]: the teacher's, given, or scratch to write it to
+    student_factor,  # [N, H, W, K], float32: scratch
+    teacher_factor,  # [N, H, W, K]: given, or scratch
     scratch,  # [N, H, W, Ct + K]: the teacher's maps in between
     student_weight0,  # packed [9 * Cp, Kp] all six
     student_weight1,
@@ -100,7 +123,7 @@ def _small_head_forward_kernel(
     inverse_norm,  # [N]
     distances,  # [N]
     loss,
-    counter,
+    counters,  # [N + 1]: of each image's sides, of the images
     weight,
     height,
     width,
@@ -119,7 +142,7 @@ def _small_head_forward_kernel(
     STUDENT_BLOCK: tl.constexpr,
     TEACHER_BLOCK: tl.constexpr,
     FACTOR_BLOCK: tl.constexpr,
-    FACTOR_KNOWN: tl.constexpr,
+    SIDES: tl.constexpr,  # 1 where the teacher's factor is given, else 2
     P: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -127,110 +150,54 @@ def _small_head_forward_kernel(
     FOLD: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(0) // SIDES).to(tl.int64)
     pixels = height * width
-    factor += n * pixels * FACTOR_CHANNELS
-    if not FACTOR_KNOWN:
-        teacher += n * pixels * TEACHER_CHANNELS
-        first = scratch + n * pixels * (TEACHER_CHANNELS + FACTOR_CHANNELS)
-        second = first + pixels * TEACHER_CHANNELS
-        y = _layer(
-            teacher, teacher_weight0, teacher_bias0, height, width, taps, teacher_slope, TEACHER_CHANNELS,
-            TEACHER_PADDED, TEACHER_CHANNELS, TEACHER_PADDED, ROWS, TEACHER_BLOCK, INPUT_PRECISION,
+    student_factor += n * pixels * FACTOR_CHANNELS
+    teacher_factor += n * pixels * FACTOR_CHANNELS
+    side = tl.program_id(0) % SIDES
+    # Not an else: then the compiler keeps shared memory for both at once.
+    if side == 0:
+        s = _side(
+            student + n * pixels * STUDENT_CHANNELS, student_weight0, student_weight1, student_weight2, student_bias0,
+            student_bias1, student_bias2, a1 + n * pixels * STUDENT_CHANNELS, a2 + n * pixels * FACTOR_CHANNELS,
+            height, width, taps, student_slope, STUDENT_CHANNELS, STUDENT_PADDED, STUDENT_BLOCK, FACTOR_CHANNELS,
+            FACTOR_PADDED, FACTOR_BLOCK, ROWS, INPUT_PRECISION,
         )  # fmt: skip
-        store_image(first, y, pixels, TEACHER_CHANNELS, TEACHER_PADDED, ROWS)
-        tl.debug_barrier()
-        y = _layer(
-            first, teacher_weight1, teacher_bias1, height, width, taps, teacher_slope, TEACHER_CHANNELS,
-            TEACHER_PADDED, FACTOR_CHANNELS, FACTOR_PADDED, ROWS, TEACHER_BLOCK, INPUT_PRECISION,
+        store_image(student_factor, s, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    if side == 1:
+        scratch += n * pixels * (TEACHER_CHANNELS + FACTOR_CHANNELS)
+        t = _side(
+            teacher + n * pixels * TEACHER_CHANNELS, teacher_weight0, teacher_weight1, teacher_weight2, teacher_bias0,
+            teacher_bias1, teacher_bias2, scratch, scratch + pixels * TEACHER_CHANNELS, height, width, taps,
+            teacher_slope, TEACHER_CHANNELS, TEACHER_PADDED, TEACHER_BLOCK, FACTOR_CHANNELS, FACTOR_PADDED,
+            FACTOR_BLOCK, ROWS, INPUT_PRECISION,
         )  # fmt: skip
-        store_image(second, y, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
-        tl.debug_barrier()
-        y = _layer(
-            second, teacher_weight2, teacher_bias2, height, width, taps, teacher_slope, FACTOR_CHANNELS,
-            FACTOR_PADDED, FACTOR_CHANNELS, FACTOR_PADDED, ROWS, FACTOR_BLOCK, INPUT_PRECISION,
-        )  # fmt: skip
-        # Held in registers over the student's convolutions it would make larger heads spill.
-        store_image(factor, y, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
-    student += n * pixels * STUDENT_CHANNELS
-    a1 += n * pixels * STUDENT_CHANNELS
-    a2 += n * pixels * FACTOR_CHANNELS
-    y = _layer(
-        student, student_weight0, student_bias0, height, width, taps, student_slope, STUDENT_CHANNELS, STUDENT_PADDED,
-        STUDENT_CHANNELS, STUDENT_PADDED, ROWS, STUDENT_BLOCK, INPUT_PRECISION,
-    )  # fmt: skip
-    store_image(a1, y, pixels, STUDENT_CHANNELS, STUDENT_PADDED, ROWS)
+        store_image(teacher_factor, t, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    # The barrier puts this program's stores before the count that releases them; L1 may hold stale lines, so .cg.
     tl.debug_barrier()
-    y = _layer(
-        a1, student_weight1, student_bias1, height, width, taps, student_slope, STUDENT_CHANNELS, STUDENT_PADDED,
-        FACTOR_CHANNELS, FACTOR_PADDED, ROWS, STUDENT_BLOCK, INPUT_PRECISION,
-    )  # fmt: skip
-    store_image(a2, y, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
-    tl.debug_barrier()
-    s = _layer(
-        a2, student_weight2, student_bias2, height, width, taps, student_slope, FACTOR_CHANNELS, FACTOR_PADDED,
-        FACTOR_CHANNELS, FACTOR_PADDED, ROWS, FACTOR_BLOCK, INPUT_PRECISION,
-    )  # fmt: skip
-    t = load_image(factor, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
-    floor = tl.full((), eps, tl.float32)
-    student_inverse, clamped = reciprocal_norm(tl.sum(tl.sum(s * s, 1), 0), floor)
-    teacher_inverse, _ = reciprocal_norm(tl.sum(tl.sum(t * t, 1), 0), floor)
-    distance_sum, product_sum, _ = terms_of(s * student_inverse, t * teacher_inverse, P)
-    distance = tl.sum(tl.sum(distance_sum, 1), 0)
-    product = tl.sum(tl.sum(product_sum, 1), 0)
-    unit = 1.0
-    if P == 2:
-        distance = square_root(distance)
-        unit = reciprocal_distance(distance, square_root((pixels * FACTOR_CHANNELS).to(tl.float32)))
-        product *= unit
-    product = tl.where(clamped, 0.0, product)
-    d = direction_of(s, t, student_inverse, teacher_inverse, product, unit, student_slope, P)
-    store_image(direction + n * pixels * FACTOR_CHANNELS, d, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
-    tl.store(inverse_norm + n, student_inverse)
-    finish_loss(loss, distances, counter, weight, distance, n, samples, scale, PER_SAMPLE, WEIGHTED, FOLD)
-
-
-def small_head_fits(
-    device: torch.device,
-    dtype: torch.dtype,
-    height: int,
-    width: int,
-    teacher_channels: int | None,
-    student_channels: int,
-    factor_channels: int,
-) -> str:
-    """Why a head is too large for one program an image, or "" where it fits."""
-    if height * width > MOST_PIXELS:
-        return f"maps of {height}x{width} have more than {MOST_PIXELS} pixels"
-    units = rows_for(height * width) * (dtype.itemsize // 2)
-    if padded_channels(factor_channels) * units > MOST_FACTOR:
-        return f"a factor of {factor_channels} channels on {height}x{width} is too large for one program"
-    sides = (("teacher", teacher_channels or 1), ("student", student_channels), ("factor", factor_channels))
-    for side, channels in sides:
-        # A block's sizes are powers of two.
-        if channels > 64 and triton.next_power_of_2(channels) != padded_channels(channels):
-            return f"the {side}'s {channels} channels are neither up to 64 nor a power of two"
-        if padded_channels(channels) * units > MOST_MAP:
-            return f"the {side}'s {channels} channels on {height}x{width} are too many for one program"
-    if OLD_TRITON and capability(device) == 100:
-        return f"Triton {triton.__version__} does not compile it for this device, 3.9 does"
-    return ""
-
-
-def warps_for(*channels: int) -> int:
-    """Warps of a program whose widest product has so many columns."""
-    return 4 if max(padded_channels(count) for count in channels) <= 64 else 8
-
-
-def stages_for(device: torch.device, *channels: int) -> int:
-    """Stages of a program's products; older versions of Triton spill with three where registers are few."""
-    few = capability(device) == 80 or max(channels) >= 512
-    return 2 if OLD_TRITON and few else 3
-
-
-def rows_for(pixels: int) -> int:
-    """Rows of an image's tile: tensor cores want 16 at least."""
-    return max(16, triton.next_power_of_2(pixels))
+    if tl.atomic_add(counters + n, 1, sem="acq_rel") == SIDES - 1:
+        tl.store(counters + n, 0)
+        s = load_image(student_factor, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS, ".cg")
+        t = load_image(teacher_factor, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS, ".cg")
+        floor = tl.full((), eps, tl.float32)
+        student_inverse, clamped = reciprocal_norm(tl.sum(tl.sum(s * s, 1), 0), floor)
+        teacher_inverse, _ = reciprocal_norm(tl.sum(tl.sum(t * t, 1), 0), floor)
+        distance_sum, product_sum, _ = terms_of(s * student_inverse, t * teacher_inverse, P)
+        distance = tl.sum(tl.sum(distance_sum, 1), 0)
+        product = tl.sum(tl.sum(product_sum, 1), 0)
+        unit = 1.0
+        if P == 2:
+            distance = square_root(distance)
+            unit = reciprocal_distance(distance, square_root((pixels * FACTOR_CHANNELS).to(tl.float32)))
+            product *= unit
+        product = tl.where(clamped, 0.0, product)
+        d = direction_of(s, t, student_inverse, teacher_inverse, product, unit, student_slope, P)
+        store_image(direction + n * pixels * FACTOR_CHANNELS, d, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+        tl.store(inverse_norm + n, student_inverse)
+        finish_loss(
+            loss, distances, counters + samples, weight, distance, n, samples, scale, PER_SAMPLE, WEIGHTED, FOLD,
+            tl.float32,
+        )  # fmt: skip
 
 
 def small_head_forward(
@@ -249,7 +216,7 @@ def small_head_forward(
     student_slope: float,
     teacher_slope: float,
 ) -> tuple[Tensor, Kept]:
-    """The whole forward of a head that :func:`small_head_fits`, in one launch.
+    """The whole forward of a head that :func:`~ftfast.kernels.ft_head_small_shape.small_head_fits`, in one launch.
 
     Args:
         student: ``[N, H, W, Cs]`` contiguous, float32, bfloat16 or float16, none of its sizes 0, on a GPU (on the CPU
@@ -268,30 +235,32 @@ def small_head_forward(
     samples, height, width, student_channels = student.shape
     device, dtype = student.device, student.dtype
     factor_channels = student_biases[2].shape[0]
-    known = teacher_factor is not None
-    if teacher_factor is None:
-        assert teacher is not None
-        teacher_channels = teacher.shape[3]
-        teacher_factor = torch.empty((samples, height, width, factor_channels), dtype=dtype, device=device)
-        scratch = torch.empty((samples, height, width, teacher_channels + factor_channels), dtype=dtype, device=device)
-    else:
+    factor_shape = (samples, height, width, factor_channels)
+    student_factor = torch.empty(factor_shape, dtype=torch.float32, device=device)
+    sides = 1 if teacher is None else 2
+    if teacher is None:
         teacher, scratch, teacher_channels = student, student, 1
         teacher_weights, teacher_biases = student_weights, student_biases
+    else:
+        teacher_channels = teacher.shape[3]
+        teacher_factor = torch.empty(factor_shape, dtype=dtype, device=device)
+        scratch = torch.empty((samples, height, width, teacher_channels + factor_channels), dtype=dtype, device=device)
     per_sample = reduction == "none"
     loss = torch.empty((samples,) if per_sample else (), dtype=torch.float32, device=device)
     norms_and_distances = torch.empty((2, samples), dtype=torch.float32, device=device)
     kept = Kept(
         torch.empty_like(student),
-        torch.empty((samples, height, width, factor_channels), dtype=dtype, device=device),
-        torch.empty((samples, height, width, factor_channels), dtype=dtype, device=device),
+        torch.empty(factor_shape, dtype=dtype, device=device),
+        torch.empty(factor_shape, dtype=dtype, device=device),
         norms_and_distances[0],
     )
     padded = [padded_channels(count) for count in (student_channels, teacher_channels, factor_channels)]
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
-        _small_head_forward_kernel[(samples,)](
+        _small_head_forward_kernel[(samples * sides,)](
             student,
             teacher,
+            student_factor,
             teacher_factor,
             scratch,
             *student_weights,
@@ -301,7 +270,7 @@ def small_head_forward(
             *kept,
             norms_and_distances[1],
             loss,
-            loss if per_sample else arrival_counters(device),
+            arrival_counters(device, samples + 1),
             loss if weight_tensor is None else weight_tensor,
             height,
             width,
@@ -320,15 +289,15 @@ def small_head_forward(
             STUDENT_BLOCK=min(padded[0], WIDEST_BLOCK),
             TEACHER_BLOCK=min(padded[1], WIDEST_BLOCK),
             FACTOR_BLOCK=min(padded[2], WIDEST_BLOCK),
-            FACTOR_KNOWN=known,
+            SIDES=sides,
             P=p,
             PER_SAMPLE=per_sample,
             WEIGHTED=weight_tensor is not None,
             ROWS=rows_for(height * width),
             FOLD=FOLD_BLOCK,
             INPUT_PRECISION="tf32",
-            num_warps=warps_for(student_channels, 1 if known else teacher_channels),
-            num_stages=stages_for(device, student_channels, 1 if known else teacher_channels),
+            num_warps=warps_for(student_channels, teacher_channels),
+            num_stages=stages_for(device, student_channels, teacher_channels),
             enable_fp_fusion=False,
         )
     return loss, kept

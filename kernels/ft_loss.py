@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .launch import arrival_counters, device_guard
 from .loss_terms import (
+    finish_loss,
     loss_factor,
     norm_floor,
     reciprocal_distance,
@@ -23,9 +24,8 @@ from .loss_terms import (
     reduction_scale,
     split_weight,
     square_root,
-    squares_of_sample,
+    sums_of_sample,
     terms_of,
-    terms_of_sample,
 )
 from .sample_layout import load, remaining, store, walk_over
 
@@ -49,28 +49,12 @@ _BACKWARD_NUMBERS = [*_RUNTIME_NUMBERS, "student_grad_row", "teacher_grad_row", 
 
 @triton.jit(do_not_specialize=_RUNTIME_NUMBERS, do_not_specialize_on_alignment=_FORWARD_POINTERS)
 def _ft_loss_forward_kernel(
-    student,
-    teacher,
-    loss,
-    statistics,
-    counter,
-    weight,
-    student_row: tl.int64,
-    teacher_row: tl.int64,
-    size: tl.int64,
-    samples: tl.int64,
-    eps: tl.float64,
-    scale: tl.float64,
-    layout,
-    P: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    RANK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SINGLE_PASS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FOLD: tl.constexpr,
-):
+    student, teacher, loss, statistics, counter, weight,
+    student_row: tl.int64, teacher_row: tl.int64, size: tl.int64, samples: tl.int64,
+    eps: tl.float64, scale: tl.float64, layout,
+    P: tl.constexpr, PER_SAMPLE: tl.constexpr, WEIGHTED: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
+    SINGLE_PASS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = statistics.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     student_base = student + n * (student_row * ALIGN)
@@ -84,8 +68,8 @@ def _ft_loss_forward_kernel(
         student_squares = tl.sum(x * x, 0)
         teacher_squares = tl.sum(y * y, 0)
     else:
-        student_squares, teacher_squares = squares_of_sample(
-            student_base, teacher_base, size, lanes, layout, RANK, ALIGN, BLOCK, DTYPE
+        student_squares, teacher_squares, _ = sums_of_sample(
+            student_base, teacher_base, 1.0, 1.0, size, lanes, layout, True, P, RANK, ALIGN, BLOCK, DTYPE
         )
     floor = tl.full((), eps, DTYPE)
     student_inverse, student_clamped = reciprocal_norm(student_squares, floor)
@@ -96,9 +80,9 @@ def _ft_loss_forward_kernel(
         student_product = tl.sum(student_terms, 0)
         teacher_product = tl.sum(teacher_terms, 0)
     else:
-        distance, student_product, teacher_product = terms_of_sample(
-            student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, layout, P, RANK, ALIGN, BLOCK,
-            DTYPE,
+        distance, student_product, teacher_product = sums_of_sample(
+            student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, layout, False, P, RANK, ALIGN,
+            BLOCK, DTYPE,
         )  # fmt: skip
     if P == 2:
         distance = square_root(distance)
@@ -110,48 +94,17 @@ def _ft_loss_forward_kernel(
     tl.store(statistics + 2 * samples + n, tl.where(student_clamped, 0.0, student_product))
     tl.store(statistics + 3 * samples + n, tl.where(teacher_clamped, 0.0, teacher_product))
     distances = statistics + 4 * samples
-    tl.store(distances + n, distance)
-    if PER_SAMPLE:
-        tl.store(loss + n, distance * loss_factor(scale, weight, WEIGHTED, DTYPE))
-    else:
-        # The barrier puts this program's store before the count that releases it; L1 may hold stale lines, so .cg.
-        tl.debug_barrier()
-        if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            total = tl.zeros((FOLD,), DTYPE)
-            for start in range(zero, samples, FOLD):
-                row = start + tl.arange(0, FOLD)
-                total += tl.load(distances + row, mask=row < samples, other=0.0, cache_modifier=".cg")
-            tl.store(loss, tl.sum(total, 0) * loss_factor(scale, weight, WEIGHTED, DTYPE))
-            tl.store(counter, 0)
+    finish_loss(loss, distances, counter, weight, distance, n, samples, scale, PER_SAMPLE, WEIGHTED, FOLD, DTYPE)
 
 
 @triton.jit(do_not_specialize=_BACKWARD_NUMBERS, do_not_specialize_on_alignment=_BACKWARD_POINTERS)
 def _ft_loss_backward_kernel(
-    student,
-    teacher,
-    statistics,
-    upstream,
-    weight,
-    student_grad,
-    teacher_grad,
-    student_row: tl.int64,
-    teacher_row: tl.int64,
-    student_grad_row: tl.int64,
-    teacher_grad_row: tl.int64,
-    upstream_stride: tl.int64,
-    size: tl.int64,
-    samples: tl.int64,
-    splits: tl.int32,
-    scale: tl.float64,
-    layout,
-    P: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
-    RANK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, teacher, statistics, upstream, weight, student_grad, teacher_grad,
+    student_row: tl.int64, teacher_row: tl.int64, student_grad_row: tl.int64, teacher_grad_row: tl.int64,
+    upstream_stride: tl.int64, size: tl.int64, samples: tl.int64, splits: tl.int32, scale: tl.float64, layout,
+    P: tl.constexpr, WEIGHTED: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr, RANK: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = statistics.dtype.element_ty
     program = tl.program_id(0)
     n = (program // splits).to(tl.int64)

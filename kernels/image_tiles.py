@@ -68,9 +68,12 @@ def store_image(y, values, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def load_image(x, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def load_image(
+    x, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CACHE: tl.constexpr = ""
+):  # fmt: skip
     """An image ``x [pixels, CHANNELS]`` as ``[ROWS, COLUMNS]`` float32, zeros outside."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     mask = (row < pixels)[:, None] & (column < CHANNELS)[None, :]
-    return tl.load(x + row[:, None] * CHANNELS + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    places = x + row[:, None] * CHANNELS + column[None, :]
+    return tl.load(places, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)

@@ -41,54 +41,36 @@ def reciprocal_distance(distance, numerator):
 
 
 @triton.jit
-def squares_of_sample(
-    student_base, teacher_base, size, lanes, layout,
-    RANK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``|s|^2`` and ``|t|^2`` of a sample that registers do not hold."""
-    student_total = tl.full((), 0.0, tl.float64)
-    teacher_total = tl.full((), 0.0, tl.float64)
-    end = size * ALIGN
-    for first in range(end * 0, end, BLOCK * FOLD_STEPS):
-        student_squares = tl.zeros((BLOCK,), DTYPE)
-        teacher_squares = tl.zeros((BLOCK,), DTYPE)
-        for start in range(first, tl.minimum(first + BLOCK * FOLD_STEPS, end), BLOCK):
-            mask = lanes < remaining(size, start, BLOCK, ALIGN)
-            x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
-            y = load(teacher_base, start, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
-            student_squares += x * x
-            teacher_squares += y * y
-        student_total += tl.sum(student_squares, 0).to(tl.float64)
-        teacher_total += tl.sum(teacher_squares, 0).to(tl.float64)
-    return student_total.to(DTYPE), teacher_total.to(DTYPE)
-
-
-@triton.jit
-def terms_of_sample(
+def sums_of_sample(
     student_base, teacher_base, student_inverse, teacher_inverse, size, lanes, layout,
-    P: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    SQUARES: tl.constexpr, P: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of :func:`terms_of` over a sample that registers do not hold."""
-    distance_total = tl.full((), 0.0, tl.float64)
-    student_total = tl.full((), 0.0, tl.float64)
-    teacher_total = tl.full((), 0.0, tl.float64)
+    """The sums over a sample that registers do not hold: of :func:`terms_of`; or ``|s|^2``, ``|t|^2`` and 0."""
+    first_total = tl.full((), 0.0, tl.float64)
+    second_total = tl.full((), 0.0, tl.float64)
+    third_total = tl.full((), 0.0, tl.float64)
     end = size * ALIGN
     for first in range(end * 0, end, BLOCK * FOLD_STEPS):
-        distance_terms = tl.zeros((BLOCK,), DTYPE)
-        student_terms = tl.zeros((BLOCK,), DTYPE)
-        teacher_terms = tl.zeros((BLOCK,), DTYPE)
+        first_sums = tl.zeros((BLOCK,), DTYPE)
+        second_sums = tl.zeros((BLOCK,), DTYPE)
+        third_sums = tl.zeros((BLOCK,), DTYPE)
         for start in range(first, tl.minimum(first + BLOCK * FOLD_STEPS, end), BLOCK):
             mask = lanes < remaining(size, start, BLOCK, ALIGN)
             x = load(student_base, start, lanes, mask, layout, 1, RANK, ALIGN, DTYPE)
             y = load(teacher_base, start, lanes, mask, layout, 2, RANK, ALIGN, DTYPE)
-            terms = terms_of(x * student_inverse, y * teacher_inverse, P)
-            distance_terms += terms[0]
-            student_terms += terms[1]
-            teacher_terms += terms[2]
-        distance_total += tl.sum(distance_terms, 0).to(tl.float64)
-        student_total += tl.sum(student_terms, 0).to(tl.float64)
-        teacher_total += tl.sum(teacher_terms, 0).to(tl.float64)
-    return distance_total.to(DTYPE), student_total.to(DTYPE), teacher_total.to(DTYPE)
+            if SQUARES:
+                first_sums += x * x
+                second_sums += y * y
+            else:
+                terms = terms_of(x * student_inverse, y * teacher_inverse, P)
+                first_sums += terms[0]
+                second_sums += terms[1]
+                third_sums += terms[2]
+        first_total += tl.sum(first_sums, 0).to(tl.float64)
+        second_total += tl.sum(second_sums, 0).to(tl.float64)
+        third_total += tl.sum(third_sums, 0).to(tl.float64)
+    return first_total.to(DTYPE), second_total.to(DTYPE), third_total.to(DTYPE)
 
 
 @triton.jit
@@ -109,6 +91,27 @@ def terms_of(a, b, P: tl.constexpr):
         return tl.abs(difference), sign * a, sign * b
     else:
         return difference * difference, difference * a, difference * b
+
+
+@triton.jit
+def finish_loss(
+    loss, distances, counter, weight, distance, n, samples, scale,
+    PER_SAMPLE: tl.constexpr, WEIGHTED: tl.constexpr, FOLD: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Stores l of sample n; the program that arrives last adds up all ``distances [N]`` in order, into the loss."""
+    tl.store(distances + n, distance)
+    if PER_SAMPLE:
+        tl.store(loss + n, distance * loss_factor(scale, weight, WEIGHTED, DTYPE))
+    else:
+        # The barrier puts this program's store before the count that releases it; L1 may hold stale lines, so .cg.
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1, sem="acq_rel") == samples - 1:
+            total = tl.zeros((FOLD,), DTYPE)
+            for start in range(samples * 0, samples, FOLD):
+                row = start + tl.arange(0, FOLD)
+                total += tl.load(distances + row, mask=row < samples, other=0.0, cache_modifier=".cg")
+            tl.store(loss, tl.sum(total, 0) * loss_factor(scale, weight, WEIGHTED, DTYPE))
+            tl.store(counter, 0)
 
 
 def norm_floor(eps: float, dtype: torch.dtype) -> float:

@@ -19,7 +19,6 @@ from bench.shapes import HeadShape
 from ftfast.kernels import activation, ft_head_loss, pack_weights
 
 QUICK = {
-    "head loss 32 of 128x64->32x8x8 bfloat16",
     "scaled direction 64 of 128x128->64x8x8 bfloat16",
     "both directions bfloat16",
 }
@@ -45,11 +44,10 @@ def test_shipped_launches(found: ShippedLaunch, architecture: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("factor", [256, 2048])  # the second is walked over
-def test_the_loss_at_the_end_for_p_2(factor: int, dtype: torch.dtype, architecture: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gradient_at_the_end_for_p_2(dtype: torch.dtype, architecture: int) -> None:
     with recorded(activation), recorded(ft_head_loss) as launches:
-        run_launchers(HeadShape("", 2, 16, 16, factor, 7, 7), dtype, p=2)
+        run_launchers(HeadShape("", 2, 16, 16, 256, 7, 7), dtype, p=2)
     for launched in launches:
         assert_fits(launched, architecture)
 
@@ -82,6 +80,24 @@ def test_activation_moves_16_bytes_at_once(channels: int, dtype: torch.dtype, ar
         activation.sum_partials(torch.empty(5, channels))
     # The bias comes on top.
     assert all(wide_share(assert_fits(launched, architecture)) >= 0.6 for launched in launches)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("p", [1, 2])
+def test_the_gradient_at_the_end_moves_16_bytes_at_once(p: int, architecture: int) -> None:
+    factor = torch.empty(4, 7, 7, 256, dtype=torch.bfloat16)
+    with recorded(ft_head_loss) as launches:
+        ft_head_loss.scaled_direction(
+            factor, factor, torch.empty(5, 4), torch.empty(()), p=p, reduction="mean", weight=1.0, negative_slope=0.1
+        )
+    machine = assert_fits(launches[0], architecture)
+    # Both factors are read and the result is written so; statistics of a row, and sums of a column, are numbers.
+    block = launches[0].arguments["ROWS"] * launches[0].arguments["COLUMNS"] * factor.element_size()
+    pieces = block // (16 * 32 * machine.warps)
+    assert machine.count(r"LDG\.E\S*\.128") >= 2 * pieces
+    assert machine.count(r"STG\.E\S*\.128") >= pieces
+    # A contracted x * r - y * r is not 0 for equal factors.
+    assert "fma.rn" not in machine.ptx
 
 
 @pytest.mark.parametrize("backward", [False, True])

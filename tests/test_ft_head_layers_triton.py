@@ -24,7 +24,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("Triton's kernels run on a GPU, or with TRITON_INTERPRET=1", allow_module_level=True)
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-head_loss = pytest.importorskip("ftfast.kernels.ft_head_loss")
+loss_kernels = pytest.importorskip("ftfast.kernels.ft_loss")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -244,10 +244,19 @@ def test_a_weight_tensor() -> None:
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_factors_that_do_not_fit_in_registers(p: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "REGISTER_SIZE", 64)
-    monkeypatch.setattr(head_loss, "WALK_BLOCK", 128)
+def test_factors_that_the_loss_reads_twice(p: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_kernels, "REGISTER_SIZE", 64)
+    monkeypatch.setattr(loss_kernels, "TWO_PASS_BLOCK", 128)
     assert_exact(make_problem(SMALL), p=p)
+
+
+def test_a_known_factor_made_under_inference_mode() -> None:
+    """Backward reads it, and autograd does not save such a tensor."""
+    problem = make_problem(SMALL, known=torch.float32)
+    assert problem.teacher_factor is not None
+    with torch.inference_mode():
+        made = problem.teacher_factor.clone()
+    assert_exact(problem._replace(teacher_factor=made))
 
 
 def test_without_the_students_gradient_the_others_are_the_same() -> None:

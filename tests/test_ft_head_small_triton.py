@@ -25,6 +25,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the package triton is not installed")
 forward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small")
 backward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_backward")
+weight_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_weights")
+shape_rules = pytest.importorskip("ftfast.kernels.ft_head_small_shape")
 launch = pytest.importorskip("ftfast.kernels.launch")
 packing = pytest.importorskip("ftfast.kernels.pack_weights")
 
@@ -407,6 +409,26 @@ def test_a_thousand_runs_are_bit_equal() -> None:
         assert all(one is not None and torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU programs end in whatever order they do")
+def test_whatever_side_and_image_ends_last_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs programs first to last, so the teacher's was always the one that ended last."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    head = make(SMALL, torch.float16)
+    upstream = upstream_of(head, "mean")
+
+    def results() -> list[Tensor]:
+        loss, kept = forward(head)
+        return [loss, *kept, *(gradient for gradient in backward(head, kept, upstream) if gradient is not None)]
+
+    expected_bits = results()
+    in_order = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(
+        interpreter_builder, "set_grid_idx", lambda x, y, z: in_order(interpreter_builder.grid_dim[0] - 1 - x, y, z)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(results(), expected_bits, strict=True))
+
+
 def test_without_the_features_gradient_the_others_are_the_same() -> None:
     head = make(SMALL)
     upstream = upstream_of(head, "mean")
@@ -450,7 +472,7 @@ def _count(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[str]:
 def test_a_step_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     head = make(SMALL)
     teacher = packing.pack_weights([weight for weight, _ in head.teacher_layers], head.dtype, backward=False)
-    launches = _count(monkeypatch, packing, forward_kernels, backward_kernels)
+    launches = _count(monkeypatch, packing, forward_kernels, backward_kernels, weight_kernels)
     student = packing.pack_weights([weight for weight, _ in head.student_layers], head.dtype, backward=True)
     options: dict[str, Any] = {"p": 1, "reduction": "mean", "weight": 1.0}
     loss, kept = forward_kernels.small_head_forward(
@@ -484,7 +506,7 @@ def test_a_step_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fits(shape: Shape, dtype: torch.dtype = torch.bfloat16, teacher: bool = True) -> str:
-    reason: str = forward_kernels.small_head_fits(
+    reason: str = shape_rules.small_head_fits(
         torch.device("cpu"),
         dtype,
         shape.height,

@@ -1,12 +1,16 @@
 """Tables of measured choices: who wins, what is refused, and that only ftfast tune measures."""
 
+import contextlib
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ftfast import kernel_table
 from ftfast.cli import main
+from ftfast.commands import tune
 from ftfast.extension import load_extension
 from ftfast.ops.conv3x3 import native as conv3x3_native
 
@@ -122,10 +126,95 @@ def test_bad_input_is_refused(folder, capsys, words, said):
 
 def test_a_step_measures_nothing(folder, monkeypatch):
     """Choosing inside a step reads tables and no clock."""
-    import ftfast.commands.tune
-
-    monkeypatch.setattr(ftfast.commands.tune.time, "perf_counter", lambda: pytest.fail("a clock was read"))
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: pytest.fail("a clock was read"))
     import ftfast
 
     head = ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(6, 4))
     head(torch.randn(2, 6, 3, 3), torch.randn(2, 8, 3, 3)).backward()
+
+
+class Gpu:
+    """torch.cuda as far as tune uses it: kernels add to a clock of their own, or to the graph that is captured."""
+
+    def __init__(self):
+        self.clock = 0.0
+        self.recording = None
+
+    def work(self, milliseconds):
+        if self.recording is None:
+            self.clock += milliseconds
+        else:
+            self.recording.milliseconds += milliseconds
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.recording = graph
+        yield
+        self.recording = None
+
+    def new_graph(self):
+        graph = SimpleNamespace(milliseconds=0.0)
+        graph.replay = lambda: self.work(graph.milliseconds)
+        return graph
+
+    def new_event(self, enable_timing):
+        event = SimpleNamespace(synchronize=lambda: None, elapsed_time=lambda last: last.at - event.at)
+        event.record = lambda: setattr(event, "at", self.clock)
+        return event
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    made = Gpu()
+    for name, value in {
+        "device": contextlib.nullcontext,
+        "stream": contextlib.nullcontext,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: None,
+        "CUDAGraph": made.new_graph,
+        "Event": made.new_event,
+        "graph": made.graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return made
+
+
+def test_on_a_gpu_kernels_decide_and_not_what_python_costs(gpu):
+    """A single pass of few launches lost or won by its Python, which a captured step does not run."""
+
+    def candidate(name, python, kernels):
+        def run():
+            time.sleep(python / 1e3)
+            gpu.work(kernels)
+            return [torch.ones(3)]
+
+        return tune.Candidate(name, run)
+
+    device = torch.device("cuda", 0)
+    candidates = [candidate("much Python", 20.0, 0.25), candidate("long kernels", 0.0, 0.5)]
+    captured = tune._captured(candidates, WORK, device)
+    assert tune._time(captured, device, 0.001) == {"much Python": 0.25, "long kernels": 0.5}
+
+
+def test_what_cannot_be_captured_is_named_and_not_timed(gpu, capsys):
+    def refuses():
+        if gpu.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return [torch.ones(3)]
+
+    candidates = [tune.Candidate("refuses", refuses), tune.Candidate("good", lambda: [torch.ones(3)])]
+    assert [kept.kernel for kept in tune._captured(candidates, WORK, torch.device("cuda", 0))] == ["good"]
+    assert "refuses cannot compute" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [2.0, -1.0])
+def test_a_result_of_another_size_is_left_out(factor, capsys):
+    """Each result was divided by its own norm first, and one twice as long agreed."""
+    right = [torch.randn(5), torch.randn(3)]
+    candidates = [
+        tune.Candidate("right", lambda: right),
+        tune.Candidate("wrong", lambda: [right[0], factor * right[1]]),
+    ]
+    work = WORK._replace(operation="head")
+    assert [kept.kernel for kept in tune._agreeing(candidates, work)] == ["right"]
+    assert "wrong is off by" in capsys.readouterr().err

@@ -7,8 +7,10 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "ft_loss_plan.h"
 #include "ft_loss_rows.h"
@@ -68,10 +70,6 @@ __device__ void forward_sample(const Forward& job, const ForwardPlan& plan, Inde
   if (thread.index == 0 && blockIdx.x % plan.blocks == 0) finish_sample(job, blockIdx.x / plan.blocks, norms, sums);
 }
 
-// What registers must leave room for on a multiprocessor. Doubles would spill with three blocks.
-template <class Number>
-constexpr int blocks_at_once = sizeof(Number) == 8 ? 2 : 3;
-
 template <class Student, class Teacher>
 __global__ void __launch_bounds__(largest_block, blocks_at_once<NumberFor<Student>>)
     forward_kernel(const Forward job, const ForwardPlan plan) {
@@ -125,8 +123,35 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-constexpr int shared_of_own = 4096;  // more than the kernel's own few sums take
-constexpr int shared_without_asking = 32768;
+constexpr int shared_of_own = 2048;  // more than the kernel's own few sums take
+constexpr int most_devices = 64;
+
+template <class Number>
+Limits limits_of(int device) {
+  const int of_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int of_all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  const int reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock, device);
+  return {of_block - shared_of_own, of_all / blocks_at_once<Number> - reserved - shared_of_own,
+          attribute(cudaDevAttrClusterLaunch, device) != 0};
+}
+
+// Asks the device once what it has for a kernel, and lets the kernel use it.
+template <class Student, class Teacher>
+const Limits& forward_limits(int device) {
+  static std::once_flag asked[most_devices];
+  static Limits limits[most_devices];
+  if (device < 0 || device >= most_devices) throw std::runtime_error("The loss runs on the first 64 devices alone.");
+  std::call_once(asked[device], [&] {
+    const auto kernel = forward_kernel<Student, Teacher>;
+    limits[device] = limits_of<NumberFor<Student>>(device);
+    for (const auto& [attribute, value] :
+         {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, int(limits[device].shared)),
+          // or the driver may keep more of it as cache than leaves room for several blocks
+          std::pair(cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared))})
+      check(cudaFuncSetAttribute(kernel, attribute, value), "get the shared memory of the loss's forward kernel");
+  });
+  return limits[device];
+}
 
 }  // namespace
 
@@ -135,13 +160,7 @@ void ft_loss_forward(const Forward& job, int device, void* stream) {
   with_types(job.student.dtype, job.teacher.dtype, [&](auto student, auto teacher) {
     using Student = decltype(student);
     using Teacher = decltype(teacher);
-    const auto kernel = forward_kernel<Student, Teacher>;
-    const int shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - shared_of_own;
-    const auto plan = plan_forward<Student, Teacher>(job, shared_limit, attribute(cudaDevAttrClusterLaunch, device));
-    // To the same value always: another thread may be between this and its launch.
-    if (plan.shared_bytes > shared_without_asking)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit),
-            "get the shared memory of the loss's forward kernel");
+    const auto plan = plan_forward<Student, Teacher>(job, forward_limits<Student, Teacher>(device));
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {unsigned(plan.blocks), 1, 1};
@@ -152,7 +171,8 @@ void ft_loss_forward(const Forward& job, int device, void* stream) {
     config.stream = cudaStream_t(stream);
     config.attrs = &cluster;
     config.numAttrs = plan.blocks > 1 ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, job, plan), "launch the loss's forward kernel");
+    check(cudaLaunchKernelEx(&config, forward_kernel<Student, Teacher>, job, plan),
+          "launch the loss's forward kernel");
   });
 }
 
@@ -169,9 +189,16 @@ void ft_loss_backward(const Backward& job, int device, void* stream) {
 }
 
 std::string ft_loss_problem(int device) {
-  cudaFuncAttributes attributes;
   cudaError_t status = cudaSetDevice(device);
-  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, forward_kernel<float, float>);
+  const auto load = [&](auto kernel) {
+    cudaFuncAttributes attributes;
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  };
+  // Every kernel, so that none is loaded for the first time while a stream is captured.
+  with_every_type([&](auto s, auto t) {
+    load(forward_kernel<decltype(s), decltype(t)>);
+    load(backward_kernel<decltype(s), decltype(t)>);
+  });
   if (status == cudaSuccess) return "";
   cudaGetLastError();
   return cudaGetErrorString(status);

@@ -35,11 +35,22 @@ struct BackwardPlan {
   int64_t run;          // elements of a block
 };
 
+// What a device has for a forward launch; shared memory in bytes of a block.
+struct Limits {
+  int64_t shared;             // at most
+  int64_t shared_of_several;  // where blocks_at_once of them are to share a multiprocessor
+  bool clusters;
+};
+
 constexpr int largest_block = 512;
 constexpr int backward_block = 256;
 constexpr int vectors_a_thread = 2;
 
 constexpr int largest_cluster = 8;  // what every device that has clusters can launch
+
+// Forward's blocks on a multiprocessor, so that some read while others compute. Doubles would spill with three.
+template <class Number>
+constexpr int blocks_at_once = sizeof(Number) == 8 ? 2 : 3;
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -59,25 +70,28 @@ inline int whole_warps(int64_t threads, int64_t most) {
   return int(std::min(blocks_of(threads, warp_size) * warp_size, most));
 }
 
+// As few blocks of a sample as leave room for others beside them; where not even the largest cluster does, that one, and
+// two passes where it does not hold the sample.
 template <class Student, class Teacher>
-ForwardPlan plan_forward(const Forward& job, int64_t shared_limit, bool clusters) {
+ForwardPlan plan_forward(const Forward& job, const Limits& limits) {
   constexpr int width = width_of<Student, Teacher>;
   const int64_t vectors = blocks_of(job.size, width);
   ForwardPlan plan;
   plan.aligned = vectors_align<width, Student>(job.student) && vectors_align<width, Teacher>(job.teacher);
+  plan.blocks = 1;
+  plan.run = job.size;
   plan.shared_bytes = plan.teacher_offset = 0;
-  for (plan.blocks = 1; plan.blocks <= (clusters ? largest_cluster : 1); plan.blocks *= 2) {
-    plan.run = plan.blocks == 1 ? job.size : blocks_of(vectors, plan.blocks) * width;
-    const int64_t student_bytes = blocks_of(plan.run * sizeof(Student), vector_bytes) * vector_bytes;
-    const int64_t bytes = student_bytes + int64_t(plan.run * sizeof(Teacher));
-    if (bytes > shared_limit) continue;
+  const int most = limits.clusters ? largest_cluster : 1;
+  for (int blocks = 1; blocks <= most; blocks *= 2) {
+    const int64_t run = blocks == 1 ? job.size : blocks_of(vectors, blocks) * width;
+    const int64_t student_bytes = blocks_of(run * sizeof(Student), vector_bytes) * vector_bytes;
+    const int64_t bytes = student_bytes + int64_t(run * sizeof(Teacher));
+    if (bytes > (blocks < most ? limits.shared_of_several : limits.shared)) continue;
+    plan.blocks = blocks;
+    plan.run = run;
     plan.teacher_offset = int(student_bytes);
     plan.shared_bytes = int(bytes);
     break;
-  }
-  if (!plan.shared_bytes) {
-    plan.blocks = 1;
-    plan.run = job.size;
   }
   plan.threads = whole_warps(blocks_of(plan.run, width * vectors_a_thread), largest_block);
   return plan;
@@ -133,6 +147,15 @@ void with_types(DType student, DType teacher, Run run) {
     case DType::int8: case DType::float8_e4m3fn: break;
   }
   throw std::logic_error("no student has this dtype");
+}
+
+// run(Student(), Teacher()) for each pair that has kernels
+template <class Run>
+void with_every_type(Run run) {
+  for (const DType student : {DType::float32, DType::bfloat16, DType::float16})
+    for (const DType teacher : {DType::float32, DType::bfloat16, DType::float16, DType::int8, DType::float8_e4m3fn})
+      with_types(student, teacher, run);
+  run(double(), double());
 }
 
 }  // namespace ftfast::cuda

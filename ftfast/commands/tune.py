@@ -1,13 +1,18 @@
-"""``ftfast tune``: measures which kernel is fastest for each choice of a head on this machine, and keeps the table."""
+"""``ftfast tune``: measures which kernel is fastest for each choice of a head on this machine, and keeps the table.
+
+On a GPU each candidate is captured as a CUDA graph whose replays are timed: between two ways of computing a small head,
+what Python and the launches cost would decide otherwise, and a captured step does not pay it.
+"""
 
 import argparse
 import json
+import math
 import random
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +34,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # Two kernels for one result may differ by this much, relative to it; TF32 rounds float32 operands.
 AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 4e-3}
 BLOCKS = 5
+REPLAYS = 20  # of a graph that are timed as one: an event's own time is a microsecond
 
 
 class HeadShape(NamedTuple):
@@ -60,10 +66,10 @@ HEADS = {
 
 
 class Candidate(NamedTuple):
-    """One kernel for a piece of work."""
+    """One kernel for a piece of work; ``run`` gives the results that all candidates have to agree on."""
 
     kernel: str
-    run: Callable[[], Tensor]
+    run: Callable[[], Sequence[Tensor]]
 
 
 def parse_head(text: str) -> HeadShape:
@@ -140,7 +146,10 @@ def _measure_all(
         task = progress.add_task("tuning", total=len(jobs))
         for work, build in jobs:
             progress.update(task, description=f"{work.operation} {work.channels_in}->{work.channels_out}")
-            if len(candidates := _agreeing(build(), work)) > 1:
+            candidates = _agreeing(build(), work)
+            if device.type == "cuda":
+                candidates = _captured(candidates, work, device)
+            if len(candidates) > 1:
                 yield _entry(work, _time(candidates, device, seconds), device)
             progress.advance(task)
 
@@ -169,10 +178,10 @@ def _weight_gradients(work: Work, dtype: torch.dtype) -> list[Candidate]:
     )
     parameter = torch.randn(work.channels_out, work.channels_in, 3, 3, generator=generator)
 
-    def compute(kernel: str) -> Tensor:
+    def compute(kernel: str) -> list[Tensor]:
         _, found = conv3x3_native.gradients(x, dz, parameter, need_input=False, kernel=kernel)
         assert found is not None
-        return found
+        return [found]
 
     return [Candidate(kernel, partial(compute, kernel)) for kernel in conv3x3_native.CANDIDATES]
 
@@ -187,6 +196,7 @@ def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Ca
     of_student, of_teacher = convolution_stack(translator), convolution_stack(paraphraser)
     assert isinstance(of_student, Stack)
     assert isinstance(of_teacher, Stack)
+    of_teacher = of_teacher._replace(held=0)  # as training holds it: prepared once
     student, teacher = (
         torch.randn(head.samples, channels, head.height, head.width, device=device, dtype=dtype)
         .contiguous(memory_format=torch.channels_last)
@@ -195,11 +205,10 @@ def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Ca
     )
     options = Options(1, "mean", 1e-12, 1.0)
 
-    def step(kernel: str) -> Tensor:
+    def step(kernel: str) -> Sequence[Tensor]:
         plan = Plan(kernel, "triton", dtype, "tuning")
         loss = ft_head.run(student, teacher, None, plan, of_student, of_teacher, options)
-        gradients = torch.autograd.grad(loss, [student, *translator.parameters()])
-        return torch.cat([gradient.flatten().float() / gradient.float().norm() for gradient in gradients])
+        return torch.autograd.grad(loss, [student, *translator.parameters()])
 
     shape = (head.samples, head.student, head.height, head.width)
     ways = ft_head_triton.candidates(device, dtype, shape, head.factor, head.teacher)
@@ -207,17 +216,18 @@ def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Ca
 
 
 def _agreeing(candidates: list[Candidate], work: Work) -> list[Candidate]:
-    """The candidates that run and give the first one's result; the others are named, and not timed."""
+    """The candidates that run and give the first one's results; the others are named, and not timed."""
     kept: list[Candidate] = []
-    wanted: Tensor | None = None
+    wanted: list[Tensor] = []
     for candidate in candidates:
         try:
-            found = candidate.run().double()
+            found = [result.double() for result in candidate.run()]
         except (RuntimeError, ValueError) as error:
-            print(f"ftfast tune: {candidate.kernel} cannot compute {work}: {error}", file=sys.stderr)
+            _leave_out(candidate, work, error)
             continue
-        wanted = found if wanted is None else wanted
-        difference = ((found - wanted).norm() / wanted.norm()).item()
+        wanted = wanted or found
+        errors = [((got - right).norm() / right.norm()).item() for got, right in zip(found, wanted, strict=True)]
+        difference = math.sqrt(sum(error * error for error in errors) / len(errors))
         # A sum over samples of signs that rounding may flip agrees less closely than one product does.
         bound = AGREEMENT[DTYPES[work.dtype]] * (10 if work.operation == "head" else 1)
         if difference <= bound:
@@ -225,6 +235,35 @@ def _agreeing(candidates: list[Candidate], work: Work) -> list[Candidate]:
         else:
             print(f"ftfast tune: {candidate.kernel} is off by {difference:.1e} for {work}; left out.", file=sys.stderr)
     return kept
+
+
+def _leave_out(candidate: Candidate, work: Work, error: Exception) -> None:
+    print(f"ftfast tune: {candidate.kernel} cannot compute {work}: {error}", file=sys.stderr)
+
+
+def _captured(candidates: list[Candidate], work: Work, device: torch.device) -> list[Candidate]:
+    """The candidates as replays of CUDA graphs; one that cannot be captured is named, and not timed."""
+    kept = []
+    with torch.cuda.device(device):
+        for candidate in candidates:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            try:
+                # Backward remembers the stream of forward: all of it belongs on the one that is captured.
+                with torch.cuda.stream(stream):
+                    candidate.run()
+                with torch.cuda.graph(graph, stream=stream):
+                    results = candidate.run()
+            except (RuntimeError, ValueError) as error:
+                _leave_out(candidate, work, error)
+                continue
+            kept.append(Candidate(candidate.kernel, partial(_replay, graph, results)))
+    return kept
+
+
+def _replay(graph: torch.cuda.CUDAGraph, results: Sequence[Tensor]) -> Sequence[Tensor]:
+    graph.replay()
+    return results
 
 
 def _time(candidates: list[Candidate], device: torch.device, seconds: float) -> dict[str, float]:
@@ -237,14 +276,24 @@ def _time(candidates: list[Candidate], device: torch.device, seconds: float) -> 
             candidate.run()
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(found[candidate.kernel]) < 3:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            candidate.run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            found[candidate.kernel].append(1e3 * (time.perf_counter() - start))
+            found[candidate.kernel].append(_milliseconds(candidate, device))
     return {kernel: statistics.median(times) for kernel, times in found.items()}
+
+
+def _milliseconds(candidate: Candidate, device: torch.device) -> float:
+    """Of one run; on a GPU by its own clock, of some runs back to back."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        candidate.run()
+        return 1e3 * (time.perf_counter() - start)
+    with torch.cuda.device(device):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(REPLAYS):
+            candidate.run()
+        last.record()
+        last.synchronize()
+    return float(first.elapsed_time(last)) / REPLAYS
 
 
 def _entry(work: Work, times: dict[str, float], device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from bench.machine_code.compiling import recorded
 from bench.machine_code.shipped import ShippedLaunch
 from ftfast.kernels import attention
 
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

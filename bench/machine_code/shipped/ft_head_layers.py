@@ -1,4 +1,4 @@
-"""The launches of a head computed layer by layer: the epilogues of the library's convolutions, and the loss."""
+"""The launches of a head computed layer by layer: round the library's convolutions, and the gradient at their end."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from bench.machine_code.shipped import ShippedLaunch
 from bench.shapes import HEADS, HeadShape
 from ftfast.kernels import activation, ft_head_loss
 
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def run_launchers(head: HeadShape, dtype: torch.dtype, *, p: int = 1) -> None:
@@ -21,10 +21,10 @@ def run_launchers(head: HeadShape, dtype: torch.dtype, *, p: int = 1) -> None:
         activation.bias_leaky_relu_(features, torch.empty(channels), 0.1)
         partials = activation.leaky_relu_backward_(features, features, 0.1)
         activation.sum_partials(partials, torch.empty(()))
-    loss, direction, inverse_norm = ft_head_loss.head_loss(
-        factor, factor, p=p, reduction="mean", eps=1e-12, weight=1.0, negative_slope=0.1
+    statistics, upstream = torch.empty(5, head.samples), torch.empty(())
+    ft_head_loss.scaled_direction(
+        factor, factor, statistics, upstream, p=p, reduction="mean", weight=1.0, negative_slope=0.1
     )
-    ft_head_loss.scaled_direction(direction, inverse_norm, loss, p=p, reduction="mean", weight=1.0)
 
 
 def shipped_launches() -> Iterator[ShippedLaunch]:

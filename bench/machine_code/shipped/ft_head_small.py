@@ -6,7 +6,7 @@ import torch
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, recorded, replaced
 from bench.machine_code.shipped import ShippedLaunch
-from ftfast.kernels import ft_head_small, ft_head_small_backward
+from ftfast.kernels import ft_head_small, ft_head_small_backward, ft_head_small_shape, ft_head_small_weights
 from ftfast.kernels.pack_weights import padded_channels
 
 # The student's channels, the teacher's, the factor's, side of the map, dtype
@@ -29,7 +29,7 @@ def launches_of(
     student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int = 1, architecture: int = 90
 ) -> list[Launch]:
     """Forward's launch and backward's two."""
-    with replaced(ft_head_small, capability=lambda device: architecture):
+    with replaced(ft_head_small_shape, capability=lambda device: architecture):
         return _launches_of(student, teacher, factor, side, dtype, p)
 
 
@@ -63,7 +63,7 @@ def _launches_of(student: int, teacher: int, factor: int, side: int, dtype: torc
             reduction="mean",
             weight=1.0,
         )
-    with recorded(ft_head_small_backward) as backward:
+    with recorded(ft_head_small_backward) as inputs, recorded(ft_head_small_weights) as weight_gradients:
         ft_head_small_backward.small_head_backward(
             maps(student),
             kept,
@@ -75,14 +75,14 @@ def _launches_of(student: int, teacher: int, factor: int, side: int, dtype: torc
             reduction="mean",
             weight=1.0,
         )
-    return [*forward, *backward]
+    return [*forward, *inputs, *weight_gradients]
 
 
 def refusal(head: tuple[int, int, int, int, torch.dtype], architecture: int) -> str:
     """Why the head is not shipped for an architecture with this Triton, or ""."""
     student, teacher, factor, side, dtype = head
-    with replaced(ft_head_small, capability=lambda device: architecture):
-        return ft_head_small.small_head_fits(torch.device("cpu"), dtype, side, side, teacher, student, factor)
+    with replaced(ft_head_small_shape, capability=lambda device: architecture):
+        return ft_head_small_shape.small_head_fits(torch.device("cpu"), dtype, side, side, teacher, student, factor)
 
 
 def shipped_launches() -> Iterator[ShippedLaunch]:

@@ -12,6 +12,7 @@ from ftfast.kernels import ft_loss
 FACTORS = [
     # shape, dtype, p
     ((2, 256, 7, 7), torch.bfloat16, 1),
+    ((2, 256, 7, 7), torch.float16, 1),
     ((2, 256, 7, 7), torch.float32, 2),
     ((2, 32, 8, 8), torch.bfloat16, 2),
     ((2, 1024, 7, 7), torch.float32, 1),

@@ -11,7 +11,7 @@ from ftfast.kernels import pack_weights
 
 def shipped_launches() -> Iterator[ShippedLaunch]:
     """Sizes are numbers of the launch, so there is a kernel for each dtype and direction."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for backward in (False, True):
             weights = [torch.empty(outputs, inputs, 3, 3) for inputs, outputs in ((64, 64), (64, 32), (32, 32))]
             with recorded(pack_weights) as launches:

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.kernels import activation, ft_loss
-from ftfast.kernels.ft_head_loss import head_loss, scaled_direction
+from ftfast.backends import KernelBackend
+from ftfast.dispatch import BACKENDS, supports
+from ftfast.kernels import activation
+from ftfast.kernels.ft_head_loss import scaled_direction
 from ftfast.ops.ft_head.operands import Head
 from ftfast.ops.ft_head.stack import Stack, prepare_once
 from ftfast.ops.maps import as_map
@@ -50,7 +52,7 @@ def ft_head_forward(
     student: Tensor, teacher: Tensor | None, teacher_factor: Tensor | None, head: Head, *, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and what backward needs; nothing unless ``keep``."""
-    dtype, translator, options = head.plan.dtype, head.translator, head.options
+    dtype, translator = head.plan.dtype, head.translator
     if teacher_factor is None:
         assert teacher is not None
         assert head.paraphraser is not None
@@ -59,20 +61,39 @@ def ft_head_forward(
     for weight, bias in zip(translator.weights, translator.biases, strict=True):
         maps.append(_layer(maps[-1], as_map(weight, dtype), bias, translator.negative_slope))
     student_factor = maps.pop()
-    if not keep:
-        return ft_loss.ft_loss_forward(student_factor, teacher_factor, **options._asdict())[0], []
-    loss, direction, inverse_norm = head_loss(
-        nhwc(student_factor), nhwc(teacher_factor), **options._asdict(), negative_slope=translator.negative_slope
+    teacher_factor = teacher_factor.contiguous(memory_format=torch.channels_last)
+    loss, statistics = _loss_kernels(student_factor, teacher_factor).forward(
+        student_factor, teacher_factor, head.options
     )
-    return loss, [student, *maps[1:], direction, inverse_norm, *translator.weights]
+    if not keep:
+        return loss, []
+    if teacher_factor.is_inference():  # which autograd does not save
+        teacher_factor = teacher_factor.clone()
+    return loss, [student, *maps[1:], student_factor, teacher_factor, statistics, *translator.weights]
+
+
+def _loss_kernels(student_factor: Tensor, teacher_factor: Tensor) -> KernelBackend:
+    """CUDA C++ where it was built: it reads a sample of any size once."""
+    dtypes = student_factor.dtype, teacher_factor.dtype
+    native = student_factor.is_cuda and supports("native", student_factor.device, *dtypes).ok
+    found = BACKENDS["native" if native else "triton"]
+    assert isinstance(found, KernelBackend)
+    return found
 
 
 def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of the student's features and of ``(weight, bias, weight, ...)``; None for what is not needed."""
     slope, options = head.translator.negative_slope, head.options
-    maps, weights = [as_map(kept[0], head.plan.dtype), *kept[1:3]], kept[5:]
+    maps, weights = [as_map(kept[0], head.plan.dtype), *kept[1:3]], kept[6:]
     gradient, partials, scale = scaled_direction(
-        kept[3], kept[4], upstream, p=options.p, reduction=options.reduction, weight=options.weight
+        nhwc(kept[3]),
+        nhwc(kept[4]),
+        kept[5],
+        upstream,
+        p=options.p,
+        reduction=options.reduction,
+        weight=options.weight,
+        negative_slope=slope,
     )
     dz = gradient.permute(0, 3, 1, 2)
     gradients: list[Tensor | None] = [None] * 7

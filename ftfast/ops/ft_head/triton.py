@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ftfast.kernel_table import Work, choose_kernel
 from ftfast.kernels import ft_head_small, ft_head_small_backward
+from ftfast.kernels.ft_head_small_shape import small_head_fits
 from ftfast.kernels.pack_weights import PackedWeight, pack_weights
 from ftfast.ops.ft_head import layers as ft_head_layers
 from ftfast.ops.ft_head.layers import like_parameter, nhwc
@@ -40,9 +41,7 @@ def _misfit(
     teacher_channels: int | None,
 ) -> str:
     _, student_channels, height, width = shape
-    return ft_head_small.small_head_fits(
-        device, dtype, height, width, teacher_channels, student_channels, factor_channels
-    )
+    return small_head_fits(device, dtype, height, width, teacher_channels, student_channels, factor_channels)
 
 
 def choose(
