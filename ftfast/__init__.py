@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ftfast.distill.store.dataset import FactorStore
     from ftfast.distill.store.write import write_factors
     from ftfast.distill.training.diagnosis import diagnose_paraphraser
+    from ftfast.distill.training.graph import capture_step
     from ftfast.distill.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
@@ -34,6 +35,7 @@ _HOMES = {
     "Translator": "modules",
     "train_paraphraser": "distill.training.paraphraser",
     "diagnose_paraphraser": "distill.training.diagnosis",
+    "capture_step": "distill.training.graph",
     "FrozenTeacher": "distill.models.frozen_teacher",
     "FactorStore": "distill.store.dataset",
     "write_factors": "distill.store.write",
@@ -60,6 +62,7 @@ __all__ = [
     "Reduction",
     "Translator",
     "__version__",
+    "capture_step",
     "convert_state_dict",
     "diagnose_paraphraser",
     "doctor",

@@ -21,6 +21,11 @@ def part(name: str) -> AbstractContextManager[Any]:
     return _OFF if _timed is None else _timed.part(name)
 
 
+def is_timed() -> bool:
+    """Whether the step under way is sampled, whose parts wait for the GPU."""
+    return _timed is not None
+
+
 class StepClock:
     """Mean milliseconds of a step's parts over the steps sampled."""
 
