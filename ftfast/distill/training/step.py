@@ -158,7 +158,8 @@ class LearningStep:
 
     def on_stream(self) -> AbstractContextManager[None]:
         """Inside, a GPU's work goes to the stream of the steps that are replayed."""
-        return self._graphs[0].stream(self._precision.device) if self._graphs else nullcontext()
+        device = self._precision.device
+        return self._graphs[0].stream(device) if self._graphs and device.type == "cuda" else nullcontext()
 
     def forget(self) -> None:
         """Drops the graphs and their memory."""
