@@ -212,6 +212,7 @@ def test_what_a_frozen_module_was_is_never_replayed_after_a_write() -> None:
             lambda: setattr(teacher, "weight", nn.Parameter(torch.zeros(2, 2, device=CUDA))),
             lambda: it.step.load_state(it.step.state()),
             lambda: it.step.optimiser.param_groups[0].update(weight_decay=0.5),
+            lambda: it.model[0].bias.requires_grad_(False),
         ):
             it.ran.clear()
             change()
@@ -264,7 +265,7 @@ def test_a_teacher_that_changed_is_refused_though_its_graph_is_recorded() -> Non
             step(images)
     assert (found.replays, found.legacy, found.refused) == (2, 0, 0)
     assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
-    assert step.explain() == "as a CUDA graph, of 1 kinds of batch"
+    assert step.explain() == "as a CUDA graph, recorded for 1 of its kinds of batch"
     with torch.no_grad():
         model[0].weight.mul_(2)
     with pytest.raises(TeacherError, match="changed after it had been frozen"):

@@ -6,6 +6,7 @@ is a tensor, written to in place; where anything else has changed, the step is r
 
 import random
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,8 +61,8 @@ class StepGraph:
         self._say = say
         self._reason = ""
         self._stream: torch.cuda.Stream | None = None
-        self._rates: dict[tuple[int, int], Tensor] = {}
-        self._watched: list[nn.Module] = []
+        self._rates: Tensor = torch.empty(0)
+        self._watched: list[weakref.ref[nn.Module]] = []
         self._recordings: dict[Any, _Recording] = {}
         self._warmed: Counter[Any] = Counter()
         self._state: Any = None
@@ -86,7 +87,7 @@ class StepGraph:
         if self._reason:
             return f"as it is: {self._reason}"
         if self._recordings:
-            return f"as a CUDA graph, of {len(self._recordings)} kinds of batch"
+            return f"as a CUDA graph, recorded for {len(self._recordings)} of its kinds of batch"
         return "as it is, until it is warmed up"
 
     @contextmanager
@@ -132,7 +133,8 @@ class StepGraph:
             try:
                 self._record(kind, batch)
             except RuntimeError as error:  # a synchronisation, say, or too little memory
-                self._leave(str(error).strip().partition("\n")[0])
+                first = error.__context__ or error  # the end of a recording that failed fails too
+                self._leave(str(first).strip().partition("\n")[0])
                 return self._step(*batch)
         recording = self._recordings[kind]
         for row, given in zip(recording.rows, batch, strict=True):
@@ -157,7 +159,7 @@ class StepGraph:
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self._step(*rows)
         self._recordings[kind] = _Recording(graph, rows, result)
-        self._watched = list(_modules(self._frozen))
+        self._watched = [weakref.ref(module) for module in _modules(self._frozen)]
         self._state = self._read_state()
 
     def _leave(self, reason: str) -> None:
@@ -167,22 +169,26 @@ class StepGraph:
             self._say(f"the step is not replayed as a CUDA graph: {reason}")
 
     def _write_rates(self, device: torch.device) -> None:
-        """A number would be recorded as it is."""
-        for place, optimizer in enumerate(self._optimizers):
-            for number, group in enumerate(optimizer.param_groups):
-                if not isinstance(group["lr"], Tensor):
-                    rate = self._rates.get((place, number))
-                    if rate is None:
-                        rate = self._rates[place, number] = torch.empty((), device=device)
-                    group["lr"] = rate.fill_(group["lr"])
+        """To where a recording finds them changed; a number would be recorded as it is."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        if len(self._rates) != len(groups):
+            self._rates = torch.zeros(len(groups), dtype=torch.float32, device=device)
+        given = {group["lr"] for group in groups}
+        are_one = len(given) == 1 and not isinstance(next(iter(given)), Tensor)
+        if are_one:
+            self._rates.fill_(given.pop())
+        for group, rate in zip(groups, self._rates, strict=True):
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = rate if are_one else rate.fill_(group["lr"])
 
     def _read_state(self) -> Any:
         """What changes whenever a recording no longer does what the step would; replays change nothing of it."""
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         given = [value for group in groups for name, value in group.items() if name != "params"]
-        numbers = [value for value in given if not isinstance(value, Tensor)]
-        learned = [parameter.data_ptr() for group in groups for parameter in group["params"]]
-        places = [place for it in self._watched for place in (*it._parameters.values(), *it._buffers.values())]
+        numbers = [value.data_ptr() if isinstance(value, Tensor) else value for value in given]
+        learned = [(it.data_ptr(), it.requires_grad) for group in groups for it in group["params"]]
+        alive = [module for reference in self._watched if (module := reference()) is not None]
+        places = [place for it in alive for place in (*it._parameters.values(), *it._buffers.values())]
         frozen = [(it.data_ptr(), None if it.is_inference() else it._version) for it in places if it is not None]
         return numbers, learned, frozen
 
@@ -228,7 +234,7 @@ def capture_step(
     optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
     frozen: Iterable[nn.Module] = (),
 ) -> StepGraph:
-    """A step of a loop of one's own, ``step(images, labels, ...)``, which a GPU replays as one CUDA graph.
+    """A step of a loop of one's own, ``step(images, labels, ...)``, which one GPU replays as one CUDA graph.
 
     On a CPU, and in the first three calls with each shape of batch, it runs as it is; then it is recorded and replayed,
     which costs the host one launch and a copy of each of the batch's tensors. Every call is one step. ``explain()``

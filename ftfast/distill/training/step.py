@@ -73,8 +73,6 @@ class LearningStep:
         self.optimiser = _optimiser(parameter_groups(self._parameters, schedule), schedule, precision.device)
         self._scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype == torch.float16)
         self._rate = schedule.learning_rate
-        # A GPU reads it there, where a graph finds it changed.
-        self._rate_there = torch.zeros((), device=precision.device) if precision.device.type == "cuda" else None
         self._parts: list[Callable[..., Any]] = [self._whole]
         if self._flat is not None:
             self._parts = [self._find_gradients, self._descend]
@@ -96,7 +94,9 @@ class LearningStep:
         Raises:
             LostProcessError: another process is gone.
         """
-        self._write_rate(learning_rate)
+        self._rate = learning_rate
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
         # A sampled step waits for the device between its parts, as no graph can.
         run = [graph.eagerly if is_timed() else graph for graph in self._graphs] or self._parts
         values: Terms = run[0](*batch, whole or len(batch[0]))
@@ -149,12 +149,6 @@ class LearningStep:
             self._scaler.update()
             if self._average is not None:
                 self._average.update_parameters(self._trainable.get_submodule("model"))
-
-    def _write_rate(self, learning_rate: float) -> None:
-        self._rate = learning_rate
-        there = learning_rate if self._rate_there is None else self._rate_there.fill_(learning_rate)
-        for group in self.optimiser.param_groups:
-            group["lr"] = there
 
     def on_stream(self) -> AbstractContextManager[None]:
         """Inside, a GPU's work goes to the stream of the steps that are replayed."""
