@@ -47,13 +47,17 @@ class FlatGradients:
     def __init__(self, parameters: list[nn.Parameter], processes: Processes) -> None:
         self._parameters = parameters
         self._processes = processes
-        processes.take_from_first(parameter.detach() for parameter in parameters)
         sizes = [parameter.numel() for parameter in parameters]
         self._flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
         self._views = [
             part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
             for part, parameter in zip(self._flat.split(sizes), parameters, strict=True)
         ]
+        own = [parameter.detach() for parameter in parameters]
+        torch._foreach_copy_(self._views, own)
+        processes.take_from_first([self._flat])
+        torch._foreach_copy_(own, self._views)
+        self._flat.zero_()
 
     @torch.no_grad()
     def gather(self) -> None:
