@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ftfast.distill.models.frozen_teacher import FrozenTeacher
     from ftfast.distill.store.own_images import FactorStore, write_factors
     from ftfast.distill.training.diagnosis import diagnose_paraphraser
+    from ftfast.distill.training.graph import capture_step
     from ftfast.distill.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
@@ -33,6 +34,7 @@ _HOMES = {
     "Translator": "modules",
     "train_paraphraser": "distill.training.paraphraser",
     "diagnose_paraphraser": "distill.training.diagnosis",
+    "capture_step": "distill.training.graph",
     "FrozenTeacher": "distill.models.frozen_teacher",
     "FactorStore": "distill.store.own_images",
     "write_factors": "distill.store.own_images",
@@ -59,6 +61,7 @@ __all__ = [
     "Reduction",
     "Translator",
     "__version__",
+    "capture_step",
     "convert_state_dict",
     "diagnose_paraphraser",
     "doctor",

@@ -49,7 +49,9 @@ def images(count: int) -> Split:
     return Split(torch.randn(count, 3, 6, 5, generator=generator), torch.arange(count) % 4).to(FLOAT32.device)
 
 
-def train(accumulate: int, count: int, batch_size: int, processes: Processes = ALONE) -> dict[str, Tensor]:
+def train(
+    accumulate: int, count: int, batch_size: int, processes: Processes = ALONE, *, replayed: bool = False
+) -> dict[str, Tensor]:
     """Parameters, loss means and accuracy after two epochs of Factor Transfer, as tensors by name."""
     with registry.seeded(4):
         student = Student()
@@ -75,6 +77,7 @@ def train(accumulate: int, count: int, batch_size: int, processes: Processes = A
         seed=5,
         processes=processes,
         evaluation=lambda stop: evaluate(Classifier(student), split, FLOAT32, processes, stop),
+        replayed=replayed,
     )
     history = training.run()
     found = {name: tensor.detach().clone() for name, tensor in trainable.state_dict().items()}
@@ -87,7 +90,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, accumulate, count, batch_size = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     with joined("cpu") as processes:
-        torch.save(train(accumulate, count, batch_size, processes), folder / f"rank{processes.part.rank}.pt")
+        found = train(accumulate, count, batch_size, processes, replayed="replayed" in sys.argv)
+        torch.save(found, folder / f"rank{processes.part.rank}.pt")
     # Threads of torch's that are still there when Python ends abort the process now and then.
     names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in names), names

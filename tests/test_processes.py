@@ -38,13 +38,21 @@ def test_one_process_agrees_with_itself_at_once() -> None:
 
 
 # 30 images in batches of 12 are 3 batches of 10, which 4 processes share as 3, 3, 2 and 2.
-@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+# Steps that a GPU replays have their gradients in one tensor.
+@pytest.mark.parametrize(
+    ("processes", "accumulate", "words"),
+    [
+        (2, 1, ()),
+        pytest.param(4, 2, (), marks=pytest.mark.slow),
+        pytest.param(4, 2, ("replayed",), marks=pytest.mark.slow),
+    ],
+)
 def test_many_processes_learn_what_one_learns_from_the_joined_batch(
-    tmp_path: Path, processes: int, accumulate: int
+    tmp_path: Path, processes: int, accumulate: int, words: tuple[str, ...]
 ) -> None:
     count, batch_size = 30, 12
     expected = data_parallel_worker.train(1, count, batch_size)
-    run = torchrun(processes, str(WORKER), str(tmp_path), str(accumulate), str(count), str(batch_size))
+    run = torchrun(processes, str(WORKER), str(tmp_path), str(accumulate), str(count), str(batch_size), *words)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(processes)]

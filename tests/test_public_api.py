@@ -123,6 +123,7 @@ def test_names():
         "Paraphraser",
         "Reduction",
         "Translator",
+        "capture_step",
         "convert_state_dict",
         "diagnose_paraphraser",
         "doctor",

@@ -124,6 +124,8 @@ def _run_in(
         for epochs in sorted({settings.teacher_epochs, settings.student_epochs}):
             if (warning := schedule_of(settings, epochs).warning) is not None:
                 progress.say(f"warning: {warning}")
+        if settings.device == "cuda" and (reason := settings.why_no_graph("cuda")):
+            progress.say(f"warning: the step is not replayed as a CUDA graph: {reason}")
         train, test = load_images(settings, report=progress.say)
         stored = None if settings.store is None else stored_side.stored_images(settings, train)
         train = stored or train

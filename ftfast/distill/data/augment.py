@@ -24,7 +24,7 @@ class Draws(NamedTuple):
     flips: Tensor
     centres: Tensor
 
-    def at(self, positions: slice) -> "Draws":
+    def at(self, positions: slice | Tensor) -> "Draws":
         return Draws(*(drawn[positions] for drawn in self))
 
 

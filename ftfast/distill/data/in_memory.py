@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from ftfast.distill.data.augment import Augmentation
-from ftfast.distill.data.images import Images, size_of, steps_of
+from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.runtime.processes import WHOLE, Part
+
+# Pixels that a GPU augments together: of many batches, since each launch costs as much as the work of a small one.
+_PIXELS_AT_ONCE = 2**24
+
+
+def _steps_at_once(device: torch.device, pixels: int) -> int:
+    """How many batches of so many pixels are made together; on a CPU one, which its caches hold."""
+    return 1 if device.type == "cpu" else max(1, _PIXELS_AT_ONCE // max(1, pixels))
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,25 @@ class Split(Images):
         if augmentation:
             height, width = self.pixels.shape[2:]
             draws = augmentation.draw(len(self), (height, width), generator, device)
+        wholes = torch.arange(len(self)).tensor_split(steps_of(len(self), batch_size))[first_step:]
+        if not wholes:
+            return
+        own = [whole.tensor_split(part.ranks)[part.rank] for whole in wholes]
+        places, sizes = torch.cat(own), [len(batch) for batch in own]
+        rows = order[places].to(device)
+        draws = None if draws is None else draws.at(places.to(device))
+        at_once = _steps_at_once(device, sizes[0] * self.pixels[0].numel())
         start = 0
-        for step, whole in enumerate(order.to(device).tensor_split(steps_of(len(self), batch_size))):
-            first = start + sum(size_of(len(whole), part.ranks, rank) for rank in range(part.rank))
-            start += len(whole)
-            if step < first_step:
-                continue
-            rows = whole.tensor_split(part.ranks)[part.rank]
-            drawn = slice(first, first + len(rows))
+        for step in range(0, len(sizes), at_once):
+            of_steps = sizes[step : step + at_once]
+            drawn = slice(start, start + sum(of_steps))
+            start = drawn.stop
             if draws is None:
-                images = self.normalise(self.pixels[rows])
+                images = self.normalise(self.pixels[rows[drawn]])
             else:
-                images = self.normalise(augmentation.crop(self.pixels, rows, draws.at(drawn)))
+                images = self.normalise(augmentation.crop(self.pixels, rows[drawn], draws.at(drawn)))
                 images = augmentation.blank(images, draws.at(drawn))
-            yield images, self.labels[rows]
+            yield from zip(images.split(of_steps), self.labels[rows[drawn]].split(of_steps), strict=True)
 
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         own = (values.tensor_split(part.ranks)[part.rank] for values in (self.pixels, self.labels))

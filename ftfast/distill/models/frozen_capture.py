@@ -22,6 +22,8 @@ class Captured:
 
     def __call__(self, images: Tensor) -> tuple[Tensor | None, ...]:
         """The outputs of ``run``; the first call of each shape, stride and dtype records."""
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():  # of a whole step, which has a graph of its own
+            return tuple(self._run(images))
         key = (tuple(images.shape), images.stride(), images.dtype, images.device)
         if key not in self._graphs:
             self._graphs[key] = self._record(images)

@@ -140,6 +140,10 @@ class FrozenTeacher(nn.Module):
             f"{'; '.join(self._notes)}; relative error of its features {self.error:.1e}, at most {self.limit:.0e} taken"
         )
 
+    def sources(self) -> list[nn.Module]:
+        """The modules of the model that this is a copy of, where it is still there; a write to them makes it stale."""
+        return [module for reference in getattr(self, "_sources", ()) if (module := reference()) is not None]
+
     def _outputs(self, run: Callable[[Tensor], Any], images: Tensor) -> Outputs:
         placed = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):

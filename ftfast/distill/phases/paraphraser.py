@@ -202,7 +202,15 @@ def _train_on_the_way(
     )
     trainable = torch.nn.ModuleDict({"model": paraphraser})
     training = Training(
-        trainable, terms, images, schedule, setup.precision, seed=settings.seed, processes=setup.processes
+        trainable,
+        terms,
+        images,
+        schedule,
+        setup.precision,
+        seed=settings.seed,
+        processes=setup.processes,
+        replayed=settings.graph == "on",
+        frozen=[teacher],
     )
     path = _trained_on_the_way(setup)
     untested = {**description, "kind": "untested paraphraser"}

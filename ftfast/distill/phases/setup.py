@@ -143,6 +143,7 @@ class Setup:
         gpu = gpu_of(device)
         if gpu is None and (reason := why_there_is_none(device)):
             progress.say_once(f"warning: {reason}")
+        training.say = lambda reason: progress.say_once(f"warning: {reason}")
         epochs = EpochLog(self.folder.tensorboard, title, progress.say_once)
         training.log = RunLog(
             self.folder.path if is_first else None,

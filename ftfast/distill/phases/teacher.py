@@ -158,5 +158,6 @@ def _train_teacher(setup: Setup, model: torch.nn.Module, description: dict[str, 
         evaluation=lambda stop: evaluate(model, setup.test, setup.precision, setup.processes, stop),
         processes=setup.processes,
         mixing=mixing if mixing else None,
+        replayed=settings.graph == "on",
     )
     setup.train_to_end(training, setup.folder.teacher, description)

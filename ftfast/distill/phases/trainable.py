@@ -82,6 +82,8 @@ def student_training(
         evaluation=evaluation,
         processes=processes,
         mixing=mixing if mixing else None,
+        replayed=settings.graph == "on",
+        frozen=[it for it in (teacher_side.teacher, teacher_side.paraphraser) if it is not None],
     )
 
 

@@ -139,6 +139,12 @@ class RecipeFields:
         "torch.compile of student and teacher (default: on a GPU, for trainings of 2000 steps or more)",
         choices=("auto", "on", "off"),
     )
+    graph: str = setting(
+        "auto",
+        "replay a training's step on a GPU as one CUDA graph (default: on, where nothing forbids it)",
+        choices=("auto", "on", "off"),
+        free=True,
+    )
     deterministic: str = setting(
         "auto",
         "algorithms on a GPU that give the same sums each time, rather than the fastest (default: off for photographs)",

@@ -179,6 +179,7 @@ class Settings(Recipe):
             dtype=self._resolved_dtype(device),
             compile=self._resolved_compile(device),
             deterministic=self.deterministic if self.deterministic != "auto" else repeats,
+            graph=self._resolved_graph(device),
             threads=self.threads or torch.get_num_threads(),
             **derived,
             teacher_checkpoint=_absolute(self.teacher_checkpoint),
@@ -227,6 +228,18 @@ class Settings(Recipe):
             return self.compile
         steps = self.student_epochs * steps_of(self._student_images(), self.batch_size)
         return "on" if device == "cuda" and steps >= STEPS_WORTH_COMPILING else "off"
+
+    def why_no_graph(self, device: str) -> str:
+        """The reason why a training's step is not replayed as a CUDA graph on that device, or none."""
+        if device != "cuda":
+            return "graphs are CUDA's, and the device is the CPU"
+        return "--sync-batch-norm lets the processes talk within the step" if self.sync_batch_norm else ""
+
+    def _resolved_graph(self, device: str) -> str:
+        reason = self.why_no_graph(device)
+        if self.graph == "on" and reason:
+            raise SettingsError(f"graph is 'on', and {reason}; leave --graph out.")
+        return "off" if self.graph == "off" or reason else "on"
 
     def _resolved_device(self) -> str:
         if self.device == "cuda" and not torch.cuda.is_available():

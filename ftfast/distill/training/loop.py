@@ -1,14 +1,13 @@
 """The training loop of teachers and students, which can be stopped after any step and go on as if it had not been."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ftfast.distill.data.images import Images, size_of, steps_of
 from ftfast.distill.monitor.epochs import Epoch
@@ -16,6 +15,7 @@ from ftfast.distill.monitor.step_clock import timed
 from ftfast.distill.monitor.telemetry import RunLog
 from ftfast.distill.runtime.processes import ALONE, Processes
 from ftfast.distill.runtime.signals import Stopped
+from ftfast.distill.training.average import Average
 from ftfast.distill.training.evaluate import Accuracies
 from ftfast.distill.training.losses import LossRecord
 from ftfast.distill.training.methods import Terms
@@ -38,6 +38,7 @@ class Training:
             :func:`evaluate` does.
         processes: those that train together, each on its part of every batch; all of them make the same calls.
         mixing: changes a batch's images and labels before the terms see them.
+        replayed, frozen: on a GPU the step is replayed as a CUDA graph; see :class:`LearningStep`.
     """
 
     def __init__(
@@ -52,10 +53,13 @@ class Training:
         evaluation: Callable[[Callable[[], bool]], Accuracies] | None = None,
         processes: Processes = ALONE,
         mixing: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
+        replayed: bool = False,
+        frozen: Iterable[nn.Module] = (),
     ) -> None:
         self.trainable = trainable
         self.history: list[Epoch] = []
         self.log: RunLog | None = None
+        self.say: Callable[[str], None] = lambda _: None  # takes the reason why the step is not replayed
         self.is_between_steps = True  # what learns is of one step, whatever happens now
         self._images = images
         self._schedule = schedule
@@ -63,8 +67,18 @@ class Training:
         self._evaluation = evaluation
         self._processes = processes
         self._mixing = mixing
-        self._step = LearningStep(trainable, terms, schedule, precision, processes)
-        self._average = None if schedule.ema is None else _average(trainable, schedule.ema)
+        self._average = None if schedule.ema is None else Average(self._model(), schedule.ema)
+        self._step = LearningStep(
+            trainable,
+            terms,
+            schedule,
+            precision,
+            processes,
+            average=self._average,
+            replayed=replayed,
+            frozen=frozen,
+            say=lambda reason: self.say(reason),
+        )
         self._steps_per_epoch = steps_of(len(images), schedule.batch_size)
         self._steps_done = 0  # of the epoch that is under way
         self._seconds = 0.0
@@ -93,10 +107,12 @@ class Training:
             DivergedError: the loss is not finite.
             Stopped: ``stop`` or ``stop_evaluating`` said so; :meth:`state` goes on from there.
         """
-        while len(self.history) < self._schedule.epochs:
-            self.history.append(self._run_epoch(len(self.history), stop, after_step, stop_evaluating))
-            if after_epoch is not None:
-                after_epoch(self)
+        with self._step.on_stream():
+            while len(self.history) < self._schedule.epochs:
+                self.history.append(self._run_epoch(len(self.history), stop, after_step, stop_evaluating))
+                if after_epoch is not None:
+                    after_epoch(self)
+        self._step.forget()
         if self._average is not None:
             _copy(self._average.module, self._model())
         self.trainable.eval()
@@ -123,13 +139,11 @@ class Training:
             step = first + self._steps_done
             whole = size_of(count, self._steps_per_epoch, self._steps_done)
             seed = step_seed(self._seed, step, self._processes.part.rank)
-            torch.manual_seed(seed)  # of dropout and the like
+            seed_generators(seed, batch[0].device)  # of dropout and the like
             if self._mixing is not None:
                 batch = (*self._mixing(batch[0], batch[1], seed), *batch[2:])
             terms = self._step(batch, self._schedule.rate(step, self._steps_per_epoch), whole)
             self._losses.add(terms, whole, step)
-            if self._average is not None:
-                self._average.update_parameters(self._model())
             self._steps_done += 1
             self.is_between_steps = True
             if self.log is not None:
@@ -255,13 +269,16 @@ class Training:
         return len(self.history) * self._steps_per_epoch + self._steps_done
 
 
-def _average(trainable: nn.Module, decay: float) -> AveragedModel:
-    model = trainable.get_submodule("model")
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
 def _copy(source: nn.Module, target: nn.Module) -> None:
     target.load_state_dict(source.state_dict())
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Has torch draw from ``seed`` on the CPU and the device; ``torch.manual_seed`` costs 100 us for all devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        place = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[place].manual_seed(seed)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

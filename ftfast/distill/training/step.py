@@ -1,7 +1,7 @@
 """One step of training: forward, backward and SGD over everything that learns, with nothing waited for on the way."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ftfast.distill.models.registry import Outputs
-from ftfast.distill.monitor.step_clock import timed as timed_part
+from ftfast.distill.monitor.step_clock import is_timed, timed
 from ftfast.distill.runtime.processes import ALONE, Processes, translate_distributed_errors
+from ftfast.distill.training.average import Average
+from ftfast.distill.training.gradients import FlatGradients, data_parallel
+from ftfast.distill.training.graph import StepGraph
 from ftfast.distill.training.methods import Terms
 from ftfast.distill.training.schedule import Schedule
 
@@ -35,6 +38,10 @@ class LearningStep:
         terms: a batch, its images ``[N, C, H, W]`` and labels first, to the named terms, each the mean over the batch.
         schedule, precision: see there; float16 gets a gradient scaler.
         processes: those that share every batch; they step with the mean of their gradients.
+        average: of the ``model`` in ``trainable``, which follows every step.
+        replayed: on a GPU as a CUDA graph; of many processes as two, between which their gradients are summed.
+        frozen: what the terms read beside what learns, whose writes a graph is to notice.
+        say: takes the reason why a step is not replayed.
     """
 
     def __init__(
@@ -44,24 +51,39 @@ class LearningStep:
         schedule: Schedule,
         precision: Precision,
         processes: Processes = ALONE,
+        *,
+        average: Average | None = None,
+        replayed: bool = False,
+        frozen: Iterable[nn.Module] = (),
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._terms = terms
         self._schedule = schedule
         self._precision = precision
         self._ranks = processes.part.ranks
+        self._trainable, self._average = trainable, average
         self._parameters = [parameter for parameter in trainable.parameters() if parameter.requires_grad]
-        self._shared = None
-        if processes.are_many:
-            # Running statistics are looked at in evaluation alone, which takes the first process's: none travel here.
-            self._shared = DistributedDataParallel(
-                _Loss(trainable, terms), gradient_as_bucket_view=True, broadcast_buffers=False
-            )
-            self._terms = self._shared
-        self.optimiser = _optimiser(parameter_groups(self._parameters, schedule), schedule)
+        self._shared: DistributedDataParallel | None = None
+        self._flat: FlatGradients | None = None
+        if processes.are_many and replayed:
+            self._flat = FlatGradients(self._parameters, processes)
+        elif processes.are_many:
+            self._terms = self._shared = data_parallel(trainable, terms)
+        self.optimiser = _optimiser(parameter_groups(self._parameters, schedule), schedule, precision.device)
         self._scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype == torch.float16)
+        self._rate = schedule.learning_rate
+        self._parts: list[Callable[..., Any]] = [self._whole]
+        if self._flat is not None:
+            self._parts = [self._find_gradients, self._descend]
+        self._graphs: list[StepGraph] = []
+        if replayed:
+            read, optimizers = tuple(frozen), [self.optimiser]
+            for part in self._parts:
+                graph = StepGraph(part, optimizers=optimizers, frozen=read, device=precision.device, say=say)
+                self._graphs.append(graph)
 
     def __call__(self, batch: tuple[Tensor, ...], learning_rate: float, whole: int | None = None) -> Terms:
-        """One step; returns the terms' values, on the device and detached.
+        """One step; returns the terms' values, on the device and detached; the next step may write to them.
 
         Args:
             batch: this process's part of it.
@@ -71,14 +93,33 @@ class LearningStep:
         Raises:
             LostProcessError: another process is gone.
         """
+        self._rate = learning_rate
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
+        # A sampled step waits for the device between its parts, as no graph can.
+        run = [graph.eagerly if is_timed() else graph for graph in self._graphs] or self._parts
+        values: Terms = run[0](*batch, whole or len(batch[0]))
+        if self._flat is not None:
+            self._flat.reduce()
+            run[1]()
+        if self._average is not None:
+            self._average.n_averaged += 1
+        return values
+
+    def _whole(self, *batch: Any) -> Terms:
+        values = self._find_gradients(*batch)
+        self._descend()
+        return values
+
+    def _find_gradients(self, *given: Any) -> Terms:
+        """Forward and backward of a batch, whose images over all processes are given last."""
+        *batch, whole = given
         self.optimiser.zero_grad(set_to_none=True)
         values: Terms = {}
         split = zip(*(tensor.tensor_split(self._schedule.accumulate) for tensor in batch), strict=True)
         parts = [part for part in split if len(part[0])]
         for place, part in enumerate(parts):
-            share = len(part[0]) * self._ranks / (whole or len(batch[0]))
+            share = len(part[0]) * self._ranks / whole
             is_last = place == len(parts) - 1
             # The processes' gradients meet once, in the backward of the last part.
             with (
@@ -88,51 +129,61 @@ class LearningStep:
                 with self._precision.autocast():
                     terms = self._terms(*part)
                     loss = torch.stack(list(terms.values())).sum()
-                with timed_part("backward"):
+                with timed("backward"):
                     self._scaler.scale(loss if share == 1 else loss * share).backward()
             for name, value in terms.items():
                 weighted = value.detach() if share == 1 else value.detach() * share
                 values[name] = values[name] + weighted if name in values else weighted
-        with timed_part("optimiser"):
+        if self._flat is not None:
+            self._flat.gather()
+        return values
+
+    def _descend(self) -> None:
+        """The optimiser's step down the gradients that are there, and the average's after it."""
+        with timed("optimiser"):
             if self._schedule.clip_gradient is not None:
                 self._scaler.unscale_(self.optimiser)
                 nn.utils.clip_grad_norm_(self._parameters, self._schedule.clip_gradient)
             self._scaler.step(self.optimiser)
             self._scaler.update()
-        return values
+            if self._average is not None:
+                self._average.update_parameters(self._trainable.get_submodule("model"))
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Inside, a GPU's work goes to the stream of the steps that are replayed."""
+        device = self._precision.device
+        return self._graphs[0].stream(device) if self._graphs and device.type == "cuda" else nullcontext()
+
+    def forget(self) -> None:
+        """Drops the graphs and their memory."""
+        for graph in self._graphs:
+            graph.forget()
 
     def figures(self) -> dict[str, float]:
         """``learning_rate`` of the last step and, in float16, the scaler's ``loss_scale``, which waits for a GPU."""
         scale = {"loss_scale": float(self._scaler.get_scale())} if self._scaler.is_enabled() else {}
-        return {"learning_rate": float(self.optimiser.param_groups[0]["lr"]), **scale}
+        return {"learning_rate": self._rate, **scale}
 
     def state(self) -> dict[str, Any]:
         """What :meth:`load_state` takes: of the optimiser and, in float16, of the scaler."""
-        scaler = self._scaler.state_dict()
-        return {"optimiser": self.optimiser.state_dict(), **({"scaler": scaler} if scaler else {})}
+        scaler, optimiser = self._scaler.state_dict(), self.optimiser.state_dict()
+        groups = [{**group, "lr": self._rate} for group in optimiser["param_groups"]]
+        return {"optimiser": {**optimiser, "param_groups": groups}, **({"scaler": scaler} if scaler else {})}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from where :meth:`state` was taken."""
+        """Goes on from where :meth:`state` was taken; what was recorded before is dropped."""
+        options = [{**group} for group in self.optimiser.param_groups]  # the schedule's, whatever the state was of
         self.optimiser.load_state_dict(state["optimiser"])
+        for group, own in zip(self.optimiser.param_groups, options, strict=True):
+            group.update(own)
+        self._rate = float(state["optimiser"]["param_groups"][0]["lr"])
         if "scaler" in state:
             self._scaler.load_state_dict(state["scaler"])
 
 
-class _Loss(nn.Module):
-    """The terms as the forward of the module that learns, which is what torch's data parallelism wraps."""
-
-    def __init__(self, trainable: nn.Module, terms: Callable[..., Terms]) -> None:
-        super().__init__()
-        self.trainable = trainable
-        self._terms = terms
-
-    def forward(self, *batch: Tensor) -> Terms:
-        return self._terms(*batch)
-
-
-def _optimiser(groups: list[dict[str, Any]], schedule: Schedule) -> torch.optim.Optimizer:
+def _optimiser(groups: list[dict[str, Any]], schedule: Schedule, device: torch.device) -> torch.optim.Optimizer:
     if schedule.optimiser == "adam":
-        return torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True)
+        return torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True, capturable=device.type == "cuda")
     return torch.optim.SGD(
         groups,
         lr=schedule.learning_rate,
@@ -171,16 +222,16 @@ class BesideStudent:
     def __call__(self, images: Tensor) -> tuple[Outputs, Outputs]:
         """The student's outputs and the teacher's."""
         if images.device.type != "cuda":
-            with timed_part("teacher"):
+            with timed("teacher"):
                 taught = self._teacher(images)
-            with timed_part("student"):
+            with timed("student"):
                 return self._student(images), taught
         aside = self._streams.setdefault(images.device, torch.cuda.Stream(images.device))
         current = torch.cuda.current_stream(images.device)
         aside.wait_stream(current)
-        with timed_part("teacher"), torch.cuda.stream(aside):
+        with timed("teacher"), torch.cuda.stream(aside):
             taught = self._teacher(images)
-        with timed_part("student"):
+        with timed("student"):
             found = self._student(images)
         current.wait_stream(aside)
         images.record_stream(aside)

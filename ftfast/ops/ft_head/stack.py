@@ -103,6 +103,8 @@ def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any])
         if all(reference() is tensor for reference, tensor in alive):
             return found.result
     result = prepare()
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return result  # which nothing has computed yet, and every replay of the graph will anew
     first = weakref.ref(tensors[0], partial(_forget, _prepared, place))
     references = (first, *(weakref.ref(tensor) for tensor in tensors[1:]))
     storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
