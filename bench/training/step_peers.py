@@ -199,12 +199,16 @@ def ours(
     method: str,
     processes: Processes = ALONE,
     stored: Callable[[], tuple[Tensor, ...]] | None = None,
+    compiled: bool | None = None,
 ) -> Step:
     """The step of ``ftfast distill``, through its own engine; method ``"none"`` has no teacher.
 
     Args:
         stored: gives the factors of the next batch, which then has no teacher either.
+        compiled: with torch.compile; None for what a training's many steps are: on a GPU.
     """
+    if compiled is None:
+        compiled = with_.device.type == "cuda"
     settings = Settings(
         methods=(method,),
         teacher=with_.pair.teacher,
@@ -217,7 +221,7 @@ def ours(
         device=with_.device.type,
         dtype="bfloat16",
         threads=torch.get_num_threads(),
-        compile="on" if with_.device.type == "cuda" else "off",  # as for a training's many steps
+        compile="on" if compiled else "off",
     ).resolved()
     precision = precision_of(settings)
     images = with_.images.contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.harness import gate
-from bench.harness.clocks import clock_for
+from bench.harness.clocks import clock_for, graph_replay
 from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import measure_group, summarise
 from bench.harness.records import Record, Row
@@ -81,13 +81,16 @@ def candidates(settings: Settings, pair: Pair, batch: int, stack: ExitStack) -> 
     def stored() -> tuple[Tensor, ...]:
         return tuple(tensor.to(settings.device, non_blocking=True) for tensor in next(ahead))
 
+    compiled = settings.device.type == "cuda" and "compile" in settings.peers
     ways = {
         OFFICIAL: official(with_),
-        LIVE: ours(with_, "ft"),
-        STORED: ours(with_, "ft", stored=stored),
-        NO_TEACHER: ours(with_, "none"),
+        LIVE: ours(with_, "ft", compiled=compiled),
+        STORED: ours(with_, "ft", stored=stored, compiled=compiled),
+        NO_TEACHER: ours(with_, "none", compiled=compiled),
     }
     found = [_candidate(name, step, judge) for name, step in ways.items()]
+    if settings.device.type == "cuda":
+        found.append(_replayed(with_, stored, compiled, judge))
     row_bytes = int(torch.Size(store.header.factor).numel())
     reading = Candidate(
         READING,
@@ -97,6 +100,18 @@ def candidates(settings: Settings, pair: Pair, batch: int, stack: ExitStack) -> 
         details={"factors": batch},
     )
     return [*found, reading]
+
+
+def _replayed(with_: Operands, stored: Callable[[], tuple[Tensor, ...]], compiled: bool, judge: StepJudge) -> Candidate:
+    """The step as a graph, which reads its factors where each next batch's are copied to."""
+    kept = stored()
+    step = ours(with_, "ft", stored=lambda: kept, compiled=compiled)
+
+    def fill() -> None:
+        for place, found in zip(kept, stored(), strict=True):
+            place.copy_(found)
+
+    return graph_replay(_candidate(STORED, step, judge), fill)
 
 
 def _candidate(name: str, step: Step, judge: StepJudge) -> Candidate:
@@ -111,7 +126,8 @@ def _candidate(name: str, step: Step, judge: StepJudge) -> Candidate:
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
     reads = 3 if settings.device.type == "cpu" else 0
-    return len(cases(settings)) * 5 * (1 + settings.plan.blocks) + reads * settings.plan.blocks
+    steps = 6 if settings.device.type == "cuda" else 5
+    return len(cases(settings)) * steps * (1 + settings.plan.blocks) + reads * settings.plan.blocks
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:

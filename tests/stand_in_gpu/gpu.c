@@ -185,10 +185,12 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes* found, const 
   found->devicePointer = (void*)address;
   return cudaSuccess;
 }
-// Within a device nothing is moved, as no kernel computes anything.
+// What comes from a device was never computed: zeros, which are finite, and yes to whatever was asked of one byte.
 static void move(void* to, const void* from, size_t bytes) {
   Block *there = block_of(to), *here = block_of(from);
-  if (!there || !here || there->device < 0 || here->device < 0) memcpy(to, from, bytes);
+  int to_device = there && there->device >= 0, from_device = here && here->device >= 0;
+  if (!from_device) memcpy(to, from, bytes);
+  else if (!to_device) memset(to, bytes == 1, bytes);
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind) {
   move(to, from, bytes);

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from tests.stand_in_gpu.build import RUNTIME, libraries
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +66,11 @@ class Counts:
     own: int = 0
 
 
+def contents(tensor: Tensor) -> bytes:
+    """What copies from the host have left in a contiguous tensor's memory on the device."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
 class _Totals(ctypes.Structure):
     _fields_ = [(field.name, ctypes.c_ulong) for field in fields(Counts)[:-1]]
 
@@ -74,8 +82,6 @@ def counted(device: int = 0) -> Iterator[Counts]:
     Args:
         device: whose current stream that is.
     """
-    import torch
-
     totals = _Totals.in_dll(ctypes.CDLL(None), "stand_in_counts")
     stream = torch.cuda.current_stream(device).cuda_stream
     own = ctypes.c_ulong.from_address(stream) if stream else ctypes.c_ulong()
