@@ -33,7 +33,7 @@ OFFICIAL = "official formula"
 EAGER_HEAD = "eager head"
 NAME = "cifar-r56-r20"
 DTYPE = torch.bfloat16
-BLOCKS = 20
+BLOCKS, QUICK_BLOCKS = 20, 2
 # All launches of a block together stay below what a device's queue takes.
 CALLS = {FORWARD: 10, FORWARD_BACKWARD: 5}
 SMALL_HEAD = HeadShape("small", 8, 16, 16, 8, 4, 4)
@@ -84,13 +84,16 @@ def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     for title, ways, student, teacher, leaves in cases(settings):
         for name, loss in ways.items():
             advance(f"{title}: {name}")
-            for row in _rows(title, name, loss, student, teacher, leaves):
+            count = QUICK_BLOCKS if settings.quick else BLOCKS
+            for row in _rows(title, name, loss, student, teacher, leaves, count):
                 settings.plan.known(row)
                 rows.append(row)
     return rows
 
 
-def _rows(title: str, name: str, loss: Loss, student: Tensor, teacher: Tensor, leaves: list[Tensor]) -> Iterator[Row]:
+def _rows(
+    title: str, name: str, loss: Loss, student: Tensor, teacher: Tensor, leaves: list[Tensor], count: int
+) -> Iterator[Row]:
     def forward() -> None:
         loss(student, teacher)
 
@@ -101,14 +104,14 @@ def _rows(title: str, name: str, loss: Loss, student: Tensor, teacher: Tensor, l
 
     for work, step in ((FORWARD, forward), (FORWARD_BACKWARD, forward_backward)):
         try:
-            blocks = _blocks(step, CALLS[work])
+            blocks = _blocks(step, CALLS[work], count)
         except Exception as error:  # the others are still to be measured
             yield Row(STEM, title, name, work, None, reason=raised(error))
             continue
         yield Row(STEM, title, name, work, summarise([[milliseconds] for milliseconds in blocks]))
 
 
-def _blocks(step: Callable[[], None], calls: int) -> list[float]:
+def _blocks(step: Callable[[], None], calls: int, count: int) -> list[float]:
     """Milliseconds of a call, of all threads, each the mean of a block that begins with an idle device."""
     for _ in range(5):
         step()
@@ -116,7 +119,7 @@ def _blocks(step: Callable[[], None], calls: int) -> list[float]:
     gc.collect()
     gc.disable()
     try:
-        for _ in range(BLOCKS):
+        for _ in range(count):
             torch.cuda.synchronize()
             begin = time.process_time_ns()
             for _ in range(calls):

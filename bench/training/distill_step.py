@@ -13,7 +13,18 @@ from bench.harness.measuring import Plan, measure_group, raised
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.results import tables
-from bench.training.step_peers import CIFAR, IMAGENET, Operands, Pair, Step, StepJudge, hand_tuned, official, ours
+from bench.training.step_peers import (
+    CIFAR,
+    IMAGENET,
+    SMALL,
+    Operands,
+    Pair,
+    Step,
+    StepJudge,
+    hand_tuned,
+    official,
+    ours,
+)
 from bench.training.step_torchdistill import torchdistill
 
 STEM = "distill_step"
@@ -49,7 +60,7 @@ def group_name(pair: Pair, batch: int) -> str:
 def cases(settings: Settings) -> list[tuple[Pair, int]]:
     """The pairs that are measured, each with its batch; a quick look has no large images."""
     if settings.quick:
-        return [(CIFAR, QUICK_BATCH)]
+        return [(SMALL, QUICK_BATCH)]
     found = {"cifar": (CIFAR, BATCH), "imagenet": (IMAGENET, LARGE_BATCH[settings.device.type])}
     return [found[name] for name in settings.pairs]
 

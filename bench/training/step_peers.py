@@ -55,6 +55,7 @@ class Pair:
 
 
 CIFAR = Pair("resnet56", "resnet20", 16, 32, 10)
+SMALL = Pair("resnet20", "resnet8", 16, 32, 10)
 IMAGENET = Pair("torchvision/resnet34", "torchvision/resnet18", 0, 224, 1000)
 
 

@@ -18,7 +18,7 @@ from bench.harness.measuring import measure_group, summarise
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.results import tables
-from bench.training.step_peers import CIFAR, IMAGENET, Operands, Pair, Step, StepJudge, official, ours
+from bench.training.step_peers import CIFAR, IMAGENET, SMALL, Operands, Pair, Step, StepJudge, official, ours
 from bench.training.store_files import (
     IMAGENET_FACTOR,
     Disk,
@@ -62,7 +62,7 @@ def reader_group(settings: Settings) -> str:
 def cases(settings: Settings) -> list[tuple[Pair, int]]:
     """The pair of networks with its batch; photographs' size needs a GPU."""
     if settings.quick:
-        return [(CIFAR, QUICK_BATCH)]
+        return [(SMALL, QUICK_BATCH)]
     return [(IMAGENET, LARGE_BATCH)] if settings.device.type == "cuda" else [(CIFAR, BATCH)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ftfast.distill.data.cuts import cut_rows, fold_rows
 from ftfast.distill.data.images import steps_of
 from ftfast.distill.data.photographs import crops
-from ftfast.distill.data.stored_views import ViewedImages
+from ftfast.distill.data.stored_views import ViewedImages, sent
 from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.store.read import Rows, Store, read_batches
 
@@ -134,7 +134,7 @@ class StoredImages:
         boxes = ((rows.images, self.store.boxes[rows.images, rows.views]) for rows in batches())
         with Ahead(read_batches(self.store, batches(), pinned=self.device.type == "cuda")) as ahead:
             for images, stored in zip(self.viewed.cut(boxes), ahead, strict=True):
-                yield *images, *(_sent(tensor, self.device) for tensor in stored)
+                yield *images, *(sent(tensor, self.device) for tensor in stored)
 
     def _views(self, images: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         views = np.uint64(self.store.header.views)
@@ -171,8 +171,3 @@ class StoredImages:
 
     def _at(self, places: np.ndarray) -> Self:
         return replace(self, rows=self.rows[places])
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for the copy."""
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
