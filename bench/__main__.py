@@ -11,7 +11,7 @@ from bench.arguments import ALL, build_parser, check_out, settings_from
 from bench.harness.records import RecordError, Row, load, save
 from bench.harness.registry import discover
 from bench.harness.running import Work, measure, prepare
-from bench.results import compare, plots
+from bench.results import compare, plots, visited
 from bench.training import prediction
 
 
@@ -36,6 +36,7 @@ COMMANDS = {
     "readme": readme.main,
     "plot": plot_main,
     "compare": compare.main,
+    "record": visited.main,
     "guard": guard.main,
     "prediction": prediction.main,
 }

@@ -31,15 +31,17 @@ DTYPES = {
 }
 ALL = "all"
 LAYOUTS = ("nchw", "channels_last")
+PAIRS = ("cifar", "imagenet")
 LOADERS = ("synthetic", "folder", "gpu")
 QUICK_PEERS = ("eager", "compile")
-# They tune for minutes, and on a CPU to nothing better.
-GPU_PEERS = ("compile-max-autotune",)
+# The first tunes for minutes, and on a CPU to nothing better; the second is of use where torchdistill is not.
+GPU_PEERS = ("compile-max-autotune", "torchdistill-formula")
 EPILOG = """\
 further commands:
   python -m bench readme [--check]   write the measured blocks and pictures of README and docs, or check them
   python -m bench plot RECORD ...    draw records, as SVG and PNG beside each
   python -m bench compare A B        ratios of two records, where they can be compared
+  python -m bench record VISIT       a record of what a visit to a GPU found, by python -m bench.on_gpu
   python -m bench prediction         epoch times of many GPUs, predicted from the records
   python -m bench guard [RECORD]     measure a few cases again and fail where their ratios are worse than the record's
 
@@ -156,8 +158,12 @@ def build_parser(benches: dict[str, Bench]) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--loaders", type=comma_list("loaders", one_of("loader", {name: name for name in LOADERS})), metavar="LIST",
-        default=(), help=f"of preset_run, of {', '.join(LOADERS)}; default: synthetic,gpu on a GPU, else "
-        "synthetic,folder",
+        default=(), help=f"of preset_run and loaders, of {', '.join(LOADERS)}; default: synthetic,gpu on a GPU, else "
+        "synthetic,folder; of loaders all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pairs", type=comma_list("pairs", one_of("pair", {name: name for name in PAIRS})), metavar="LIST",
+        default=PAIRS, help=f"of networks in distill_step, of {', '.join(PAIRS)}; default: all",
     )  # fmt: skip
     parser.add_argument("--blocks", type=positive, help=f"blocks of each candidate, default: {Plan.blocks}")
     parser.add_argument(
@@ -221,4 +227,5 @@ def settings_from(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         quick=options.quick,
         steps=options.steps,
         loaders=options.loaders,
+        pairs=options.pairs,
     )

@@ -44,6 +44,12 @@ def mmrazor_formula(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
     return loss_weight * official_formula(student_factor, teacher_factor)
 
 
+def torchdistill_formula(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
+    """What :func:`torchdistill_loss` computes, where the package is not installed: divisions without a floor."""
+    student, teacher = student_factor.flatten(1), teacher_factor.flatten(1)
+    return F.l1_loss(student / student.norm(dim=1)[:, None], teacher / teacher.norm(dim=1)[:, None])
+
+
 def attention(factor: Tensor) -> Tensor:
     """RepDistiller's factor: ``[N, H*W]``, unit vectors of the squares' mean over channels."""
     return F.normalize(factor.pow(2).mean(1).flatten(1))
@@ -165,6 +171,7 @@ PEERS: dict[str, Peer] = {
     "compile": Peer(COMPILED, compiled_formula),
     "compile-max-autotune": Peer(TUNED, tuned_formula),
     "torchdistill": Peer("torchdistill", torchdistill_loss, package="torchdistill"),
+    "torchdistill-formula": Peer("torchdistill's formula", lambda: torchdistill_formula),
     "repdistiller": Peer("RepDistiller", lambda: repdistiller_formula, formula=ATTENTION),
     "mmrazor": Peer("mmrazor", lambda: mmrazor_formula),
 }

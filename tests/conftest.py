@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 GUARD, GUARD_BYTES = 0xA5, 256
 # Begun first, or one process waits minutes at the end for what the other does.
 LONGEST = ("test_kills", "test_photograph_runs", "test_packaging", "test_on_gpu", "test_store_builds")
-pytest_plugins = ["tests.machine_code"]
+pytest_plugins = ["tests.machine_code", "tests.stand_in_gpu.plugin"]
 
 
 def kernel_backends() -> list[tuple[str, str]]:

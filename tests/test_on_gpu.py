@@ -1,181 +1,91 @@
-"""bench/on_gpu.sh: a small run of every step on the CPU, and what the runner does when steps go wrong."""
+"""python -m bench.on_gpu: a rehearsal on the stand-in GPU, and what becomes of a visit whose parts go wrong."""
 
-import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bench.on_gpu.__main__ import ARCHIVE_LIMIT, DONE, FAILED, SKIPPED, TIMED_OUT, Runner, main, write_archive
-from bench.on_gpu.findings import Findings, try_each
-from bench.on_gpu.repeats import count_differing
-from bench.on_gpu.steps import Step, steps
+from bench.arguments import build_parser
+from bench.harness.records import RecordError, load
+from bench.harness.registry import discover
+from bench.on_gpu import REHEARSAL, Visit, main, parts
+from bench.results.visited import main as record_main
+from bench.results.visited import record_of
+from tests.stand_in_gpu.build import CannotBuildError
+from tests.stand_in_gpu.running import ROOT, environment
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-SCRIPT = CHECKOUT / "bench" / "on_gpu.sh"
-LEFT_OUT = {"tests_triton", "tests_cuda", "tests_backends"}
-LEFT_OUT |= {f"bench_{name}" for name in ("preset_synthetic", "preset_gpu", "step", "store", "loaders")}
-if importlib.util.find_spec("ftfast._C") is None:
-    LEFT_OUT.add("tune")
-
-
-def packed(archive: Path) -> dict[str, str]:
-    with tarfile.open(archive) as tar:
-        members = {member.name: tar.extractfile(member) for member in tar.getmembers()}
-        return {name: file.read().decode() for name, file in members.items() if file is not None}
-
-
-def environment() -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FTFAST_BACKEND")}
-    return {**own, "PYTHON": sys.executable}
-
-
-@pytest.mark.slow
-def test_a_dry_run_does_every_step_that_needs_no_gpu(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    finished = subprocess.run(
-        [str(SCRIPT), "--out", str(tmp_path / "out"), "--revision", "abc123", "--dry-run", "--minutes", "1"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
-    out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "results.tar.gz"]
-    assert (out / "results.tar.gz").stat().st_size < ARCHIVE_LIMIT
-    files = packed(out / "results.tar.gz")
-    outcomes = json.loads(files["steps.json"])
-    assert [outcome["name"] for outcome in outcomes] == [step.name for step in steps(Path())]
-    for outcome in outcomes:
-        expected = SKIPPED if outcome["name"] in LEFT_OUT else DONE
-        assert outcome["status"] == expected, outcome
-        assert bool(outcome["reason"]) == (expected == SKIPPED)
-        assert outcome["exit_status"] == (None if expected == SKIPPED else 0)
-    machine = json.loads(files["machine.json"])
-    assert machine["revision"] == "abc123"
-    assert machine["packages"]["torch"] == torch.__version__.partition("+")[0]
-    for name in ("convolutions", "matmuls", "repeats"):
-        found = [json.loads(line) for line in files[f"{name}.jsonl"].splitlines()]
-        assert found, name
-        assert not [line for line in found if "error" in line]
-    for name in ("bench_head", "bench_convolutions", "bench_loss"):
-        assert json.loads(files[f"{name}.json"])["rows"]
-    assert "all steps done or skipped" in files["log.txt"]
+# What does a part goes by its name: it ends, fails, hangs with a process of its own, or dies.
+WORKER = """
+import json, os, subprocess, sys, time
+for name in sys.argv[1].split(","):
+    print(json.dumps({"part": name, "begins": True}), flush=True)
+    print("a word of some library", flush=True)
+    if name == "fails":
+        print(json.dumps({"part": name, "error": "of memory"}), flush=True)
+    if name == "hangs":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        print(json.dumps({"part": name, "child": child.pid}), flush=True)
+        time.sleep(60)
+    if name == "dies":
+        os._exit(1)
+    print(json.dumps({"part": name, "ends": True, "pid": os.getpid()}), flush=True)
+"""
 
 
-def runner_in(folder: Path, minutes: float = 1.0) -> Runner:
-    for name in ("out", "results"):
-        (folder / name).mkdir()
-    return Runner(folder / "out", folder / "results", minutes, {"OF_ALL_STEPS": "1"})
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def test_what_goes_wrong_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
-    runner = runner_in(tmp_path, minutes=0.05)
-    broken = [
-        Step("fails", python("import sys; print('half'); sys.exit(3)")),
-        Step("hangs", python("print('begun', flush=True); import time; time.sleep(60)")),
-        Step("needs", python("pass"), needs=("json", "no_such_package")),
-        Step("absent", python("pass"), probe=python("import sys; sys.exit(2)")),
-        Step("no_such_program", ["/no/such/program"]),
-        Step(
-            "works", python("import os; print(os.environ['OF_ALL_STEPS'], os.environ['OWN'])"), environment={"OWN": "2"}
-        ),
-    ]
-    for step in broken:
-        runner.run(step, has_gpu=True)
-    outcomes: dict[str, Any] = {outcome.name: outcome for outcome in runner.outcomes}
-    assert {name: outcome.status for name, outcome in outcomes.items()} == {
-        "fails": FAILED,
-        "hangs": TIMED_OUT,
-        "needs": SKIPPED,
-        "absent": SKIPPED,
-        "no_such_program": FAILED,
-        "works": DONE,
-    }
-    assert outcomes["fails"].exit_status == 3
-    assert "no_such_package" in outcomes["needs"].reason
-    assert "json" not in outcomes["needs"].reason
-    assert "ends with 2" in outcomes["absent"].reason
-    assert 3 <= outcomes["hangs"].seconds < 30
-    files = packed(tmp_path / "out" / "results.tar.gz")
-    assert files["fails.txt"] == "half\n"
-    assert files["hangs.txt"] == "begun\n"
-    assert files["works.txt"] == "1 2\n"
-    assert len(json.loads(files["steps.json"])) == len(broken)
-
-
-def test_the_archive_is_whole_after_every_step(tmp_path: Path) -> None:
-    runner = runner_in(tmp_path)
-    for count in (1, 2):
-        runner.run(Step(f"step{count}", python("print('done')")), has_gpu=True)
-        files = packed(tmp_path / "out" / "results.tar.gz")
-        assert len(json.loads(files["steps.json"])) == count
-        assert f"step{count}: done" in files["log.txt"]
+def findings(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "visit.jsonl").read_text().splitlines()]
 
 
 def alive(process: int) -> bool:
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-    return state != "Z"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
-@pytest.mark.parametrize("hangs", [True, False])
-def test_nothing_that_a_step_started_outlives_it(hangs: bool, tmp_path: Path) -> None:
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    code = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)"
-    code += "; time.sleep(60)" if hangs else "; time.sleep(0.5)"
-    outcome = runner_in(tmp_path, minutes=0.03).run(Step("parent", python(code)), has_gpu=True)
-    assert outcome.status == (TIMED_OUT if hangs else DONE)
-    started = int((tmp_path / "results" / "parent.txt").read_text())
+def visited(folder: Path, limits: dict[str, float], seconds: float = 60.0) -> Visit:
+    visit = Visit(folder, seconds, [sys.executable, "-c", WORKER], limits)
+    visit.run()
+    return visit
+
+
+def test_a_part_that_goes_wrong_leaves_the_others_their_time(tmp_path: Path) -> None:
+    limits = {"first": 30.0, "fails": 30.0, "hangs": 1.0, "dies": 30.0, "last": 30.0}
+    visit = visited(tmp_path, limits)
+    assert visit.wrong == ["fails", "hangs", "dies"]
+    found = findings(tmp_path)
+    ended = {line["part"]: line["pid"] for line in found if line.get("ends")}
+    assert list(ended) == ["first", "fails", "last"]
+    assert ended["first"] == ended["fails"] != ended["last"]
+    stopped = {line["part"]: line["stopped"] for line in found if "stopped" in line}
+    assert stopped == {"hangs": "its time was over", "dies": "its process ended"}
+    (child,) = [line["child"] for line in found if "child" in line]
     for _ in range(50):
-        if not alive(started):
+        if not alive(child):
             return
         time.sleep(0.1)
-    raise AssertionError("a process of the step still runs")
+    raise AssertionError("a process of the part that was stopped still runs")
 
 
-@pytest.mark.process
-def test_told_to_end_it_leaves_what_it_has(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [str(SCRIPT), "--out", str(out), "--revision", "abc", "--dry-run", "--steps", "build,convolutions"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("== convolutions"):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    files = packed(out / "results.tar.gz")
-    assert [outcome["name"] for outcome in json.loads(files["steps.json"])] == ["build"]
-    assert "told to end" in files["log.txt"]
+def test_after_the_visits_time_nothing_is_begun(tmp_path: Path) -> None:
+    visit = visited(tmp_path, {"hangs": 30.0, "last": 30.0}, seconds=1.0)
+    assert visit.wrong == ["hangs", "last"]
+    assert findings(tmp_path)[-1]["left_out"] == "out of time"
 
 
-def test_an_archive_too_large_leaves_the_largest_out(tmp_path: Path) -> None:
-    folder = tmp_path / "results"
-    (folder / "below").mkdir(parents=True)
-    (folder / "small.txt").write_text("small")
-    (folder / "below" / "large.bin").write_bytes(os.urandom(50_000))
-    archive = tmp_path / "results.tar.gz"
-    assert write_archive(folder, archive, 1_000_000) == []
-    assert write_archive(folder, archive, 20_000) == [folder / "below" / "large.bin"]
-    assert archive.stat().st_size <= 20_000
-    assert packed(archive) == {"small.txt": "small", "left_out.txt": "below/large.bin 50000\n"}
+def test_the_benches_take_the_words_that_a_visit_gives_them() -> None:
+    benches = discover()
+    parser = build_parser(benches)
+    words = [words for part in parts() if part.is_bench for words in (part.words, part.small) if words]
+    assert words
+    for given in words:
+        (name,) = parser.parse_args(list(given)).what
+        assert name in benches
 
 
 @pytest.mark.parametrize(
@@ -183,8 +93,7 @@ def test_an_archive_too_large_leaves_the_largest_out(tmp_path: Path) -> None:
     [
         (["--out", "OUT"], "--revision"),
         (["--revision", "abc"], "--out"),
-        (["--out", "OUT", "--revision", "abc", "--steps", "build,nothing"], "nothing"),
-        (["--out", "OUT", "--revision", "abc", "--minutes", "0"], "--minutes"),
+        (["--out", "OUT", "--revision", "abc", "--parts", "build,nothing"], "nothing"),
         (["--out", "/dev/null/below", "--revision", "abc"], "/dev/null/below"),
     ],
 )
@@ -203,35 +112,35 @@ def test_bad_input_is_one_sentence(
     assert "\n" not in error
 
 
-def test_a_run_that_differs_in_one_bit_is_counted() -> None:
-    device = torch.device("cpu")
-    same = torch.tensor([1.0, float("nan"), -0.0])
-    assert count_differing(lambda: [same.clone()], 5, device)["differing"] == 0
-    runs: list[int] = []
-
-    def changing() -> list[torch.Tensor]:
-        runs.append(1)
-        found = same.clone()
-        # The fourth run after the first has the other zero.
-        found[2] = 0.0 if len(runs) == 5 else -0.0
-        return [same.to(torch.bfloat16), found]
-
-    report = count_differing(changing, 6, device)
-    assert report["differing"] == 1
-    assert "1 of 6 runs differ" in report["error"]
+@pytest.mark.parametrize("lines", ["no JSON", "{}", '{"part": "build", "begins": true}\n'])
+def test_what_came_to_no_bench_is_no_record(lines: str) -> None:
+    with pytest.raises(RecordError, match=r"^visit\.jsonl "):
+        record_of(lines, "visit.jsonl")
 
 
-def test_findings_stand_line_by_line(tmp_path: Path) -> None:
-    def wrong() -> dict[str, Any]:
-        raise RuntimeError("no memory\nsecond line")
-
-    def absent() -> dict[str, Any]:
-        raise ImportError("no kernel")
-
-    path = tmp_path / "found.jsonl"
-    assert try_each(Findings(path), {"wrong": wrong, "absent": absent, "right": lambda: {"ms": 2.0}}) == 1
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"case": "wrong", "error": "RuntimeError: no memory"},
-        {"case": "absent", "absent": "no kernel"},
-        {"case": "right", "ms": 2.0},
-    ]
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_rehearsal_on_the_stand_in_goes_from_the_build_to_the_tables(tmp_path: Path) -> None:
+    try:
+        given = environment()
+    except CannotBuildError as error:
+        pytest.skip(f"there is no stand-in GPU: {error}")
+    command = [sys.executable, "-m", "bench.on_gpu", "--out", str(tmp_path), "--revision", "abc123", "--small"]
+    done = subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
+    found = findings(tmp_path)
+    rehearsed = [part for part in parts() if part.small]
+    assert [line["part"] for line in found if line.get("ends")] == [part.name for part in rehearsed]
+    path = tmp_path / "record.json"
+    assert record_main([str(tmp_path / "visit.jsonl"), "--out", str(path)]) == 0
+    record = load(path)
+    assert record.notes == [REHEARSAL]
+    assert record.software["revision"] == "abc123"
+    benches = discover()
+    for name in {part.words[0] for part in rehearsed if part.is_bench}:
+        rows = record.of(name)
+        assert rows
+        missing = {row.candidate: row.reason for row in rows if row.timing is None}
+        assert not missing or set(missing) == {"torchdistill"}, missing
+        assert benches[name].markdown({"cuda": ("picture.svg", record)})
+        assert list(benches[name].tables(rows))

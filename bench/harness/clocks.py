@@ -1,7 +1,7 @@
 """Clocks: how long a candidate's steps take on a device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -94,13 +94,18 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-def graph_replay(candidate: Candidate) -> Candidate:
-    """The candidate with its step captured in a CUDA graph, at the first call: no launches from Python are left."""
+def graph_replay(candidate: Candidate, fill: Callable[[], object] = nothing) -> Candidate:
+    """The candidate with its step captured in a CUDA graph, at the first call: no launches from Python are left.
+
+    Args:
+        fill: before every replay and on the clock, brings what the step reads to where it reads it.
+    """
     captured: list[torch.cuda.CUDAGraph] = []
 
     def step() -> None:
         if not captured:
             captured.append(_capture(candidate))
+        fill()
         captured[0].replay()
 
     return replace(candidate, name=f"{candidate.name}, CUDA graph", prepare=nothing, step=step)

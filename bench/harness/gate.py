@@ -136,8 +136,8 @@ class Judge:
         decided = self._margin > 8 * torch.finfo(precision).eps
         expected = self._gradient[decided] * (upstream / self._upstream)
         found = student.grad.double()[decided]
-        loss_error = abs(value.item() / self._loss.item() - 1)
-        scale_error = abs((found @ expected / (expected @ expected)).item() - 1)
+        loss_error = (value.detach().double() / self._loss.detach() - 1).abs().item()
+        scale_error = (found @ expected / (expected @ expected) - 1).abs().item()
         gradient_error = ((found - expected).norm() / expected.norm()).item()
         allowed = limits(dtype, rounds_throughout=rounds_throughout)
         errors = {

@@ -28,7 +28,8 @@ class Settings:
         heads, head_dtypes: the same for benches of whole heads and of their convolutions.
         quick: a look is wanted, not figures.
         steps: of a student in preset_run, None for its own number.
-        loaders: of preset_run, empty for its own.
+        loaders: of preset_run and loaders, empty for their own.
+        pairs: of networks in distill_step, ``"cifar"`` and ``"imagenet"``.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Settings:
     quick: bool = False
     steps: int | None = None
     loaders: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ("cifar", "imagenet")
 
 
 def runs_anywhere(_: "Settings") -> str:

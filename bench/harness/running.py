@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from rich.progress import (
 
 from bench.harness import machine, power
 from bench.harness.clocks import own_stream
+from bench.harness.measuring import Plan
 from bench.harness.records import Record
 from bench.harness.registry import Bench, Settings
 from ftfast.distill.monitor import gpu_meter
@@ -40,6 +42,28 @@ def prepare(threads: int | None) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
+def begun(device: torch.device, plan: Plan, arguments: Sequence[str], notes: Sequence[str] = ()) -> Record:
+    """A record without rows: the machine, and how it is measured there."""
+    return Record(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=machine.hardware(device),
+        software=machine.software(),
+        settings={
+            "command": shlex.join(["python", "-m", "bench", *arguments]),
+            "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
+            "blocks": plan.blocks,
+            "warmups_per_block": plan.warmups,
+            "fewest_calls_per_block": plan.calls,
+            "block_seconds": plan.block_seconds,
+            "energy_seconds": plan.energy_seconds,
+            "seed": plan.seed,
+        },
+        rows=[],
+        notes=list(notes),
+    )
+
+
 def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str], notes: Sequence[str] = ()) -> Record:
     """Measure, with a bar on a terminal; notes of a busy machine are printed to stderr and kept.
 
@@ -49,8 +73,8 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
         arguments: of the command line, for the record.
         notes: further ones for the record.
     """
-    hardware = machine.hardware(device)
     kept = [note for note in (machine.busy_note(), *notes) if note]
+    record = begun(device, works[0].settings.plan, arguments, kept)
     for note in kept:
         print(f"python -m bench: {note}.", file=sys.stderr)
     columns = (
@@ -79,24 +103,11 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
         kept.append(note)
         print(f"python -m bench: {note}.", file=sys.stderr)
     if during := watch.summary():
-        hardware["gpu"]["run"] = during
-    plan = works[0].settings.plan
-    return Record(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        hardware={**hardware, "cores_used_by_others": others.cores()},
-        software=machine.software(),
-        settings={
-            "command": shlex.join(["python", "-m", "bench", *arguments]),
-            "threads": threads,
-            "interop_threads": torch.get_num_interop_threads(),
-            "cores": cores,
-            "blocks": plan.blocks,
-            "warmups_per_block": plan.warmups,
-            "fewest_calls_per_block": plan.calls,
-            "block_seconds": plan.block_seconds,
-            "energy_seconds": plan.energy_seconds,
-            "seed": plan.seed,
-        },
+        record.hardware["gpu"]["run"] = during
+    return replace(
+        record,
+        hardware={**record.hardware, "cores_used_by_others": others.cores()},
+        settings={**record.settings, "cores": cores},
         rows=rows,
         notes=kept,
         formulas={work.name: work.bench.formula for work in works if work.bench.formula},

@@ -15,7 +15,7 @@ from bench.harness.gate import FORWARD, FORWARD_BACKWARD, Candidate, Group
 from bench.harness.measuring import measure_group
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
-from bench.kernels.heads import HeadJudge, Operands, compiled_head, eager_head, operands, our_head, saved_bytes
+from bench.kernels.heads import HeadJudge, Operands, compiled_head, eager_head, operands, our_head, saved_bytes, ways
 from bench.kernels.layers import fastest_library
 from bench.peers import Loss
 from bench.results import tables
@@ -26,7 +26,7 @@ STEM = "ft_head"
 OURS = "ftfast"
 LIBRARY = "library + FTLoss"
 # By the name that --peers takes.
-PEERS = {"eager": peers.EAGER, "compile": peers.COMPILED}
+PEERS = {"eager": peers.EAGER, "compile": peers.COMPILED, "compile-max-autotune": peers.TUNED}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 FORMULA = (
     "FLOPs 18*N*H*W*(the sum over convolutions of C*K): forward the student's and the teacher's three, "
@@ -125,6 +125,9 @@ def candidates(settings: Settings, shape: HeadShape, dtype: torch.dtype) -> list
     if "compile" in settings.peers:
         compiled = compiled_head(with_)
         found += entries(peers.COMPILED, compiled, saved_bytes=saved_bytes(compiled, with_))
+    if "compile-max-autotune" in settings.peers:
+        tuned = compiled_head(with_, "max-autotune-no-cudagraphs")
+        found += entries(peers.TUNED, tuned, saved_bytes=saved_bytes(tuned, with_))
     library = eager_head(with_, ftfast.FTLoss())
     found += entries(LIBRARY, library, saved_bytes=saved_bytes(library, with_))
     ours = our_head(with_)
@@ -132,6 +135,7 @@ def candidates(settings: Settings, shape: HeadShape, dtype: torch.dtype) -> list
         explained = with_.head.explain(student, teacher)
     found += entries(OURS, ours, saved_bytes=saved_bytes(ours, with_), backend=explained)
     if settings.device.type == "cuda":
+        found += [entry for way, loss in ways(with_).items() for entry in entries(f"{OURS}, {way}", loss)]
         found += [graph_replay(candidate) for candidate in found]
     return found + _ceilings(settings, with_)
 
@@ -156,8 +160,9 @@ def _ceilings(settings: Settings, with_: Operands) -> list[Candidate]:
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
     heads = 2 + sum(name in settings.peers for name in PEERS)
-    # Two works each, on a GPU each also as a graph; the matmul and the copy.
-    of_group = 2 * heads * (2 if settings.device.type == "cuda" else 1) + 2
+    if settings.device.type == "cuda":
+        heads = 2 * (heads + 2)  # each way too, and all as a graph
+    of_group = 2 * heads + 2  # two works each; the matmul and the copy
     return len(settings.heads) * len(settings.head_dtypes) * of_group * (1 + settings.plan.blocks)
 
 

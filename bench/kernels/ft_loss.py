@@ -16,10 +16,17 @@ from bench.kernels.loss_cases import FORMULA, LAYOUTS, WORKS, LossCases
 from bench.peers import NotInstalledError
 from bench.results import tables
 from bench.shapes import DEFAULT_SHAPES, SHAPES, FactorShape
+from ftfast import dispatch
+from ftfast.arguments import Backend
 
 STEM = "ft_loss"
 OURS = "ftfast"
 OTHER_UPSTREAM = 512.0
+# The backends that have kernels for GPUs, and what is measured as a graph's replay too.
+KERNELS: tuple[Backend, ...] = ("native", "triton")
+OF_BACKEND: dict[str, str] = {name: f"{OURS}, {name}" for name in KERNELS}
+TORCHDISTILL = {peers.PEERS[name].title for name in ("torchdistill", "torchdistill-formula")}
+REPLAYED = {peers.EAGER, peers.COMPILED, *TORCHDISTILL, OURS, *OF_BACKEND.values()}
 README_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -73,8 +80,9 @@ def candidates(settings: Settings, shape: FactorShape, dtype: torch.dtype, layou
     found += our_entries(cases, layout)
     # A step is over before Python has launched the next one, and a graph is the usual way to run it.
     if settings.device.type == "cuda":
+        found += [entry for backend in KERNELS for entry in backend_entries(cases, backend)]
         graphed = [candidate for candidate in found if candidate.work == FORWARD_BACKWARD]
-        found += [graph_replay(candidate) for candidate in graphed if candidate.name in (peers.EAGER, OURS)]
+        found += [graph_replay(candidate) for candidate in graphed if candidate.name in REPLAYED]
     return [*found, copy_candidate(cases.teacher)]
 
 
@@ -97,6 +105,14 @@ def our_entries(cases: LossCases, layout: str) -> list[Candidate]:
     ]
 
 
+def backend_entries(cases: LossCases, backend: Backend) -> list[Candidate]:
+    """The public loss on one backend, forward and backward; nothing where that cannot run."""
+    device, student, teacher = cases.student.device, cases.student.dtype, cases.teacher.dtype
+    if not dispatch.supports(backend, device, student, teacher).ok:
+        return []
+    return cases.entries(OF_BACKEND[backend], ftfast.FTLoss(backend=backend), works=(FORWARD_BACKWARD,))
+
+
 def peers_on(settings: Settings, dtype: torch.dtype) -> list[str]:
     """The peers that are measured on factors of a dtype."""
     return [name for name in settings.peers if peers.PEERS[name].takes(dtype)]
@@ -117,9 +133,12 @@ def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
     total = 0
     absent = absent_peers(settings)
-    graphs = 1 + ("eager" in settings.peers) if settings.device.type == "cuda" else 0
     for dtype in settings.dtypes:
-        installed = sum(name not in absent for name in peers_on(settings, dtype))
+        present = [name for name in peers_on(settings, dtype) if name not in absent]
+        installed, graphs = len(present), 0
+        if settings.device.type == "cuda":
+            kernels = [name for name in KERNELS if dispatch.supports(name, settings.device, dtype, dtype).ok]
+            graphs = 1 + 2 * len(kernels) + sum(peers.PEERS[name].title in REPLAYED for name in present)
         # The works of each peer and of ours; two of the yardstick; two more of ours; the copy; the graphs.
         total += len(WORKS) * (installed + 1) + 2 + 2 + 1 + graphs
     return total * len(settings.shapes) * len(settings.layouts) * (1 + settings.plan.blocks)

@@ -14,6 +14,11 @@ from bench.harness import gate
 from bench.peers import Loss
 from bench.shapes import HeadShape
 from ftfast import reference
+from ftfast.backends import Options
+from ftfast.modules import convolution_stack
+from ftfast.ops.ft_head import function as ft_head
+from ftfast.ops.ft_head.operands import Plan
+from ftfast.ops.ft_head.stack import Stack
 
 
 class Operands(NamedTuple):
@@ -73,10 +78,9 @@ def eager_head(with_: Operands, loss: Loss = peers.official_formula) -> Loss:
     return run
 
 
-def compiled_head(with_: Operands) -> Loss:
-    """torch.compile of :func:`eager_head`; on a GPU it may tune as long as it likes."""
+def compiled_head(with_: Operands, mode: str = "default") -> Loss:
+    """torch.compile of :func:`eager_head`."""
     torch.compiler.reset()
-    mode = "max-autotune-no-cudagraphs" if with_.student.device.type == "cuda" else "default"
     return torch.compile(eager_head(with_), dynamic=False, mode=mode)
 
 
@@ -88,6 +92,25 @@ def our_head(with_: Operands) -> Loss:
             return with_.head(student, teacher)
 
     return run
+
+
+def ways(with_: Operands) -> dict[str, Loss]:
+    """The ways that can compute the head on a GPU, by name."""
+    from ftfast.ops.ft_head import triton as ft_head_triton
+
+    head, student, teacher = with_.head, with_.student, with_.teacher
+    factor_channels = head.paraphraser.factor_channels
+    shape = tuple(student.shape)
+    names = ft_head_triton.candidates(student.device, with_.dtype, shape, factor_channels, teacher.shape[1])
+    return {name: one_way(head, with_.dtype, name) for name in names}
+
+
+def one_way(head: ftfast.FactorTransfer, dtype: torch.dtype, way: str) -> Loss:
+    """A head computed in the way of this name, in a dtype."""
+    stacks = [convolution_stack(network) for network in (head.translator, head.paraphraser)]
+    of_student, of_teacher = (stack for stack in stacks if isinstance(stack, Stack))
+    plan, options = Plan(way, "triton", dtype, "asked for"), Options(1, "mean", 1e-12, 1.0)
+    return lambda student, teacher: ft_head.run(student, teacher, None, plan, of_student, of_teacher, options)
 
 
 def results(loss: Loss, with_: Operands, upstream: float) -> dict[str, Tensor]:

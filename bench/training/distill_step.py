@@ -2,17 +2,29 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 
 from rich.table import Table
 
 from bench.harness import gate
-from bench.harness.clocks import clock_for
+from bench.harness.clocks import clock_for, graph_replay
 from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import Plan, measure_group, raised
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.results import tables
-from bench.training.step_peers import CIFAR, IMAGENET, Operands, Pair, Step, StepJudge, hand_tuned, official, ours
+from bench.training.step_peers import (
+    CIFAR,
+    IMAGENET,
+    SMALL,
+    Operands,
+    Pair,
+    Step,
+    StepJudge,
+    hand_tuned,
+    official,
+    ours,
+)
 from bench.training.step_torchdistill import torchdistill
 
 STEM = "distill_step"
@@ -34,6 +46,9 @@ WAYS: dict[str, Callable[[Operands], Step]] = {
     OURS: lambda with_: ours(with_, "ft"),
     NO_TEACHER: lambda with_: ours(with_, "none"),
 }
+# On a GPU, where ours is compiled.
+EAGER = f"{OURS}, eager"
+REPLAYED = (EAGER, OURS)
 FLOAT32 = (OFFICIAL, TORCHDISTILL)
 
 
@@ -45,8 +60,9 @@ def group_name(pair: Pair, batch: int) -> str:
 def cases(settings: Settings) -> list[tuple[Pair, int]]:
     """The pairs that are measured, each with its batch; a quick look has no large images."""
     if settings.quick:
-        return [(CIFAR, QUICK_BATCH)]
-    return [(CIFAR, BATCH), (IMAGENET, LARGE_BATCH[settings.device.type])]
+        return [(SMALL, QUICK_BATCH)]
+    found = {"cifar": (CIFAR, BATCH), "imagenet": (IMAGENET, LARGE_BATCH[settings.device.type])}
+    return [found[name] for name in settings.pairs]
 
 
 def _group(settings: Settings, pair: Pair, batch: int) -> Group:
@@ -65,7 +81,23 @@ def candidates(settings: Settings, pair: Pair, batch: int) -> list[Candidate]:
     """The ways to do the step; one that cannot be built raises when its turn comes."""
     with_ = Operands(pair, batch, settings.device, settings.plan.seed)
     judge = StepJudge(with_)
-    return [_candidate(name, way, with_, judge) for name, way in WAYS.items()]
+    found = [_candidate(name, way, with_, judge) for name, way in ways(settings).items()]
+    if settings.device.type == "cuda":
+        found += [graph_replay(candidate) for candidate in found if candidate.name in REPLAYED]
+    return found
+
+
+def ways(settings: Settings) -> dict[str, Callable[[Operands], Step]]:
+    """By name; on a GPU ours is there eagerly too, and nothing is compiled where that is no peer."""
+    if settings.device.type != "cuda":
+        return WAYS
+    compiled = "compile" in settings.peers
+    found = {name: way for name, way in WAYS.items() if name != OURS or compiled}
+    return {
+        **found,
+        EAGER: lambda with_: ours(with_, "ft", compiled=False),
+        NO_TEACHER: lambda with_: ours(with_, "none", compiled=compiled),
+    }
 
 
 def _candidate(name: str, way: Callable[[Operands], Step], with_: Operands, judge: StepJudge) -> Candidate:
@@ -80,6 +112,7 @@ def _candidate(name: str, way: Callable[[Operands], Step], with_: Operands, judg
         return Candidate(name, WORK, fail)
     computes = "float32 NCHW" if name in FLOAT32 else "bfloat16 autocast, channels_last"
 
+    @cache
     def verdict() -> gate.Errors:
         return judge(step, is_float32=name in FLOAT32)
 
@@ -94,7 +127,9 @@ def _candidate(name: str, way: Callable[[Operands], Step], with_: Operands, judg
 
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
-    return sum(len(WAYS) * (1 + _plan(settings, pair).blocks) for pair, _ in cases(settings))
+    found = ways(settings)
+    count = len(found) + (sum(name in found for name in REPLAYED) if settings.device.type == "cuda" else 0)
+    return sum(count * (1 + _plan(settings, pair).blocks) for pair, _ in cases(settings))
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:

@@ -64,7 +64,7 @@ def group_name(size: Size) -> str:
 
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
-    return len(LOADERS[settings.device.type]) + 3
+    return len(settings.loaders or LOADERS[settings.device.type]) + 3
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
@@ -78,9 +78,10 @@ def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
             home / "folder", train=wanted.files, val=photographs.CLASSES, distinct=wanted.distinct
         )
         photographs.make_shards(home / "folder", home / "webdataset")
-        for loader in LOADERS[settings.device.type]:
+        for loader in settings.loaders or LOADERS[settings.device.type]:
             advance(loader)
             rows.append(_row(loader, wanted, file_bytes, settings, partial(_batches, home, loader, settings, wanted)))
+            settings.plan.known(rows[-1])
         advance(TORCHVISION)
         rows.append(_row(TORCHVISION, wanted, file_bytes, settings, partial(_torchvisions, home, settings, wanted)))
         if settings.device.type == "cuda":

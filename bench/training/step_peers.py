@@ -55,6 +55,7 @@ class Pair:
 
 
 CIFAR = Pair("resnet56", "resnet20", 16, 32, 10)
+SMALL = Pair("resnet20", "resnet8", 16, 32, 10)
 IMAGENET = Pair("torchvision/resnet34", "torchvision/resnet18", 0, 224, 1000)
 
 
@@ -199,12 +200,16 @@ def ours(
     method: str,
     processes: Processes = ALONE,
     stored: Callable[[], tuple[Tensor, ...]] | None = None,
+    compiled: bool | None = None,
 ) -> Step:
     """The step of ``ftfast distill``, through its own engine; method ``"none"`` has no teacher.
 
     Args:
         stored: gives the factors of the next batch, which then has no teacher either.
+        compiled: with torch.compile; None for what a training's many steps are: on a GPU.
     """
+    if compiled is None:
+        compiled = with_.device.type == "cuda"
     settings = Settings(
         methods=(method,),
         teacher=with_.pair.teacher,
@@ -217,7 +222,7 @@ def ours(
         device=with_.device.type,
         dtype="bfloat16",
         threads=torch.get_num_threads(),
-        compile="on" if with_.device.type == "cuda" else "off",  # as for a training's many steps
+        compile="on" if compiled else "off",
     ).resolved()
     precision = precision_of(settings)
     images = with_.images.contiguous(memory_format=torch.channels_last)

@@ -13,13 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.harness import gate
-from bench.harness.clocks import clock_for
+from bench.harness.clocks import clock_for, graph_replay
 from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import measure_group, summarise
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.results import tables
-from bench.training.step_peers import CIFAR, IMAGENET, Operands, Pair, Step, StepJudge, official, ours
+from bench.training.step_peers import CIFAR, IMAGENET, SMALL, Operands, Pair, Step, StepJudge, official, ours
 from bench.training.store_files import (
     IMAGENET_FACTOR,
     Disk,
@@ -63,7 +63,7 @@ def reader_group(settings: Settings) -> str:
 def cases(settings: Settings) -> list[tuple[Pair, int]]:
     """The pair of networks with its batch; photographs' size needs a GPU."""
     if settings.quick:
-        return [(CIFAR, QUICK_BATCH)]
+        return [(SMALL, QUICK_BATCH)]
     return [(IMAGENET, LARGE_BATCH)] if settings.device.type == "cuda" else [(CIFAR, BATCH)]
 
 
@@ -82,13 +82,16 @@ def candidates(settings: Settings, pair: Pair, batch: int, stack: ExitStack) -> 
     def stored() -> tuple[Tensor, ...]:
         return tuple(tensor.to(settings.device, non_blocking=True) for tensor in next(ahead))
 
+    compiled = settings.device.type == "cuda" and "compile" in settings.peers
     ways = {
         OFFICIAL: official(with_),
-        LIVE: ours(with_, "ft"),
-        STORED: ours(with_, "ft", stored=stored),
-        NO_TEACHER: ours(with_, "none"),
+        LIVE: ours(with_, "ft", compiled=compiled),
+        STORED: ours(with_, "ft", stored=stored, compiled=compiled),
+        NO_TEACHER: ours(with_, "none", compiled=compiled),
     }
     found = [_candidate(name, step, judge) for name, step in ways.items()]
+    if settings.device.type == "cuda":
+        found.append(_replayed(with_, stored, compiled, judge))
     row_bytes = int(torch.Size(store.header.factor).numel())
     reading = Candidate(
         READING,
@@ -98,6 +101,18 @@ def candidates(settings: Settings, pair: Pair, batch: int, stack: ExitStack) -> 
         details={"factors": batch},
     )
     return [*found, reading]
+
+
+def _replayed(with_: Operands, stored: Callable[[], tuple[Tensor, ...]], compiled: bool, judge: StepJudge) -> Candidate:
+    """The step as a graph, which reads its factors where each next batch's are copied to."""
+    kept = stored()
+    step = ours(with_, "ft", stored=lambda: kept, compiled=compiled)
+
+    def fill() -> None:
+        for place, found in zip(kept, stored(), strict=True):
+            place.copy_(found)
+
+    return graph_replay(_candidate(STORED, step, judge), fill)
 
 
 def _candidate(name: str, step: Step, judge: StepJudge) -> Candidate:
@@ -112,7 +127,8 @@ def _candidate(name: str, step: Step, judge: StepJudge) -> Candidate:
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
     reads = 3 if settings.device.type == "cpu" else 0
-    return len(cases(settings)) * 5 * (1 + settings.plan.blocks) + reads * settings.plan.blocks
+    steps = 6 if settings.device.type == "cuda" else 5
+    return len(cases(settings)) * steps * (1 + settings.plan.blocks) + reads * settings.plan.blocks
 
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ftfast.distill.data.images import Images, steps_of
 from ftfast.distill.data.photographs import crops
-from ftfast.distill.data.stored_views import ViewedImages
+from ftfast.distill.data.stored_views import ViewedImages, sent
 from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.store.read import Rows, Store
 
@@ -90,7 +90,7 @@ class StoredImages(Images):
         read = partial(self.store.read, pinned=self.device.type == "cuda")
         with closing(make_ahead(read, batches())) as ahead:
             for images, stored in zip(self.viewed.cut(boxes), ahead, strict=True):
-                yield *images, *(tensor.to(self.device, non_blocking=True) for tensor in stored)
+                yield *images, *(sent(tensor, self.device) for tensor in stored)
 
     def _views(self, images: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         views = np.uint64(self.store.header.views)
