@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ftfast.distill.models.frozen_teacher import FrozenTeacher
     from ftfast.distill.store.dataset import FactorStore
     from ftfast.distill.store.write import write_factors
+    from ftfast.distill.training.captured_step import capture_step
     from ftfast.distill.training.diagnosis import diagnose_paraphraser
-    from ftfast.distill.training.graph import capture_step
     from ftfast.distill.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
@@ -35,7 +35,7 @@ _HOMES = {
     "Translator": "modules",
     "train_paraphraser": "distill.training.paraphraser",
     "diagnose_paraphraser": "distill.training.diagnosis",
-    "capture_step": "distill.training.graph",
+    "capture_step": "distill.training.captured_step",
     "FrozenTeacher": "distill.models.frozen_teacher",
     "FactorStore": "distill.store.dataset",
     "write_factors": "distill.store.write",
