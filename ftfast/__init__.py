@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ftfast.dispatch import explain
     from ftfast.distill.models.frozen_teacher import FrozenTeacher
     from ftfast.distill.store.own_images import FactorStore, write_factors
+    from ftfast.distill.training.captured_step import capture_step
     from ftfast.distill.training.diagnosis import diagnose_paraphraser
-    from ftfast.distill.training.graph import capture_step
     from ftfast.distill.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
@@ -34,7 +34,7 @@ _HOMES = {
     "Translator": "modules",
     "train_paraphraser": "distill.training.paraphraser",
     "diagnose_paraphraser": "distill.training.diagnosis",
-    "capture_step": "distill.training.graph",
+    "capture_step": "distill.training.captured_step",
     "FrozenTeacher": "distill.models.frozen_teacher",
     "FactorStore": "distill.store.own_images",
     "write_factors": "distill.store.own_images",

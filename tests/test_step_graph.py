@@ -475,6 +475,15 @@ def test_a_steps_seed_is_that_of_torch() -> None:
         assert torch.equal(torch.rand(3), expected)
 
 
+@on_stand_in
+def test_what_is_seeded_on_the_cpu_leaves_the_gpus_generator() -> None:
+    """Mixup draws so in each step."""
+    torch.cuda.manual_seed(7)
+    with registry.seeded(3):
+        assert torch.initial_seed() == 3
+    assert torch.cuda.initial_seed() == 7
+
+
 def test_a_state_has_numbers_for_rates_and_the_schedules_options_stay() -> None:
     it = made(device=CPU)
     it()

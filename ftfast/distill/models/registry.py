@@ -142,7 +142,7 @@ def place(model: Model, device: torch.device) -> Model:
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch draws from ``seed`` on the CPU; outside, its random state is as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
