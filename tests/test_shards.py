@@ -111,13 +111,13 @@ def test_one_failure_to_read_is_tried_again(many: Path, monkeypatch: pytest.Monk
 
 def test_too_many_open_files_and_files_that_are_gone_are_named(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_SECONDS_TO_ANOTHER_TRY", 0)
-    found, labels = tar_shards.list_shards(many, "train")
 
     def fail(*_: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as changed:
-        changed.setattr(os, "open", fail)
+        changed.setattr(tar_shards, "FileIO", fail)
+        found, labels = tar_shards.list_shards(many, "train")
         with pytest.raises(DataError, match=r"allow more open files \(ulimit -n\)"):
             Reader(found, labels, SIDE)[0]
     lost = listing.FolderFiles(Path("/nowhere"), ["a.jpeg", "b.jpeg"])
