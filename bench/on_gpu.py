@@ -10,12 +10,14 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +29,7 @@ SECONDS = 570.0
 PYTHON = sys.executable
 REHEARSAL = "a rehearsal without a GPU, of which nothing is measured"
 TAIL = 40  # lines of a command's output
+FAILURE = re.compile(r"\b(FAILED|ERROR)\b|\berror:")
 PEERS = ("--peers", "eager,compile,torchdistill-formula")
 # What takes a second where nothing is computed, and nothing is compiled.
 SMALL = ("--quick", "--peers", "eager", "--shapes", "2x4x2x2", "--heads", "2x4:4x2x2", "--layouts", "nchw")
@@ -51,27 +54,37 @@ class Part:
 
 def parts() -> list[Part]:
     """In order of value."""
-    tests = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-m", "cuda")
+    tests = (PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-m", "cuda")
     beside = ("-n", "12") if importlib.util.find_spec("xdist") else ()  # most of their time is compiling
     build = (PYTHON, "setup.py", "build_ext", "--inplace")
-    heads = ("ft_head", "--heads", "cifar-r56-r20,imagenet-r34-r18", *PEERS)
+    heads = ("ft_head", "--heads", "cifar-r56-r20,imagenet-r34-r18", "--dtype", "bfloat16", *PEERS)
+    loss = ("ft_loss", "--layouts", "channels_last", *PEERS, "--dtype")
     return [
         Part("build", 150, build, (PYTHON, "setup.py", "--version"), is_bench=False),
         Part("tests", 100, (*tests, *beside, "tests"), (*tests, "--collect-only", "tests/test_repeats.py"), False),
         Part("host", 40, ("host_time",), ("host_time", *SMALL)),
-        Part("loss", 80, ("ft_loss", "--layouts", "channels_last", *PEERS), ("ft_loss", *SMALL)),
-        Part("head", 80, (*heads, "--dtype", "bfloat16"), ("ft_head", *SMALL)),
-        Part("CIFAR", 100, ("distill_step", "--pairs", "cifar", *PEERS), ("distill_step", *SMALL)),
+        Part("loss", 80, (*loss, "bfloat16"), ("ft_loss", *SMALL)),
+        Part("head", 80, heads, ("ft_head", *SMALL)),
+        Part("CIFAR", 120, ("distill_step", "--pairs", "cifar", *PEERS), ("distill_step", *SMALL)),
         Part("ImageNet", 120, ("distill_step", "--pairs", "imagenet", *PEERS), ()),
         Part("store", 100, ("store", *PEERS), ("store", *SMALL)),
-        Part("photographs", 90, ("loaders", "--loaders", "gpu,folder"), ()),
+        Part("photographs", 100, ("loaders", "--loaders", "gpu,folder"), ()),
+        Part("loss in float32", 80, (*loss, "float32"), ()),
     ]
 
 
 def run_command(words: tuple[str, ...], say: Say) -> None:
-    """Says how it ended and the end of what it wrote."""
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    say(exit_status=done.returncode, output=done.stdout.splitlines()[-TAIL:])
+    """Says a line that tells of a failure at once, then how it ended and the end of what it wrote."""
+    last: deque[str] = deque(maxlen=TAIL)
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.rstrip())
+            if FAILURE.search(line):
+                say(failure=line.rstrip())
+    say(exit_status=process.returncode, output=list(last))
 
 
 def run_bench(words: tuple[str, ...], say: Say, rehearsed: bool) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from bench.harness import gate
 from bench.harness.clocks import clock_for, graph_replay
 from bench.harness.gate import Candidate, Group
-from bench.harness.measuring import Plan, measure_group, raised
+from bench.harness.measuring import Plan, measure_group
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.results import tables
@@ -81,9 +81,11 @@ def candidates(settings: Settings, pair: Pair, batch: int) -> list[Candidate]:
     """The ways to do the step; one that cannot be built raises when its turn comes."""
     with_ = Operands(pair, batch, settings.device, settings.plan.seed)
     judge = StepJudge(with_)
-    found = [_candidate(name, way, with_, judge) for name, way in ways(settings).items()]
-    if settings.device.type == "cuda":
-        found += [graph_replay(candidate) for candidate in found if candidate.name in REPLAYED]
+    found = []
+    for name, way in ways(settings).items():
+        found.append(_candidate(name, way, with_, judge))
+        if settings.device.type == "cuda" and name in REPLAYED:
+            found.append(graph_replay(found[-1]))
     return found
 
 
@@ -92,37 +94,30 @@ def ways(settings: Settings) -> dict[str, Callable[[Operands], Step]]:
     if settings.device.type != "cuda":
         return WAYS
     compiled = "compile" in settings.peers
-    found = {name: way for name, way in WAYS.items() if name != OURS or compiled}
     return {
-        **found,
+        **{name: way for name, way in WAYS.items() if name not in (OURS, NO_TEACHER)},
         EAGER: lambda with_: ours(with_, "ft", compiled=False),
+        **({OURS: WAYS[OURS]} if compiled else {}),
         NO_TEACHER: lambda with_: ours(with_, "none", compiled=compiled),
     }
 
 
 def _candidate(name: str, way: Callable[[Operands], Step], with_: Operands, judge: StepJudge) -> Candidate:
-    try:
+    """Built when its turn comes, and raising then where it cannot be."""
+    details = {"computes": "float32 NCHW" if name in FLOAT32 else "bfloat16 autocast, channels_last"}
+
+    @cache
+    def built() -> Step:
         step = way(with_)
-    except Exception as error:
-        failure = RuntimeError(raised(error))
-
-        def fail() -> None:
-            raise failure
-
-        return Candidate(name, WORK, fail)
-    computes = "float32 NCHW" if name in FLOAT32 else "bfloat16 autocast, channels_last"
+        details["teacher_done"] = step.note
+        return step
 
     @cache
     def verdict() -> gate.Errors:
-        return judge(step, is_float32=name in FLOAT32)
+        return judge(built(), is_float32=name in FLOAT32)
 
-    return Candidate(
-        name,
-        WORK,
-        step.run,
-        gate=None if name == NO_TEACHER else verdict,  # another loss: there is nothing to compare it with
-        details={"computes": computes, "teacher_done": step.note},
-    )
+    # Without a teacher it is another loss: there is nothing to compare it with.
+    return Candidate(name, WORK, lambda: built().run(), gate=None if name == NO_TEACHER else verdict, details=details)
 
 
 def size(settings: Settings) -> int:

@@ -1,11 +1,11 @@
 """cuBLAS, cuDNN and ftfast's CUDA C++ bring a CUDA runtime of their own: what is theirs is stood in for here.
 
-Each of their operators becomes one launch on the current stream for each of its results, which hold whatever the
-memory does.
+Each of their operators becomes one launch on the current stream, and its results are whatever the memory holds.
 """
 
 import ctypes
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ def launch(device: int, stream: int) -> None:
         raise RuntimeError(f"the stand-in GPU refuses a launch with error {error}.")
 
 
+@cache
 def _library() -> Any:
     return ctypes.CDLL(None)
 
@@ -29,9 +30,15 @@ def _launched(result: Tensor) -> Tensor:
     return result
 
 
+@cache
+def _shape(x: torch.Size, weight: torch.Size, *options: Any) -> torch.Size:
+    with torch.device("meta"):
+        return torch.ops.aten.convolution(torch.empty(x), torch.empty(weight), None, *options).shape
+
+
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    on_meta = [None if tensor is None else tensor.to("meta") for tensor in (x, weight, bias)]
-    shape = torch.ops.aten.convolution(*on_meta, *options).shape
+    frozen = [tuple(option) if isinstance(option, list) else option for option in options]
+    shape = _shape(x.shape, weight.shape, *frozen)
     flat = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if flat else torch.contiguous_format
     return _launched(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout))
@@ -40,8 +47,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) 
 def _convolution_backward(
     upstream: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, *options: Any
 ) -> tuple[Tensor | None, ...]:
-    results = (torch.empty_like(x), torch.empty_like(weight), weight.new_empty(bias_sizes or 0))
-    return tuple(_launched(result) if need else None for result, need in zip(results, options[-1], strict=True))
+    results = (_launched(torch.empty_like(x)), torch.empty_like(weight), weight.new_empty(bias_sizes or 0))
+    return tuple(result if need else None for result, need in zip(results, options[-1], strict=True))
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
