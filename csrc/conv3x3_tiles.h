@@ -46,9 +46,10 @@ struct TileKernels {
   // The calling thread's tiles are set up, and given back.
   void (*begin)();
   void (*end)();
-  // from: float, this far apart; rows: 16 or 32 of them, inner: 16 or 32. taps: ky, kx.
-  void (*pack_weight)(const float* from, int64_t row_stride, int64_t inner_stride, const int64_t tap_strides[2],
-                      int64_t rows, int64_t inner, bool flipped, uint16_t* to);
+  // from: one block of 32 outputs and 32 channels, or a half of either. steps: from a number to the next, of taps ky
+  // and kx. flipped: taps.
+  void (*pack_weight)(const float* from, int64_t output_step, int64_t channel_step, const int64_t tap_steps[2],
+                      int64_t outputs, int64_t channels, bool flipped, uint16_t* to);
   // Rows first to last - 1 of all N * H as cells, with the rows around them.
   void (*pack_rows)(const DirectConvolution& work, int64_t first, int64_t last, uint16_t* cells);
   // The same rows of 16 or 32 output channels. Pointers are at the map's first number, those of weight, bias, residual

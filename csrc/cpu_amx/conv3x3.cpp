@@ -117,30 +117,55 @@ void rows(const DirectConvolution& work, int64_t first, int64_t last, const uint
   }
 }
 
+// The weights of up to 32 outputs and 32 channels, copied to where any order of them is in the nearest cache. From one
+// to the next of whichever lies further apart is an odd number of lines here.
+struct NearWeight {
+  static constexpr int64_t far_stride = 9 * tile_columns + 16;
+  alignas(64) float numbers[tile_columns * far_stride];
+
+  NearWeight(const float* from, int64_t far, int64_t far_step, int64_t near, int64_t near_step,
+             const int64_t tap_steps[2]) {
+    const bool is_one_run = near_step == 9 && tap_steps[0] == 3 && tap_steps[1] == 1;
+    for (int64_t i = 0; i < far; ++i) {
+      const float* const at = from + i * far_step;
+      float* const to = numbers + i * far_stride;
+      if (is_one_run) std::memcpy(to, at, size_t(9 * near) * sizeof(float));
+      else
+        for (int64_t tap = 0; tap < 9; ++tap)
+          for (int64_t j = 0; j < near; ++j)
+            to[9 * j + tap] = at[tap / 3 * tap_steps[0] + tap % 3 * tap_steps[1] + j * near_step];
+    }
+  }
+};
+
 // 16 numbers this far apart.
 inline void gather(const float* from, int64_t stride, float* to) {
 #if defined(__AVX512F__)
-  const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i at = _mm512_mullo_epi64(lanes, _mm512_set1_epi64(stride));
-  for (int64_t i = 0; i < tile_rows; i += 8, from += 8 * stride)
-    _mm256_store_ps(to + i, _mm512_mask_i64gather_ps(_mm256_setzero_ps(), 0xff, at, from, sizeof(float)));
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(stride)));
+  _mm512_store_ps(to, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, at, from, sizeof(float)));
 #else
   for (int64_t i = 0; i < tile_rows; ++i) to[i] = from[i * stride];
 #endif
 }
 
-void pack_weight(const float* from, int64_t row_stride, int64_t inner_stride, const int64_t tap_strides[2],
-                 int64_t rows, int64_t inner, bool flipped, uint16_t* to) {
-  const int64_t halves = rows / tile_rows;
+void pack_weight(const float* from, int64_t output_step, int64_t channel_step, const int64_t tap_steps[2],
+                 int64_t outputs, int64_t channels, bool flipped, uint16_t* to) {
+  const bool outputs_are_far = output_step > channel_step;
+  const NearWeight weight = outputs_are_far
+      ? NearWeight(from, outputs, output_step, channels, channel_step, tap_steps)
+      : NearWeight(from, channels, channel_step, outputs, output_step, tap_steps);
+  const int64_t output_stride = outputs_are_far ? NearWeight::far_stride : 9;
+  const int64_t channel_stride = outputs_are_far ? 9 : NearWeight::far_stride;
+  const int64_t halves = outputs / tile_rows;
   for (int64_t half = 0; half < halves; ++half)
     for (int64_t pair = 0; pair < tile_rows; ++pair)
       for (int64_t tap = 0; tap < 9; ++tap) {
         alignas(64) float first[tile_rows] = {}, second[tile_rows] = {};
-        if (2 * pair < inner) {
-          const int64_t ky = flipped ? 2 - tap / 3 : tap / 3, kx = flipped ? 2 - tap % 3 : tap % 3;
-          const float* at = from + ky * tap_strides[0] + kx * tap_strides[1] + half * tile_rows * row_stride;
-          gather(at + 2 * pair * inner_stride, row_stride, first);
-          gather(at + (2 * pair + 1) * inner_stride, row_stride, second);
+        if (2 * pair < channels) {
+          const float* const at = weight.numbers + (flipped ? 8 - tap : tap) + half * tile_rows * output_stride;
+          gather(at + 2 * pair * channel_stride, output_stride, first);
+          gather(at + (2 * pair + 1) * channel_stride, output_stride, second);
         }
         uint16_t* const target = to + (tap * halves + half) * numbers_of_tile + pair * tile_columns;
         for (int64_t k = 0; k < tile_rows; k += float_lanes) {

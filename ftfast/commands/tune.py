@@ -183,7 +183,8 @@ def _weight_gradients(work: Work, dtype: torch.dtype) -> list[Candidate]:
         assert found is not None
         return [found]
 
-    return [Candidate(kernel, partial(compute, kernel)) for kernel in conv3x3_native.CANDIDATES]
+    kernels = conv3x3_native.candidates(work.channels_in, work.channels_out)
+    return [Candidate(kernel, partial(compute, kernel)) for kernel in kernels]
 
 
 def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Candidate]:

@@ -25,7 +25,7 @@ LEAST_CHANNELS = {
     # 1.5 times oneDNN's speed at 32x512->512x7x7 and 1.1 at 128x64->64x8x8, but 0.9 at 128x32->32x16x16.
     CONVOLUTION: 64,
     # 2.4 times oneDNN's speed at 32x512->512x7x7 and 1.8 at 128x64->64x8x8, but a third of it at 128x32->32x16x16,
-    # where it packed number by number.
+    # which the prototype computed on one of two threads and packed number by number.
     WEIGHT_GRADIENT: 64,
 }
 

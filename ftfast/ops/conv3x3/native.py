@@ -102,6 +102,11 @@ def leaky_relu_backward_(gradient: Tensor, output: Tensor | None, negative_slope
     return sums
 
 
+def candidates(channels: int, outputs: int) -> tuple[str, ...]:
+    """Those of CANDIDATES that compute a weight gradient of these channels."""
+    return tuple(kernel for kernel in CANDIDATES if kernel != direct.TILES or direct.fits(channels, outputs))
+
+
 def weight_gradient_kernel(x: Tensor, outputs: int) -> str:
     """Which kernel computes the weight gradient of maps ``x`` towards ``outputs`` channels."""
     samples, channels, height, width = x.shape
@@ -110,7 +115,7 @@ def weight_gradient_kernel(x: Tensor, outputs: int) -> str:
     # Where there is one, our own was faster than either at every size measured, unless there are few channels.
     own = direct.kernel_for(direct.WEIGHT_GRADIENT, x.dtype, channels, outputs)
     default = {direct.TILES: direct.TILES, direct.DIRECT: "native", None: "library"}[own]
-    return choose_kernel(work, x.device, CANDIDATES, default).kernel
+    return choose_kernel(work, x.device, candidates(channels, outputs), default).kernel
 
 
 def gradients(
