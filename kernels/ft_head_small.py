@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .ft_head_loss import direction_of
 from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
-from .image_tiles import convolve_image, load_image, store_image
+from .image_tiles import layer_of_image, load_image, store_image
 from .launch import arrival_counters, device_guard
 from .loss_terms import (
     finish_loss,
@@ -49,50 +49,25 @@ class Kept(NamedTuple):
 
 
 @triton.jit
-def _layer(
-    x,
-    weight,
-    bias,
-    height,
-    width,
-    taps,
-    negative_slope,
-    CHANNELS_IN: tl.constexpr,
-    PADDED_IN: tl.constexpr,
-    CHANNELS_OUT: tl.constexpr,
-    PADDED_OUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """``leaky_relu(conv(x) + bias)`` of one image, zeros in the padding of rows and columns."""
-    z = convolve_image(x, weight, height, width, taps, CHANNELS_IN, PADDED_IN, PADDED_OUT, ROWS, BLOCK, INPUT_PRECISION)
-    column = tl.arange(0, PADDED_OUT)
-    z += tl.load(bias + column, mask=column < CHANNELS_OUT, other=0.0)[None, :]
-    z = tl.where((tl.arange(0, ROWS) < height * width)[:, None], z, 0.0)
-    return tl.where(z > 0, z, z * negative_slope)
-
-
-@triton.jit
 def _side(
     x, weight0, weight1, weight2, bias0, bias1, bias2, first, second, height, width, taps, negative_slope,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, FACTOR_CHANNELS: tl.constexpr,
     FACTOR_PADDED: tl.constexpr, FACTOR_BLOCK: tl.constexpr, ROWS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One image's factor ``[ROWS, FACTOR_PADDED]``; ``first`` and ``second`` take the maps in between."""
-    y = _layer(
+    y = layer_of_image(
         x, weight0, bias0, height, width, taps, negative_slope, CHANNELS, PADDED, CHANNELS, PADDED, ROWS, BLOCK,
         INPUT_PRECISION,
     )  # fmt: skip
     store_image(first, y, height * width, CHANNELS, PADDED, ROWS)
     tl.debug_barrier()
-    y = _layer(
+    y = layer_of_image(
         first, weight1, bias1, height, width, taps, negative_slope, CHANNELS, PADDED, FACTOR_CHANNELS, FACTOR_PADDED,
         ROWS, BLOCK, INPUT_PRECISION,
     )  # fmt: skip
     store_image(second, y, height * width, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
     tl.debug_barrier()
-    return _layer(
+    return layer_of_image(
         second, weight2, bias2, height, width, taps, negative_slope, FACTOR_CHANNELS, FACTOR_PADDED, FACTOR_CHANNELS,
         FACTOR_PADDED, ROWS, FACTOR_BLOCK, INPUT_PRECISION,
     )  # fmt: skip

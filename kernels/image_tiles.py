@@ -59,6 +59,31 @@ def convolve_image(
 
 
 @triton.jit
+def layer_of_image(
+    x,
+    weight,
+    bias,
+    height,
+    width,
+    taps,
+    negative_slope,
+    CHANNELS_IN: tl.constexpr,
+    PADDED_IN: tl.constexpr,
+    CHANNELS_OUT: tl.constexpr,
+    PADDED_OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``leaky_relu(conv(x) + bias)`` of one image, zeros in the padding of rows and columns."""
+    z = convolve_image(x, weight, height, width, taps, CHANNELS_IN, PADDED_IN, PADDED_OUT, ROWS, BLOCK, INPUT_PRECISION)
+    column = tl.arange(0, PADDED_OUT)
+    z += tl.load(bias + column, mask=column < CHANNELS_OUT, other=0.0)[None, :]
+    z = tl.where((tl.arange(0, ROWS) < height * width)[:, None], z, 0.0)
+    return tl.where(z > 0, z, z * negative_slope)
+
+
+@triton.jit
 def store_image(y, values, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """Rounds ``values [ROWS, COLUMNS]`` and stores what lies inside of an image ``y [pixels, CHANNELS]``."""
     row = tl.arange(0, ROWS)

@@ -806,6 +806,17 @@ def test_native_runs_on_a_gpu_when_asked_for(imagined_gpu: None) -> None:
     assert dispatch._choose("native", _Device(), torch.float32, torch.float32) == "native"  # type: ignore[arg-type]
 
 
+def test_a_head_computed_in_layers_takes_its_loss_where_it_runs(
+    imagined_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own Triton kernel read long samples three times."""
+    layers = pytest.importorskip("ftfast.ops.ft_head.layers", reason="the package triton is not installed")
+    factor: Any = SimpleNamespace(is_cuda=True, device=_Device(), dtype=torch.bfloat16)
+    assert layers._loss_kernels(factor, factor).name == "native"
+    monkeypatch.setattr(native, "load_extension", lambda: (None, "no C++ compiler was found"))
+    assert layers._loss_kernels(factor, factor).name == "triton"
+
+
 def test_every_obstacle_on_a_gpu_has_a_reason(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(native, "_cuda_problem", lambda index: "CUDA driver version is insufficient")
