@@ -48,7 +48,6 @@ test: $(VENV)/ready-for-tests
 test-all: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(INTERPRETED)
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_ft_head.py
 
 # Compiles what every shipped Triton launch becomes, and keeps which sources were found good; minutes.
 machine-code: $(VENV)/ready-for-tests
@@ -56,7 +55,7 @@ machine-code: $(VENV)/ready-for-tests
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
 LOSS_INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_triton.py tests/test_gates.py tests/test_hub_kernel.py
-INTERPRETED := $(LOSS_INTERPRETED) tests/test_ft_loss_range.py $(filter-out $(LOSS_INTERPRETED),$(wildcard tests/test_*_triton.py))
+INTERPRETED := $(LOSS_INTERPRETED) tests/test_ft_loss_range.py tests/test_ft_head.py $(filter-out $(LOSS_INTERPRETED),$(wildcard tests/test_*_triton.py))
 
 test-versions:
 	@$(PYTHON) tests/versions.py

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench import import_time
 from bench.harness.gate import Candidate
 from bench.harness.measuring import QUICK_PLAN
 from bench.harness.registry import Bench, Settings, bench_modules
 from bench.shapes import HEADS, QUICK_HEADS, QUICK_SHAPES, SHAPES
+from tests.fork_server import Popen
 
 SETTINGS = Settings(
     device=torch.device("cpu"),
@@ -50,7 +52,9 @@ def test_candidate(benchmark: Any, group: str, candidate: Candidate) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_bench(benchmark: Any, name: str) -> None:
+def test_whole_bench(benchmark: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name != import_time.STEM:
+        monkeypatch.setattr("subprocess.Popen", Popen)
     bench: Bench = MODULES[name].BENCH
     benchmark.group = name
     rows = benchmark.pedantic(bench.run, args=(SETTINGS, lambda _: None), rounds=1)

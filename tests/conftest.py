@@ -1,5 +1,6 @@
 """Which backends a test can name here, and outputs that start as NaN, so that an element nobody wrote is seen."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -7,11 +8,10 @@ import torch
 
 from ftfast.backends.triton import interpreting
 from ftfast.dispatch import supports
+from tests.fork_server import Popen
 
 CPU = torch.device("cpu")
 GUARD, GUARD_BYTES = 0xA5, 256
-# Begun first, or one process waits minutes at the end for what the other does.
-LONGEST = ("test_kills", "test_photograph_runs", "test_packaging", "test_on_gpu", "test_store_builds")
 pytest_plugins = ["tests.machine_code", "tests.stand_in_gpu.plugin"]
 
 
@@ -32,15 +32,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items[:] = long_ones_first(items)
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip("no CUDA device here"))
 
 
+def long_ones_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """In each half, of which xdist gives one to each of two processes: or one waits at the end for what the other does.
+
+    A file's stay together, for the sake of its fixtures.
+    """
+    short, long = [], []
+    for item in items:
+        (long if item.get_closest_marker("slow") or item.get_closest_marker("process") else short).append(item)
+    files = [list(of_file) for _, of_file in itertools.groupby(long, key=lambda item: item.path)]
+    files.sort(key=len, reverse=True)
+    first = list(itertools.chain(*files[0::2]))
+    room = max(0, len(items) // 2 - len(first))
+    return [*first, *short[:room], *itertools.chain(*files[1::2]), *short[room:]]
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What our own code starts in this process is forked where that can be."""
+    monkeypatch.setattr("subprocess.Popen", Popen)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What one of several processes does with damaged photographs, for tests/test_damaged.py: trains, and says what for."""
+"""What one of several processes does with damaged photographs, for test_damaged.py: trains, and says what for."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What one of several processes of a training does, for tests/test_processes.py: trains, and leaves what it learned."""
+"""What one of several processes of a training does, for test_processes.py: trains, and leaves what it learned."""
 
 import sys
 from pathlib import Path

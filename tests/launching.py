@@ -1,7 +1,8 @@
-"""Starting a run as torchrun does, and finding its processes."""
+"""Starting Pythons, and runs as torchrun does, and finding their processes; forked unless a test says otherwise."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,20 +10,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.fork_server import Popen
+
 ROOT = Path(__file__).parents[1]
 
 
+def python(*words: str, start: type[Any] = Popen, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs this Python to its end, with what it prints; ``start=subprocess.Popen`` for a new interpreter."""
+    command = [sys.executable, *words]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
+    with start(command, **options) as process:
+        try:
+            out, errors = process.communicate(timeout=250)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
 def torchrun(
-    processes: int, *command: str, restarts: int = 0, options: Sequence[str] = ("--standalone",)
+    processes: int,
+    *command: str,
+    restarts: int = 0,
+    options: Sequence[str] = ("--standalone",),
+    start: type[Any] = Popen,
+    cwd: Path = ROOT,
 ) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", *options, "--max-restarts", str(restarts)]
-    return subprocess.Popen(
+    return start(
         [*launcher, "--nproc-per-node", str(processes), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
+        cwd=cwd,
     )
 
 
@@ -43,18 +64,17 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def workers_of(launcher: int) -> list[int]:
-    """The processes that it has started."""
-    return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+def workers_of(launcher: int) -> dict[int, int]:
+    """The processes that it has started, by their ranks."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return {rank: int(child) for child in children if (rank := _rank_of(Path("/proc") / child)) is not None}
 
 
-def worker_of(launcher: int, rank: int) -> int:
-    """The process of that rank, by its environment."""
-    children = workers_of(launcher)
-    for child in children:
-        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-            return child
-    raise AssertionError(f"no process of rank {rank} among {children}")
+def _rank_of(process: Path) -> "int | None":
+    """By its environment, or by its name if it was forked."""
+    found = re.search(rb"(?:\A|\0)RANK=(\d+)\0", (process / "environ").read_bytes())
+    found = found or re.match(rb"rank(\d+)", (process / "comm").read_bytes())
+    return int(found[1]) if found else None
 
 
 def wait_for_end(process: int) -> None:

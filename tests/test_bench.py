@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +27,7 @@ from bench.results.tables import derive
 from bench.shapes import parse_shape
 from ftfast.backends.triton import interpreting
 from ftfast.distill.settings.run_settings import Settings as DistillSettings
+from tests.launching import python
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TINY = "6x8x4x4"
@@ -325,11 +324,9 @@ def test_a_readme_without_a_known_block_is_refused(
 @pytest.mark.process
 def test_quick_run_from_the_command_line_gives_a_valid_record(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
-    command = [sys.executable, "-m", "bench", "ft_loss", "import_time", "--quick", "--shapes", TINY]
+    command = ["-m", "bench", "ft_loss", "import_time", "--quick", "--shapes", TINY]
     command += ["--layouts", "channels_last", "--dtype", "float32,bfloat16", "--threads", "1", "--json"]
-    finished = subprocess.run(
-        [*command, "--out", str(out)], cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False
-    )
+    finished = python(*command, "--out", str(out))
     assert finished.returncode == 0, finished.stderr
     record = records.load(out)
     assert records.parse(finished.stdout, "stdout") == record

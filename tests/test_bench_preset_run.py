@@ -62,6 +62,7 @@ def test_the_readmes_block_has_what_was_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_quick_run_reads_files_and_writes_checkpoints_that_do_not_stall_it(tmp_path: Any) -> None:
     path = tmp_path / "record.json"
     words = ("--quick", "--device", "cpu", "--loaders", "folder", "--out", str(path))

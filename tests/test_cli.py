@@ -17,6 +17,8 @@ from ftfast.backends.triton import interpreting
 from ftfast.cli import COMMANDS, main
 from ftfast.distill.runtime import checkpoint
 from ftfast.distill.settings.run_settings import Settings
+from tests.fork_server import Popen
+from tests.launching import python
 
 TINY = [
     "distill",
@@ -49,17 +51,11 @@ TINY = [
 ]
 
 
-def run_command(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ftfast", *words], capture_output=True, text=True, cwd=cwd, timeout=120
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run from the command line, seen from outside."""
+    """A run from the command line, by a new interpreter, seen from outside."""
     folder = tmp_path_factory.mktemp("cli") / "run"
-    return folder, run_command(*TINY, "--output", str(folder))
+    return folder, python("-m", "ftfast", *TINY, "--output", str(folder), start=subprocess.Popen)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -198,12 +194,7 @@ def test_a_folder_where_a_file_should_be_is_named(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_under_standard_output_is_one_sentence() -> None:
     with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "ftfast", "distill", "--print-settings"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        ended = python("-m", "ftfast", "distill", "--print-settings", stdout=full)
     assert ended.returncode == 2
     assert ended.stderr == "ftfast distill: error: No space left on device.\n"
 
@@ -212,8 +203,8 @@ def test_a_full_disk_under_standard_output_is_one_sentence() -> None:
 def test_a_full_disk_under_standard_error_ends_nothing() -> None:
     """A training whose log lay on a full disk ended there, with the status of a traceback."""
     with open("/dev/full", "w") as full:
-        words = [sys.executable, "-m", "ftfast", "distill", "--preset", "nonsense"]
-        assert subprocess.run(words, stderr=full, check=False).returncode == 2  # nothing can be said but this
+        ended = python("-m", "ftfast", "distill", "--preset", "nonsense", stderr=full)
+    assert ended.returncode == 2  # nothing can be said but this
 
 
 def test_a_model_that_memory_does_not_hold_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -224,7 +215,7 @@ def test_a_model_that_memory_does_not_hold_is_one_sentence(capsys: pytest.Captur
 @pytest.mark.process
 def test_resuming_a_run_that_is_not_there_says_that_it_starts_anew(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ended = run_command(*TINY, "--methods", "none", "--resume", "--output", str(folder))
+    ended = python("-m", "ftfast", *TINY, "--methods", "none", "--resume", "--output", str(folder))
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.splitlines()[0] == f"{folder} holds no run yet: --resume starts a new run"
 
@@ -232,7 +223,7 @@ def test_resuming_a_run_that_is_not_there_says_that_it_starts_anew(tmp_path: Pat
 @pytest.mark.process
 def test_forced_colours_put_no_bars_into_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    ended = run_command(*TINY, "--methods", "none", "--output", str(tmp_path / "run"))
+    ended = python("-m", "ftfast", *TINY, "--methods", "none", "--output", str(tmp_path / "run"))
     assert ended.returncode == 0, ended.stderr
     assert "images/s" not in ended.stderr
     assert "\r" not in ended.stderr
@@ -328,7 +319,7 @@ def test_printed_settings_are_resolved_and_can_be_read_back(capsys: pytest.Captu
 )
 def test_an_interruption_says_how_to_go_on(tmp_path: Path, number: signal.Signals, moment: str) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(
+    process = Popen(
         [sys.executable, "-m", "ftfast", *TINY, "--output", str(folder), "--student-epochs", "5000"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import math
-import subprocess
 import sys
 import types
 import warnings
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import ftfast
 from ftfast.compat import torchdistill as ours
 from ftfast.compat.torchdistill import registration
+from tests.launching import python
 
 pytest.importorskip("torchdistill")
 pytest.importorskip("torchvision")
@@ -499,7 +499,7 @@ def test_our_wrapper_leaves_torchdistills_names_as_they_were():
 
 
 def in_a_process_of_its_own(program: str) -> str:
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    finished = python("-c", program)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.strip()
 

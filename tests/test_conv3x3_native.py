@@ -1,8 +1,6 @@
 """The CPU's weight gradients of 3x3 convolutions, each candidate's against float64."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.extension import load_extension
 from ftfast.ops.conv3x3 import native as conv3x3_native
+from tests.launching import python
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
 # Tiles have a file of their own.
@@ -140,5 +139,5 @@ def test_an_unknown_kernel_is_refused():
 def test_it_is_no_candidate_where_its_instructions_are_ruled_out(instructions):
     script = "from ftfast.ops.conv3x3.native import CANDIDATES; print(*CANDIDATES)"
     environment = {**os.environ, "FTFAST_INSTRUCTION_SET": instructions}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = python("-c", script, env=environment)
     assert done.stdout.split() == ["library", "unfolded"], done.stderr

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from types import ModuleType
 
 import pytest
@@ -15,6 +14,8 @@ from ftfast import dispatch
 from ftfast.backends import KernelBackend, Support, native
 from ftfast.extension import load_extension
 from ftfast.ops.ft_loss import function as op
+from tests.fork_server import Popen
+from tests.launching import python
 
 FACTOR = torch.zeros(2, 8)
 
@@ -140,10 +141,8 @@ def test_unsupported_dtypes_have_a_reason():
     assert "complex64" in support.reason
 
 
-def run(*command, **environment):
-    return subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+def run(*command, start=Popen, **environment):
+    return python(*command, start=start, env={**os.environ, **environment})
 
 
 def test_info_tells_every_reason():
@@ -199,4 +198,4 @@ def test_import_is_quick_and_needs_neither_triton_nor_the_compiler():
         "heavy = ('triton', 'torch._dynamo', 'torch._inductor', 'torchvision')\n"
         "print([name for name in new if name.startswith(heavy)])"
     )
-    assert run("-c", script).stdout.strip() == "[]"
+    assert run("-c", script, start=subprocess.Popen).stdout.strip() == "[]"

@@ -29,6 +29,7 @@ from ftfast.distill.settings.run_settings import Settings
 from ftfast.distill.training import resumable
 from ftfast.distill.training.methods import METHODS
 from ftfast.errors import CheckpointError, DistillError, RunFolderError, SettingsError
+from tests.fork_server import Popen
 
 SMALL = Settings(
     methods=("none", "ft", "kd"),
@@ -205,7 +206,7 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_results(
                 f"--{name.replace('_', '-')}",
                 ",".join(map(str, value)) if isinstance(value, list) else str(value),
             ]
-    process = subprocess.Popen([sys.executable, "-m", "ftfast", "distill", *words], stderr=subprocess.DEVNULL)
+    process = Popen([sys.executable, "-m", "ftfast", "distill", *words], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not list(folder.glob("students/ft/seed0*/epoch*")) and process.poll() is None:
         assert time.monotonic() < deadline

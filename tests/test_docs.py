@@ -14,6 +14,7 @@ import pytest
 
 import ftfast
 from ftfast.cli import COMMANDS
+from tests.launching import python
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -69,7 +70,7 @@ def test_a_method_that_is_added_as_the_page_says_is_distilled_and_reported(tmp_p
     words = "--data digits --methods none,energy --seeds 1 --teacher-epochs 1 --student-epochs 1 --student-images 60"
     words += f" --energy 1,2 --device cpu --output {tmp_path / 'run'}"
     script = f"{code}\nfrom ftfast.cli import main\nraise SystemExit(main(['distill', *{words.split()!r}]))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python("-c", script)
     assert done.returncode == 0, done.stderr
     assert "energy of maps" in (tmp_path / "run" / "report.md").read_text()
 

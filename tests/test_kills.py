@@ -1,5 +1,6 @@
 """A run that is killed again and again ends in the same bits as one that is left alone."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.fork_server import Popen
 from tests.launching import ROOT
 
 KILLS, AFTER_FIRST, IN_WRITING = 20, 15, 5
@@ -26,28 +28,32 @@ RECIPE = [
 
 def start(folder: Path) -> "subprocess.Popen[bytes]":
     words = [sys.executable, "-m", "ftfast", *RECIPE, "--output", str(folder)]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    return Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
 
 
-def on_the_way(folder: Path) -> list[Path]:
-    """What lies among the checkpoints on the way; the run makes and removes it meanwhile, which os.walk bears with."""
-    found = [Path(path) / name for path, names, _ in os.walk(folder) for name in names]
-    return [path for path in found if path.parent.name.endswith(".unfinished")]
+def on_the_way(folder: Path) -> list[str]:
+    """What lies among the checkpoints on the way, each by the folder of its training; the run changes it meanwhile."""
+    found: list[str] = []
+    for training in ("teacher", "paraphraser", "students/ft/seed0"):
+        with contextlib.suppress(OSError):
+            found += [f"{training}/{name}" for name in os.listdir(f"{folder}/{training}.unfinished")]
+    return found
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    return [path for path in on_the_way(folder) if not path.name.startswith(".")]
+def checkpoints(folder: Path) -> set[str]:
+    return {path for path in on_the_way(folder) if "/." not in path}
 
 
 def is_writing(folder: Path) -> bool:
-    return any(path.name.endswith(".partial") for path in on_the_way(folder))
+    return any(path.endswith(".partial") for path in on_the_way(folder))
 
 
 def kill(process: "subprocess.Popen[bytes]", folder: Path, *, in_writing: bool, draw: random.Random) -> bool:
     """At a moment drawn at random after a new checkpoint; whether that was while one was being written."""
-    before = {path.name for path in checkpoints(folder)}
+    before = checkpoints(folder)
     deadline = time.monotonic() + 60
-    while not {path.name for path in checkpoints(folder)} - before:
+    while not checkpoints(folder) - before:
+        time.sleep(1e-3)
         assert time.monotonic() < deadline
         if process.poll() is not None:
             return False

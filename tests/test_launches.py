@@ -3,34 +3,19 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ftfast.distill.runtime.torchrun import is_first_to_say
-from tests.launching import (
-    ROOT,
-    finished,
-    results_of,
-    torchrun,
-    wait_for,
-    wait_for_end,
-    worker_of,
-    workers_of,
-)
+from tests.launching import ROOT, finished, python, results_of, torchrun, wait_for, wait_for_end, workers_of
 from tests.photograph_folder import make_folder
 from tests.test_photograph_runs import RECIPE
 from tests.test_processes import TINY
 
-LONGER = [*TINY, "--student-epochs", "100"]
+LONGER = [*TINY, "--student-epochs", "40"]
 HANDLED = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
 STUDENT = Path("students") / "ft" / "seed0"
-
-
-def alone(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "ftfast", *words], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -49,7 +34,7 @@ def test_a_signal_to_torchrun_saves_leaves_no_process_and_the_run_goes_on(
     words = [*LONGER, "--threads", "0", "--output", str(tmp_path), "--checkpoint-seconds", "1e9"]
     process = torchrun(2, "-m", "ftfast", *words, options=("--standalone", *options))
     wait_for(tmp_path / "tensorboard" / STUDENT, process)
-    workers = workers_of(process.pid)
+    workers = list(workers_of(process.pid).values())
     process.send_signal(number)
     found, _, errors = finished(process)
     assert found == status, errors
@@ -62,20 +47,20 @@ def test_a_signal_to_torchrun_saves_leaves_no_process_and_the_run_goes_on(
     assert len(list((tmp_path / STUDENT).with_name("seed0.unfinished").iterdir())) == 1
     words += ["--resume"]
     if resumed_by == 1:
-        done = alone(*words)
+        done = python("-m", "ftfast", *words)
         assert done.returncode == 0, done.stderr
     else:
         found, _, errors = finished(torchrun(resumed_by, "-m", "ftfast", *words))
         assert found == 0, errors
     history = results_of(tmp_path)["methods"]["ft"]["students"][0]["history"]
-    assert [epoch["epoch"] for epoch in history] == list(range(1, 101))
+    assert [epoch["epoch"] for epoch in history] == list(range(1, 41))
 
 
 @pytest.mark.slow
 def test_a_process_told_to_stop_is_not_started_to_train_again(tmp_path: Path) -> None:
     process = torchrun(2, "-m", "ftfast", *LONGER, "--output", str(tmp_path), restarts=1)
     wait_for(tmp_path / "tensorboard" / STUDENT, process)
-    os.kill(worker_of(process.pid, 1), signal.SIGUSR1)
+    os.kill(workers_of(process.pid)[1], signal.SIGUSR1)
     status, _, errors = finished(process)
     assert status == 1
     assert errors.count("interrupted: run the same command with --resume") == 2, errors  # by each of two starts
@@ -87,7 +72,7 @@ def test_a_process_told_to_stop_is_not_started_to_train_again(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_run_that_was_refused_is_not_gone_on_with_by_a_restart(tmp_path: Path) -> None:
     """A restart resumes, and so went on with the run of somebody else that the first start had refused."""
-    printed = alone(*TINY, "--print-settings")
+    printed = python("-m", "ftfast", *TINY, "--print-settings")
     assert printed.returncode == 0, printed.stderr
     (tmp_path / "settings.json").write_text(printed.stdout)
     status, _, errors = finished(torchrun(2, "-m", "ftfast", *TINY, "--output", str(tmp_path), restarts=1))
@@ -127,7 +112,7 @@ def test_a_first_process_that_is_killed_leaves_its_folder_to_the_next_though_it_
     words = [*RECIPE, "--data-dir", str(tmp_path / "images"), "--output", str(output), "--checkpoint-seconds", "0"]
     process = torchrun(2, "-m", "ftfast", *words, restarts=1)
     wait_for(output / "students" / "ft" / "seed0.unfinished", process)
-    os.kill(worker_of(process.pid, 0), signal.SIGKILL)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     status, _, errors = finished(process)
     assert status == 0, errors
     assert results_of(output)["hardware"]["processes"] == 2
@@ -156,7 +141,7 @@ def test_a_run_goes_on_when_another_machine_joins(tmp_path: Path, monkeypatch: p
     """torchrun starts all anew then and its count of restarts stays 0, so the folder was refused."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # without it the one that joins finds nobody
     options = at_port("1:2")
-    words = [*TINY, "--student-epochs", "400", "--output", str(tmp_path), "--checkpoint-seconds", "0.2"]
+    words = [*TINY, "--student-epochs", "200", "--output", str(tmp_path), "--checkpoint-seconds", "0.2"]
     first = torchrun(1, "-m", "ftfast", *words, options=options)
     wait_for((tmp_path / STUDENT).with_name("seed0.unfinished"), first)
     second = torchrun(1, "-m", "ftfast", *words, options=options)

@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ftfast.cli import main
-from tests.launching import ROOT, finished, results_of, torchrun, wait_for, worker_of
+from tests.launching import finished, python, results_of, torchrun, wait_for, workers_of
 from tests.photograph_folder import make_folder, make_shards
 
 CLASSES, TRAIN, TEST = 20, 240, 60
@@ -55,7 +54,7 @@ def test_a_run_of_two_processes_survives_a_kill_in_mid_epoch(tmp_path: Path, pho
         restarts=2,
     )
     wait_for_mid_epoch(killed / "students" / "ft" / "seed0.unfinished", process)
-    os.kill(worker_of(process.pid, 1), signal.SIGKILL)
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     status, _, errors = finished(process)
     assert status == 0, errors
     histories = [student_of(folder)["history"] for folder in (whole, killed)]
@@ -76,7 +75,7 @@ def wait_for_mid_epoch(folder: Path, process: "subprocess.Popen[str]") -> None:
 @pytest.mark.slow
 def test_one_process_learns_from_photographs_and_is_evaluated(tmp_path: Path, photographs: Path) -> None:
     output = tmp_path / "run"
-    done = run_alone(*command(photographs, "folder", output))
+    done = python("-m", "ftfast", *command(photographs, "folder", output))
     assert done.returncode == 0, done.stderr
     results = results_of(output)
     assert results["data"]["teacher_images"] == TRAIN
@@ -84,7 +83,7 @@ def test_one_process_learns_from_photographs_and_is_evaluated(tmp_path: Path, ph
     assert results["teacher"]["accuracy"] > 3 * 100 / CLASSES  # three times what guessing reaches
     assert student_of(output)["accuracy"] > 2 * 100 / CLASSES
     asked = ["evaluate", str(output / "students" / "ft" / "seed0"), "--data-dir", str(photographs / "folder")]
-    evaluated = run_alone(*asked)
+    evaluated = python("-m", "ftfast", *asked)
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"{student_of(output)['accuracy']:.2f} %" in evaluated.stdout
     assert f"of {TEST} test images" in evaluated.stdout
@@ -110,9 +109,3 @@ def test_one_process_goes_through_shards_with_damaged_photographs(
     evaluated = json.loads(capsys.readouterr().out)
     assert (evaluated["test_images"], evaluated["damaged_images"]) == (16, 0)
     assert evaluated["accuracy"] == student_of(tmp_path / "run")["accuracy"]
-
-
-def run_alone(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "ftfast", *words], capture_output=True, text=True, timeout=250, cwd=ROOT
-    )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ftfast.distill.data.images import size_of, steps_of
 from ftfast.distill.runtime.processes import ALONE, Agreement, Part
 from ftfast.errors import SettingsError
 from tests import data_parallel_worker
-from tests.launching import finished, results_of, torchrun, wait_for, worker_of
+from tests.launching import finished, results_of, torchrun, wait_for, workers_of
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tests" / "data_parallel_worker.py"
@@ -64,7 +65,8 @@ def test_many_processes_learn_what_one_learns_from_the_joined_batch(
 
 @pytest.mark.process
 def test_two_processes_distil_and_one_speaks(tmp_path: Path) -> None:
-    status, out, errors = finished(torchrun(2, "-m", "ftfast", *TINY, "--output", str(tmp_path / "run"), "--json"))
+    words = ["-m", "ftfast", *TINY, "--output", str(tmp_path / "run"), "--json"]
+    status, out, errors = finished(torchrun(2, *words, start=subprocess.Popen))  # by new interpreters
     assert status == 0, errors
     assert json.loads(out) == results_of(tmp_path / "run")
     assert errors.count("paraphraser: explains") == 1
@@ -116,7 +118,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_it_would_have(tmp
         2, "-m", "ftfast", *longer, "--output", str(folder), "--checkpoint-seconds", "0", "--resume", restarts=3
     )
     wait_for(folder / "students" / "ft" / "seed0.unfinished", process)
-    os.kill(worker_of(process.pid, 1), signal.SIGKILL)
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     status, _, errors = finished(process)
     assert status == 0, errors
     histories = [results_of(tmp_path / name)["methods"]["ft"]["students"][0]["history"] for name in ("whole", "run")]

@@ -3,8 +3,6 @@
 import errno
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from ftfast.distill.data.photographs import listing, readers, shard_index, strea
 from ftfast.distill.data.photographs.image_files import KINDS
 from ftfast.distill.data.photographs.readers import Reader
 from ftfast.distill.data.photographs.tar_shards import ShardFiles
-from tests.launching import ROOT
+from tests.launching import python
 from tests.photograph_folder import make_folder, make_shards
 from tests.test_streamed import jpeg, on_device, one_shard
 
@@ -51,7 +49,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 from tests.test_shards import CPU, Path, drawn_twice, tar_shards
 print(drawn_twice(Path({str(many)!r}), {workers}), tar_shards._most_open(), len(os.listdir("/proc/self/fd")) < 40)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    done = python("-c", code)
     assert done.stdout == f"{2 * SHARDS} 16 True\n", done.stderr
 
 

@@ -19,6 +19,7 @@ from ftfast.distill.store import header as headers
 from ftfast.distill.store.build import Request, build_store
 from ftfast.distill.store.read import Store
 from ftfast.errors import StoreError
+from tests.fork_server import Popen
 from tests.launching import ROOT, finished, torchrun
 from tests.store_folder import REQUEST, contents, make_run, make_store
 
@@ -37,7 +38,7 @@ def built_shards(store: Path) -> int:
 
 def start(run_folder: Path, store: Path) -> "subprocess.Popen[bytes]":
     words = [sys.executable, "-m", "ftfast", "store", "build", str(run_folder), str(store), *WORDS, "--resume"]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    return Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from ftfast.distill.data.stored_views import viewed
 from ftfast.distill.runtime.processes import WHOLE, Part
 from ftfast.distill.settings.presets import settings_of
 from ftfast.errors import SettingsError
-from tests.launching import ROOT
+from tests.launching import ROOT, python
 from tests.photograph_folder import add, make_folder, make_shards
 
 CPU = torch.device("cpu")
@@ -336,7 +336,7 @@ try:
 except DataError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    done = python("-c", code)
     assert done.stdout.startswith("a reading process is gone"), done.stderr
     assert done.stdout.endswith("go on with --resume and fewer --workers.\n")
     assert "Traceback" not in done.stderr
@@ -473,7 +473,7 @@ batches = streamed_of(Path({str(home / "folder")!r}), workers=2).draw(2, seed=0,
 next(batches)
 raise SystemExit(7)
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 7
+    assert python("-c", code).returncode == 7
 
 
 def test_folders_that_are_not_as_they_should_be_are_named(home: Path, tmp_path: Path) -> None:

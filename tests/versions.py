@@ -40,7 +40,11 @@ CORE = (
     "tests/test_dispatch.py",
     "tests/test_stratified.py",
 )
-INTERPRETED = ("tests/test_ft_loss.py", "tests/test_ft_loss_triton.py", "tests/test_attention_triton.py")
+INTERPRETED = (
+    "tests/test_ft_loss.py",
+    "tests/test_ft_loss_triton.py",
+    "tests/test_attention_triton.py",
+)
 
 
 class Pair(NamedTuple):

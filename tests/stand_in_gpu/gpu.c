@@ -42,6 +42,7 @@ struct {
 
 static __thread int current;
 static int captures;
+static unsigned long long begun;  // captures so far, whose numbers tell them apart
 static Stream *streams[LARGEST], legacy[DEVICES] = {{.device = 0}, {.device = 1}};
 static int stream_count;
 static Block blocks[LARGEST];
@@ -268,6 +269,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCaptureMo
   if (is_legacy(handle)) REFUSE(cudaErrorStreamCaptureUnsupported);
   stream_of(handle)->captured = 1;
   ++captures;
+  ++begun;
   return cudaSuccess;
 }
 static unsigned long nodes_before;
@@ -293,7 +295,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, enum cudaStreamCaptureSta
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, enum cudaStreamCaptureStatus* status, unsigned long long* id,
                                      cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
                                      size_t* count) {
-  if (id) *id = stream_of(handle)->captured;
+  if (id) *id = stream_of(handle)->captured ? begun : 0;
   if (count) *count = 0;
   return cudaStreamIsCapturing(handle, status);
 }
