@@ -93,7 +93,7 @@ def run_bench(words: tuple[str, ...], say: Say, rehearsed: bool) -> None:
     from bench.harness import power, running
     from bench.harness.clocks import own_stream
     from bench.harness.registry import discover
-    from ftfast.distill.monitor import gpu_meter
+    from ftfast.distillation.monitor import gpu_meter
 
     benches = discover()
     parser = build_parser(benches)

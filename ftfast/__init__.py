@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from ftfast.conversion.state_dicts import convert_state_dict
     from ftfast.diagnosis.doctor import doctor
     from ftfast.dispatch import explain
-    from ftfast.distill.models.frozen_teacher import FrozenTeacher
-    from ftfast.distill.store.own_images import FactorStore, write_factors
-    from ftfast.distill.training.captured_step import capture_step
-    from ftfast.distill.training.diagnosis import diagnose_paraphraser
-    from ftfast.distill.training.paraphraser import train_paraphraser
+    from ftfast.distillation.models.frozen_teacher import FrozenTeacher
+    from ftfast.distillation.store.own_images import FactorStore, write_factors
+    from ftfast.distillation.training.captured_step import capture_step
+    from ftfast.distillation.training.diagnosis import diagnose_paraphraser
+    from ftfast.distillation.training.paraphraser import train_paraphraser
     from ftfast.features import FeatureTap
     from ftfast.head import FactorTransfer
     from ftfast.loss import FTLoss, ft_loss
@@ -32,12 +32,12 @@ _HOMES = {
     "FactorTransfers": "taps",
     "Paraphraser": "modules",
     "Translator": "modules",
-    "train_paraphraser": "distill.training.paraphraser",
-    "diagnose_paraphraser": "distill.training.diagnosis",
-    "capture_step": "distill.training.captured_step",
-    "FrozenTeacher": "distill.models.frozen_teacher",
-    "FactorStore": "distill.store.own_images",
-    "write_factors": "distill.store.own_images",
+    "train_paraphraser": "distillation.training.paraphraser",
+    "diagnose_paraphraser": "distillation.training.diagnosis",
+    "capture_step": "distillation.training.captured_step",
+    "FrozenTeacher": "distillation.models.frozen_teacher",
+    "FactorStore": "distillation.store.own_images",
+    "write_factors": "distillation.store.own_images",
     "FeatureTap": "features",
     "FeatureTaps": "taps",
     "convert_state_dict": "conversion.state_dicts",

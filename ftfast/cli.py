@@ -140,7 +140,7 @@ def _say(sentence: str, error: BaseException | None = None) -> None:
         if getattr(error, "is_shared", False):
             says = is_first
         else:
-            from ftfast.distill.runtime.torchrun import is_first_to_say
+            from ftfast.distillation.runtime.torchrun import is_first_to_say
 
             known = is_first_to_say(sentence)
             # Who cannot ask says an error twice rather than never; an interruption is everybody's.

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.data.photographs import listing, streamed
-from ftfast.distill.runtime.processes import Processes, joined
-from ftfast.distill.training.evaluate import evaluate
-from ftfast.distill.training.loop import Training
-from ftfast.distill.training.methods import Terms
-from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import Precision
+from ftfast.distillation.data.photographs import listing, streamed
+from ftfast.distillation.runtime.processes import Processes, joined
+from ftfast.distillation.training.evaluate import evaluate
+from ftfast.distillation.training.loop import Training
+from ftfast.distillation.training.methods import Terms
+from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step import Precision
 from ftfast.errors import DistillError
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32)

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ftfast import FactorTransfer, Paraphraser, Translator
-from ftfast.distill.data.in_memory import Split
-from ftfast.distill.models import registry
-from ftfast.distill.models.registry import Outputs
-from ftfast.distill.runtime.processes import ALONE, Processes, joined
-from ftfast.distill.training.evaluate import evaluate
-from ftfast.distill.training.loop import Training
-from ftfast.distill.training.methods import Terms
-from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import Precision
+from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.models import registry
+from ftfast.distillation.models.registry import Outputs
+from ftfast.distillation.runtime.processes import ALONE, Processes, joined
+from ftfast.distillation.training.evaluate import evaluate
+from ftfast.distillation.training.loop import Training
+from ftfast.distillation.training.methods import Terms
+from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step import Precision
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32)
 

@@ -5,8 +5,8 @@ import sys
 from typing import Any
 
 from ftfast.cli import main
-from ftfast.distill import run
-from ftfast.distill.data.datasets import DataError
+from ftfast.distillation import run
+from ftfast.distillation.data.datasets import DataError
 
 read = run.load_images
 

@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from ftfast.distill.run import run
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.store.build import Request, build_store
+from ftfast.distillation.run import run
+from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.store.build import Request, build_store
 
 SMALL = Settings(
     methods=("ft",),

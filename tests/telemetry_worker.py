@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ftfast.distill.monitor.gpu_meter import Gpu
-from ftfast.distill.monitor.step_clock import timed
-from ftfast.distill.monitor.telemetry import RunLog
-from ftfast.distill.runtime.processes import Processes, joined
+from ftfast.distillation.monitor.gpu_meter import Gpu
+from ftfast.distillation.monitor.step_clock import timed
+from ftfast.distillation.monitor.telemetry import RunLog
+from ftfast.distillation.runtime.processes import Processes, joined
 from tests.fake_nvml import FakeNvml
 
 STEPS, IMAGES = 120, 8

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.distill.models import registry, training_graph
-from ftfast.distill.models.training_graph import training_forward
+from ftfast.distillation.models import registry, training_graph
+from ftfast.distillation.models.training_graph import training_forward
 from ftfast.extension import load_extension
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 

@@ -26,7 +26,7 @@ from bench.results import plots
 from bench.results.tables import derive
 from bench.shapes import parse_shape
 from ftfast.backends.triton import interpreting
-from ftfast.distill.settings.run_settings import Settings as DistillSettings
+from ftfast.distillation.settings.run_settings import Settings as DistillSettings
 from tests.launching import python
 
 CHECKOUT = Path(__file__).resolve().parent.parent

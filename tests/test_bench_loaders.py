@@ -10,7 +10,7 @@ from bench.harness.records import Record, Row, Timing
 from bench.training import loaders, photographs
 from bench.training.loaders import SYNTHETIC, WORK, Rates, rates, verdict
 from bench.training.loaders_parts import STEP
-from ftfast.distill.data.photographs.listing import list_photographs
+from ftfast.distillation.data.photographs.listing import list_photographs
 
 
 def test_files_are_of_imagenets_size_and_the_shards_hold_the_same(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from bench.harness.clocks import CpuClock
 from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
 from bench.harness.power import Energy, Watch, measure_energy
-from ftfast.distill.monitor.gpu_meter import Gpu, gpu_of
+from ftfast.distillation.monitor.gpu_meter import Gpu, gpu_of
 from tests.fake_nvml import FakeNvml
 
 CUDA = torch.device("cuda", 0)

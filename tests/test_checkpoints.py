@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftfast.distill.models import registry
-from ftfast.distill.runtime import checkpoint, files
-from ftfast.distill.runtime.checkpoint import Checkpoint
+from ftfast.distillation.models import registry
+from ftfast.distillation.runtime import checkpoint, files
+from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.errors import CheckpointError
 
 

@@ -15,8 +15,8 @@ import torch
 import ftfast
 from ftfast.backends.triton import interpreting
 from ftfast.cli import COMMANDS, main
-from ftfast.distill.runtime import checkpoint
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.settings.run_settings import Settings
 from tests.fork_server import Popen
 from tests.launching import python
 

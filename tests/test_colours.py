@@ -11,16 +11,16 @@ from safetensors import safe_open
 
 from ftfast.cli import main
 from ftfast.commands.trained import read_trained
-from ftfast.distill.data.images import Images
-from ftfast.distill.data.photographs import listing, streamed
-from ftfast.distill.data.photographs.decoding import IMAGENET, Colours
-from ftfast.distill.data.photographs.streamed import Streamed
-from ftfast.distill.models import libraries, registry
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.store import header
-from ftfast.distill.training.evaluate import evaluate
-from ftfast.distill.training.step import Precision
+from ftfast.distillation.data.images import Images
+from ftfast.distillation.data.photographs import listing, streamed
+from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours
+from ftfast.distillation.data.photographs.streamed import Streamed
+from ftfast.distillation.models import libraries, registry
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.store import header
+from ftfast.distillation.training.evaluate import evaluate
+from ftfast.distillation.training.step import Precision
 from ftfast.errors import SettingsError
 from tests.launching import results_of
 from tests.photograph_folder import make_folder, make_shards

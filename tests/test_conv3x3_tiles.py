@@ -34,7 +34,7 @@ from ftfast.backends.native import Native
 from ftfast.commands import info
 from ftfast.diagnosis import check_head
 from ftfast.diagnosis.check_loss import relative_error
-from ftfast.distill.models.inference_graph import FusedConvolution
+from ftfast.distillation.models.inference_graph import FusedConvolution
 from ftfast.extension import extension, load_extension, why_no_tiles
 from ftfast.ops import batch_norm
 from ftfast.ops.conv3x3 import direct, native

@@ -217,7 +217,7 @@ def test_wrong_arguments(checkpoint, tmp_path, output, options, says, capsys):
 
 
 def test_a_failed_write_leaves_the_old_file(checkpoint, tmp_path, monkeypatch):
-    from ftfast.distill.runtime import files
+    from ftfast.distillation.runtime import files
 
     output = tmp_path / "out.pth"
     output.write_bytes(b"kept")

@@ -16,7 +16,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("ftfast.kernels.crop_resize")
-crops = pytest.importorskip("ftfast.distill.data.photographs.crops")
+crops = pytest.importorskip("ftfast.distillation.data.photographs.crops")
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from ftfast.distill.data.photographs import streamed
-from ftfast.distill.runtime.processes import ALONE
-from ftfast.distill.runtime.signals import Stopped
-from ftfast.distill.training.loop import Training
-from ftfast.distill.training.schedule import Schedule
+from ftfast.distillation.data.photographs import streamed
+from ftfast.distillation.runtime.processes import ALONE
+from ftfast.distillation.runtime.signals import Stopped
+from ftfast.distillation.training.loop import Training
+from ftfast.distillation.training.schedule import Schedule
 from tests import damaged_worker
 from tests.launching import ROOT, torchrun
 from tests.photograph_folder import make_folder

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ftfast.distill.data.photographs import image_files as decoding
-from ftfast.distill.data.photographs import listing
-from ftfast.distill.data.photographs.decoding import Encoded
-from ftfast.distill.data.photographs.image_files import KINDS, UndecodableError, decode
+from ftfast.distillation.data.photographs import image_files as decoding
+from ftfast.distillation.data.photographs import listing
+from ftfast.distillation.data.photographs.decoding import Encoded
+from ftfast.distillation.data.photographs.image_files import KINDS, UndecodableError, decode
 from tests.photograph_folder import make_folder
 from tests.test_streamed import SIDE, drawn, on_device, streamed_of
 

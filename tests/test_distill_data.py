@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.distill.data import datasets, in_memory
-from ftfast.distill.data.augment import Augmentation, Draws
-from ftfast.distill.data.datasets import DataError, Source
-from ftfast.distill.data.in_memory import Split
-from ftfast.distill.runtime.processes import Part
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distillation.data import datasets, in_memory
+from ftfast.distillation.data.augment import Augmentation, Draws
+from ftfast.distillation.data.datasets import DataError, Source
+from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.runtime.processes import Part
+from ftfast.distillation.settings.run_settings import Settings
 from ftfast.errors import SettingsError
 from tests.cifar_files import write_cifar
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast import FeatureTap
-from ftfast.distill.models import checkpoint_names, libraries, registry
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distillation.models import checkpoint_names, libraries, registry
+from ftfast.distillation.settings.run_settings import Settings
 from ftfast.errors import CheckpointError, SettingsError
 
 torchvision = pytest.importorskip("torchvision")
@@ -269,7 +269,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_projects_layouts_give_the_same_model(layout: str, tmp_path: Path) -> None:
-    from ftfast.distill.runtime import checkpoint
+    from ftfast.distillation.runtime import checkpoint
 
     name, rename = LAYOUTS[layout]
     source = trained(build(name, 2, shortcut="projection", seed=1))
@@ -298,7 +298,7 @@ def test_prefixes_nested_in_any_order_and_an_averages_count_are_taken_off(prefix
 
 
 def test_what_is_lacking_is_said_beside_what_was_found(tmp_path: Path) -> None:
-    from ftfast.distill.runtime import checkpoint
+    from ftfast.distillation.runtime import checkpoint
 
     model = build("resnet8", 2)
     theirs = {f"\x1b[31m.{name}": tensor for name, tensor in model.state_dict().items()}

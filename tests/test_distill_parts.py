@@ -16,27 +16,27 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from ftfast import FactorTransfer, Paraphraser, Translator, reference
-from ftfast.distill.data import datasets, in_memory
-from ftfast.distill.data.in_memory import Split
-from ftfast.distill.models import registry
-from ftfast.distill.models.registry import Outputs, Teacher
-from ftfast.distill.monitor.epochs import Epoch
-from ftfast.distill.monitor.plots import curve_rows
-from ftfast.distill.monitor.progress import Progress
-from ftfast.distill.phases.paraphraser import build_paraphraser, diagnose, train_paraphraser
-from ftfast.distill.phases.report import write_report
-from ftfast.distill.phases.results import collect, paired_gain, student_result
-from ftfast.distill.phases.selection import Trial, best, candidates, selection_epochs, try_weights
-from ftfast.distill.phases.setup import algorithms
-from ftfast.distill.phases.trainable import TeacherSide
-from ftfast.distill.runtime.checkpoint import Checkpoint
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.training.evaluate import evaluate
-from ftfast.distill.training.loop import Training
-from ftfast.distill.training.losses import DivergedError
-from ftfast.distill.training.methods import METHODS, Regressor, Weights
-from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import Precision
+from ftfast.distillation.data import datasets, in_memory
+from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.models import registry
+from ftfast.distillation.models.registry import Outputs, Teacher
+from ftfast.distillation.monitor.epochs import Epoch
+from ftfast.distillation.monitor.plots import curve_rows
+from ftfast.distillation.monitor.progress import Progress
+from ftfast.distillation.phases.paraphraser import build_paraphraser, diagnose, train_paraphraser
+from ftfast.distillation.phases.report import write_report
+from ftfast.distillation.phases.results import collect, paired_gain, student_result
+from ftfast.distillation.phases.selection import Trial, best, candidates, selection_epochs, try_weights
+from ftfast.distillation.phases.setup import algorithms
+from ftfast.distillation.phases.trainable import TeacherSide
+from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.training.evaluate import evaluate
+from ftfast.distillation.training.loop import Training
+from ftfast.distillation.training.losses import DivergedError
+from ftfast.distillation.training.methods import METHODS, Regressor, Weights
+from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step import Precision
 from ftfast.errors import ParaphraserError, SettingsError
 
 CPU = torch.device("cpu")

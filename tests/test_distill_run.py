@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill.data import datasets, in_memory
-from ftfast.distill.phases import run_folder
-from ftfast.distill.phases.report import write_report
-from ftfast.distill.phases.run_folder import check_run_folder
-from ftfast.distill.phases.setup import precision_of
-from ftfast.distill.phases.trainable import build_student
-from ftfast.distill.run import run
-from ftfast.distill.runtime import checkpoint
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.training import resumable
-from ftfast.distill.training.methods import METHODS
+from ftfast.distillation.data import datasets, in_memory
+from ftfast.distillation.phases import run_folder
+from ftfast.distillation.phases.report import write_report
+from ftfast.distillation.phases.run_folder import check_run_folder
+from ftfast.distillation.phases.setup import precision_of
+from ftfast.distillation.phases.trainable import build_student
+from ftfast.distillation.run import run
+from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.training import resumable
+from ftfast.distillation.training.methods import METHODS
 from ftfast.errors import CheckpointError, DistillError, RunFolderError, SettingsError
 from tests.fork_server import Popen
 

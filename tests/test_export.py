@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from ftfast.cli import main
 from ftfast.commands.evaluate import evaluate_checkpoint
 from ftfast.commands.export import export_checkpoint
-from ftfast.distill.data import datasets
-from ftfast.distill.models import registry
-from ftfast.distill.monitor.plots import confusion_counts
-from ftfast.distill.runtime import checkpoint
+from ftfast.distillation.data import datasets
+from ftfast.distillation.models import registry
+from ftfast.distillation.monitor.plots import confusion_counts
+from ftfast.distillation.runtime import checkpoint
 from ftfast.errors import DistillError
 
 DESCRIPTION = {

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftfast.distill.models import frozen_capture, frozen_teacher, inference_graph, registry
-from ftfast.distill.models.frozen_teacher import FrozenTeacher, TeacherError
-from ftfast.distill.models.training_graph import training_forward
-from ftfast.distill.phases.teacher import Teacher
+from ftfast.distillation.models import frozen_capture, frozen_teacher, inference_graph, registry
+from ftfast.distillation.models.frozen_teacher import FrozenTeacher, TeacherError
+from ftfast.distillation.models.training_graph import training_forward
+from ftfast.distillation.phases.teacher import Teacher
 from ftfast.layer_graph import layer_graph
 
 

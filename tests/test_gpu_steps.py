@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 import ftfast
 from bench.training.store_files import write_store
-from ftfast.distill.data.augment import Augmentation
-from ftfast.distill.data.in_memory import Split
-from ftfast.distill.data.stored_views import SmallImages
-from ftfast.distill.models.registry import Outputs
-from ftfast.distill.store.shard_files import quantise
-from ftfast.distill.store.stored_images import StoredImages
-from ftfast.distill.training.methods import Terms
-from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import BesideStudent, LearningStep, Precision
+from ftfast.distillation.data.augment import Augmentation
+from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.data.stored_views import SmallImages
+from ftfast.distillation.models.registry import Outputs
+from ftfast.distillation.store.shard_files import quantise
+from ftfast.distillation.store.stored_images import StoredImages
+from ftfast.distillation.training.methods import Terms
+from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step import BesideStudent, LearningStep, Precision
 from tests.stand_in_gpu.running import Counts, contents, counted
 
 pytestmark = pytest.mark.stand_in_gpu

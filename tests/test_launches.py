@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftfast.distill.runtime.torchrun import is_first_to_say
+from ftfast.distillation.runtime.torchrun import is_first_to_say
 from tests.launching import ROOT, finished, python, results_of, torchrun, wait_for, wait_for_end, workers_of
 from tests.photograph_folder import make_folder
 from tests.test_photograph_runs import RECIPE
@@ -100,7 +100,7 @@ def test_a_sentence_with_a_name_that_is_not_utf_8_is_said_once(monkeypatch: pyte
             said[name] = said.get(name, 0) + count
             return said[name]
 
-    monkeypatch.setattr("ftfast.distill.runtime.torchrun." + "_reached", Store)
+    monkeypatch.setattr("ftfast.distillation.runtime.torchrun." + "_reached", Store)
     assert [is_first_to_say(os.fsdecode(name)) for name in (b"\xff", b"\xfe", b"\xff")] == [True, True, False]
 
 

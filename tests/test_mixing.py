@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast import FeatureTap, Paraphraser
-from ftfast.distill.data.augment import Mixing
-from ftfast.distill.data.in_memory import Split
-from ftfast.distill.models import registry
-from ftfast.distill.models.registry import Outputs
-from ftfast.distill.phases.trainable import TeacherSide, student_training
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.training.loop import Training, step_seed
-from ftfast.distill.training.methods import Weights
-from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import Precision
+from ftfast.distillation.data.augment import Mixing
+from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.models import registry
+from ftfast.distillation.models.registry import Outputs
+from ftfast.distillation.phases.trainable import TeacherSide, student_training
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.training.loop import Training, step_seed
+from ftfast.distillation.training.methods import Weights
+from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step import Precision
 
 CLASSES = 5
 

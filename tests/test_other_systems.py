@@ -18,10 +18,10 @@ import ftfast
 from ftfast import cli, dispatch, extension, kernel_table
 from ftfast.cli import main
 from ftfast.diagnosis import check
-from ftfast.distill.data import datasets
-from ftfast.distill.data.photographs import shard_index
-from ftfast.distill.monitor import plots
-from ftfast.distill.runtime import files
+from ftfast.distillation.data import datasets
+from ftfast.distillation.data.photographs import shard_index
+from ftfast.distillation.monitor import plots
+from ftfast.distillation.runtime import files
 from ftfast.user_folder import user_folder
 from tests import versions
 
@@ -233,7 +233,7 @@ def test_every_extra_that_is_named_exists():
 
 
 def test_models_of_a_library_that_is_missing_name_an_extra_that_brings_it(monkeypatch):
-    from ftfast.distill.models import libraries
+    from ftfast.distillation.models import libraries
 
     for library, extra in libraries.LIBRARIES.items():
         monkeypatch.setitem(sys.modules, library, None)

@@ -108,7 +108,7 @@ def python_sources():
 
 
 IMPORT_ALL = (
-    "import ftfast, ftfast.kernels.launch, ftfast.distill.models.registry, ftfast.cli, torch\n"
+    "import ftfast, ftfast.kernels.launch, ftfast.distillation.models.registry, ftfast.cli, torch\n"
     "print(ftfast.__file__, ftfast.ft_loss(torch.ones(2, 3), torch.ones(2, 3)).item())"
 )
 
@@ -128,7 +128,7 @@ def test_a_machine_without_a_compiler_installs_and_says_why(checkout):
     (wheel,) = (checkout / "wheels").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
-        assert {"ftfast/distill/data/digits.npz", "ftfast/distill/data/digits.txt"} <= set(archive.namelist())
+        assert {"ftfast/distillation/data/digits.npz", "ftfast/distillation/data/digits.txt"} <= set(archive.namelist())
         assert "no C++ compiler" in json.loads(archive.read("ftfast/_build_report.json"))["reason"]
         archive.extractall(checkout.parent / "site")
     site = checkout.parent / "site"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ftfast.cli import main
-from ftfast.distill.data import datasets
-from ftfast.distill.settings.presets import PRESETS, preset_for, settings_of
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distillation.data import datasets
+from ftfast.distillation.settings.presets import PRESETS, preset_for, settings_of
+from ftfast.distillation.settings.run_settings import Settings
 from ftfast.errors import SettingsError
 from tests.cifar_files import write_cifar
 
@@ -64,7 +64,7 @@ def test_a_paper_preset_runs_from_cifar_files_to_a_report(
 
 def test_maps_of_unlike_size_are_pooled_and_compared() -> None:
     """The student of the pair whose maps differ learns from features of the teacher's that have its own size."""
-    from ftfast.distill.models.registry import Outputs, Resized, resized
+    from ftfast.distillation.models.registry import Outputs, Resized, resized
 
     settings = settings_of("cifar10-wrn46-4-vgg13", device="cpu")
     features = torch.randn(2, 6, 8, 8)

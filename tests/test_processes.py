@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ftfast.commands.evaluate import evaluate_checkpoint
-from ftfast.distill.data.images import size_of, steps_of
-from ftfast.distill.runtime.processes import ALONE, Agreement, Part
+from ftfast.distillation.data.images import size_of, steps_of
+from ftfast.distillation.runtime.processes import ALONE, Agreement, Part
 from ftfast.errors import SettingsError
 from tests import data_parallel_worker
 from tests.launching import finished, results_of, torchrun, wait_for, workers_of
@@ -97,7 +97,7 @@ def test_a_refusal_is_said_once_and_ends_all(tmp_path: Path) -> None:
     assert status != 0
     assert out == ""
     assert errors.count("holds other files; choose another --output.") == 1
-    assert "ftfast/distill" not in errors  # no traceback but torchrun's own
+    assert "ftfast/distillation" not in errors  # no traceback but torchrun's own
 
 
 @pytest.mark.process
@@ -129,7 +129,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_it_would_have(tmp
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftfast.distill.runtime.processes import joined
+    from ftfast.distillation.runtime.processes import joined
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -9,15 +9,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ftfast.distill.data.in_memory import Split
-from ftfast.distill.monitor import progress as saying
-from ftfast.distill.monitor.epochs import Epoch
-from ftfast.distill.monitor.progress import Progress, epoch_line
-from ftfast.distill.run import run
-from ftfast.distill.runtime.signals import Interrupted
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.training.evaluate import evaluate
-from ftfast.distill.training.step import Precision
+from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.monitor import progress as saying
+from ftfast.distillation.monitor.epochs import Epoch
+from ftfast.distillation.monitor.progress import Progress, epoch_line
+from ftfast.distillation.run import run
+from ftfast.distillation.runtime.signals import Interrupted
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.training.evaluate import evaluate
+from ftfast.distillation.training.step import Precision
 
 STUDENT_IMAGES, STUDENT_EPOCHS, SEEDS = 100, 3, 2
 SETTINGS = settings_of(

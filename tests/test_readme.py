@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ftfast.cli import COMMANDS
-from ftfast.distill.phases.report import to_markdown
-from ftfast.distill.settings.presets import settings_of
+from ftfast.distillation.phases.report import to_markdown
+from ftfast.distillation.settings.presets import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

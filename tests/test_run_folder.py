@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ftfast.distill.phases import run_folder
-from ftfast.distill.phases.run_folder import check_run_folder, is_of_one, open_run_folder
-from ftfast.distill.runtime import torchrun
-from ftfast.distill.runtime.signals import Interrupted
+from ftfast.distillation.phases import run_folder
+from ftfast.distillation.phases.run_folder import check_run_folder, is_of_one, open_run_folder
+from ftfast.distillation.runtime import torchrun
+from ftfast.distillation.runtime.signals import Interrupted
 from ftfast.errors import DistillError, LostProcessError, RunFolderError, SettingsError
 from tests.test_distill_run import SMALL
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ftfast.distill.data.datasets import DataError
-from ftfast.distill.data.photographs import listing, readers, shard_index, streamed, tar_shards
-from ftfast.distill.data.photographs.image_files import KINDS
-from ftfast.distill.data.photographs.readers import Reader
-from ftfast.distill.data.photographs.tar_shards import ShardFiles
+from ftfast.distillation.data.datasets import DataError
+from ftfast.distillation.data.photographs import listing, readers, shard_index, streamed, tar_shards
+from ftfast.distillation.data.photographs.image_files import KINDS
+from ftfast.distillation.data.photographs.readers import Reader
+from ftfast.distillation.data.photographs.tar_shards import ShardFiles
 from tests.launching import python
 from tests.photograph_folder import make_folder, make_shards
 from tests.test_streamed import jpeg, on_device, one_shard

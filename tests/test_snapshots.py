@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill.runtime import checkpoint
-from ftfast.distill.runtime.checkpoint import Checkpoint
-from ftfast.distill.runtime.snapshots import Snapshots
+from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.runtime.snapshots import Snapshots
 from ftfast.errors import CheckpointError
 
 

@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ftfast
-from ftfast.distill.data import in_memory
-from ftfast.distill.data.augment import Augmentation
-from ftfast.distill.data.in_memory import Normalisation, Split
-from ftfast.distill.models import frozen_teacher, registry
-from ftfast.distill.models.frozen_teacher import FrozenTeacher, TeacherError
-from ftfast.distill.models.registry import Outputs
-from ftfast.distill.monitor import step_clock
-from ftfast.distill.monitor.step_clock import StepClock
-from ftfast.distill.runtime.processes import Part, Processes
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.training import graph
-from ftfast.distill.training.average import Average
-from ftfast.distill.training.loop import Stopped, Training, seed_generators
-from ftfast.distill.training.losses import LossRecord
-from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import LearningStep, Precision
+from ftfast.distillation.data import in_memory
+from ftfast.distillation.data.augment import Augmentation
+from ftfast.distillation.data.in_memory import Normalisation, Split
+from ftfast.distillation.models import frozen_teacher, registry
+from ftfast.distillation.models.frozen_teacher import FrozenTeacher, TeacherError
+from ftfast.distillation.models.registry import Outputs
+from ftfast.distillation.monitor import step_clock
+from ftfast.distillation.monitor.step_clock import StepClock
+from ftfast.distillation.runtime.processes import Part, Processes
+from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.training import graph
+from ftfast.distillation.training.average import Average
+from ftfast.distillation.training.loop import Stopped, Training, seed_generators
+from ftfast.distillation.training.losses import LossRecord
+from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step import LearningStep, Precision
 from ftfast.errors import SettingsError
 from ftfast.ops.ft_head import stack
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distill.data.datasets import DataError
-from ftfast.distill.runtime import checkpoint
-from ftfast.distill.runtime.checkpoint import Checkpoint
-from ftfast.distill.runtime.processes import ALONE, Agreement, Part, Processes
-from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
-from ftfast.distill.training import resumable
-from ftfast.distill.training.evaluate import Accuracies, evaluate
-from ftfast.distill.training.loop import Training
+from ftfast.distillation.data.datasets import DataError
+from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.runtime.processes import ALONE, Agreement, Part, Processes
+from ftfast.distillation.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
+from ftfast.distillation.training import resumable
+from ftfast.distillation.training.evaluate import Accuracies, evaluate
+from ftfast.distillation.training.loop import Training
 from tests.launching import ROOT
 from tests.test_student_step import FLOAT32, split_of, training, weights
 
@@ -280,7 +280,7 @@ os._exit(0)
 """
 WORKER = """
 import os, time
-from ftfast.distill.runtime.signals import Interrupted, signals_interrupt
+from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
 try:
     with signals_interrupt():
         print("there", flush=True)

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from ftfast import FactorTransfer, FTLoss, Paraphraser, Translator
 from ftfast.cli import main
-from ftfast.distill.store import header as headers
-from ftfast.distill.store import shard_files
-from ftfast.distill.store.build import Request
-from ftfast.distill.store.read import Rows, Store
-from ftfast.distill.store.shard_files import DTYPES, as_factors, quantise
-from ftfast.distill.store.stored_images import make_ahead
-from ftfast.distill.store.verify import verify
+from ftfast.distillation.store import header as headers
+from ftfast.distillation.store import shard_files
+from ftfast.distillation.store.build import Request
+from ftfast.distillation.store.read import Rows, Store
+from ftfast.distillation.store.shard_files import DTYPES, as_factors, quantise
+from ftfast.distillation.store.stored_images import make_ahead
+from ftfast.distillation.store.verify import verify
 from ftfast.errors import StoreError
 from tests.store_folder import REQUEST, contents, make_run, make_store
 
@@ -199,7 +199,7 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_in_words(store: Path) -> None
 def test_another_teacher_or_paraphraser_in_the_store_is_named(
     store: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftfast.distill.runtime import checkpoint
+    from ftfast.distillation.runtime import checkpoint
 
     kept = checkpoint.load(store / name)
     shutil.rmtree(store / name)
@@ -306,7 +306,7 @@ def test_an_estimate_writes_nothing(run_folder: Path, tmp_path: Path, capfd: pyt
 
 
 def test_the_predicted_size_is_the_size(built: Path) -> None:
-    from ftfast.distill.store.compute import image_bytes
+    from ftfast.distillation.store.compute import image_bytes
 
     found = sum(path.stat().st_size for path in built.glob("shard-*"))
     predicted = 1000 * image_bytes(headers.read(built))

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from ftfast.cli import main
-from ftfast.distill.phases.run_folder import RunFolder
-from ftfast.distill.store import build, shard_files
-from ftfast.distill.store import header as headers
-from ftfast.distill.store.build import Request, build_store
-from ftfast.distill.store.read import Store
+from ftfast.distillation.phases.run_folder import RunFolder
+from ftfast.distillation.store import build, shard_files
+from ftfast.distillation.store import header as headers
+from ftfast.distillation.store.build import Request, build_store
+from ftfast.distillation.store.read import Store
 from ftfast.errors import StoreError
 from tests.fork_server import Popen
 from tests.launching import ROOT, finished, torchrun
@@ -123,7 +123,7 @@ def test_another_build_is_not_gone_on_with(
 
 
 def test_another_teacher_is_not_gone_on_with(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftfast.distill.runtime import checkpoint
+    from ftfast.distillation.runtime import checkpoint
 
     monkeypatch.setattr(build, "_write", lambda *_: (_ for _ in ()).throw(StoreError("ended")))
     with pytest.raises(StoreError, match="ended"):

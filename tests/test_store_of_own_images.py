@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ftfast import FactorStore, FactorTransfer, FrozenTeacher, Paraphraser, Translator, write_factors
 from ftfast.cli import main
-from ftfast.distill.store import shard_files
-from ftfast.distill.store.read import Store
+from ftfast.distillation.store import shard_files
+from ftfast.distillation.store.read import Store
 from ftfast.errors import StoreError
 
 IMAGES, LABELS = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 4

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ftfast.cli import main
-from ftfast.distill.data.photographs import crops, decoding, listing, streamed
-from ftfast.distill.data.photographs.decoding import IMAGENET
-from ftfast.distill.data.stored_views import PhotographViews, viewed
-from ftfast.distill.runtime import checkpoint
-from ftfast.distill.store.read import Store
+from ftfast.distillation.data.photographs import crops, decoding, listing, streamed
+from ftfast.distillation.data.photographs.decoding import IMAGENET
+from ftfast.distillation.data.stored_views import PhotographViews, viewed
+from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.store.read import Store
 from ftfast.errors import StoreError
 from tests.launching import results_of
 from tests.photograph_folder import make_folder, make_shards

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from ftfast.cli import main
-from ftfast.distill.data.in_memory import Split
-from ftfast.distill.data.stored_views import viewed
-from ftfast.distill.phases.setup import load_images, precision_of
-from ftfast.distill.phases.trainable import TeacherSide, student_training
-from ftfast.distill.run import run
-from ftfast.distill.runtime.processes import WHOLE, Part
-from ftfast.distill.runtime.signals import Stopped
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.settings.run_settings import Settings
-from ftfast.distill.store import header as headers
-from ftfast.distill.store.build import Request
-from ftfast.distill.store.read import PARAPHRASER, Store
-from ftfast.distill.store.shard_files import DTYPES, as_factors, quantise
-from ftfast.distill.store.stored_images import StoredImages
-from ftfast.distill.store.teacher_side import (
+from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.data.stored_views import viewed
+from ftfast.distillation.phases.setup import load_images, precision_of
+from ftfast.distillation.phases.trainable import TeacherSide, student_training
+from ftfast.distillation.run import run
+from ftfast.distillation.runtime.processes import WHOLE, Part
+from ftfast.distillation.runtime.signals import Stopped
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.store import header as headers
+from ftfast.distillation.store.build import Request
+from ftfast.distillation.store.read import PARAPHRASER, Store
+from ftfast.distillation.store.shard_files import DTYPES, as_factors, quantise
+from ftfast.distillation.store.stored_images import StoredImages
+from ftfast.distillation.store.teacher_side import (
     NoTeacher,
     check,
     factors_of,
@@ -37,8 +37,8 @@ from ftfast.distill.store.teacher_side import (
     read_run,
     stored_images,
 )
-from ftfast.distill.training.loop import Training
-from ftfast.distill.training.methods import Weights
+from ftfast.distillation.training.loop import Training
+from ftfast.distillation.training.methods import Weights
 from ftfast.errors import SettingsError, StoreError
 from tests.launching import finished, results_of, torchrun
 from tests.store_folder import REQUEST, SMALL, contents, make_run, make_store
@@ -332,7 +332,7 @@ def test_a_store_of_something_else_is_refused_and_named(stores: dict[str, Path],
 
 
 def test_other_images_are_refused(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftfast.distill.data import datasets
+    from ftfast.distillation.data import datasets
 
     settings, read = settings_for(stores["int8"]), datasets.read_digits
 

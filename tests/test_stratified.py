@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ftfast.distill.data.stratified import stratified_folds, stratified_rows
+from ftfast.distillation.data.stratified import stratified_folds, stratified_rows
 from ftfast.errors import SettingsError
 
 # Ties between classes, many classes, a class of one, labels that are not 0, 1, 2, ..., and sums that round.

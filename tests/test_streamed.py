@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ftfast.distill.data.datasets import DataError
-from ftfast.distill.data.images import Images
-from ftfast.distill.data.photographs import crops, decoding, listing, readers, streamed
-from ftfast.distill.data.photographs.decoding import IMAGENET
-from ftfast.distill.data.photographs.streamed import Streamed
-from ftfast.distill.data.stored_views import viewed
-from ftfast.distill.runtime.processes import WHOLE, Part
-from ftfast.distill.settings.presets import settings_of
+from ftfast.distillation.data.datasets import DataError
+from ftfast.distillation.data.images import Images
+from ftfast.distillation.data.photographs import crops, decoding, listing, readers, streamed
+from ftfast.distillation.data.photographs.decoding import IMAGENET
+from ftfast.distillation.data.photographs.streamed import Streamed
+from ftfast.distillation.data.stored_views import viewed
+from ftfast.distillation.runtime.processes import WHOLE, Part
+from ftfast.distillation.settings.presets import settings_of
 from ftfast.errors import SettingsError
 from tests.launching import ROOT, python
 from tests.photograph_folder import add, make_folder, make_shards

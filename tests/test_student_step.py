@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftfast.distill.data import datasets, in_memory
-from ftfast.distill.models import registry
-from ftfast.distill.models.registry import Outputs
-from ftfast.distill.models.training_graph import training_forward
-from ftfast.distill.runtime import signals
-from ftfast.distill.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
-from ftfast.distill.training import resumable
-from ftfast.distill.training.evaluate import Accuracies
-from ftfast.distill.training.loop import Training
-from ftfast.distill.training.losses import DivergedError, LossRecord
-from ftfast.distill.training.methods import Terms
-from ftfast.distill.training.schedule import Schedule
-from ftfast.distill.training.step import BesideStudent, LearningStep, Precision
+from ftfast.distillation.data import datasets, in_memory
+from ftfast.distillation.models import registry
+from ftfast.distillation.models.registry import Outputs
+from ftfast.distillation.models.training_graph import training_forward
+from ftfast.distillation.runtime import signals
+from ftfast.distillation.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
+from ftfast.distillation.training import resumable
+from ftfast.distillation.training.evaluate import Accuracies
+from ftfast.distillation.training.loop import Training
+from ftfast.distillation.training.losses import DivergedError, LossRecord
+from ftfast.distillation.training.methods import Terms
+from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step import BesideStudent, LearningStep, Precision
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, torch.float32)

@@ -14,15 +14,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ftfast.distill.monitor.epochs import Epoch
-from ftfast.distill.monitor.gpu_meter import why_there_is_none
-from ftfast.distill.monitor.log_files import EpochLog
-from ftfast.distill.monitor.step_clock import PARTS, StepClock, timed
-from ftfast.distill.monitor.telemetry import FILE, RunLog
-from ftfast.distill.phases.run_folder import open_run_folder
-from ftfast.distill.run import run
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.settings.run_settings import Settings
+from ftfast.distillation.monitor.epochs import Epoch
+from ftfast.distillation.monitor.gpu_meter import why_there_is_none
+from ftfast.distillation.monitor.log_files import EpochLog
+from ftfast.distillation.monitor.step_clock import PARTS, StepClock, timed
+from ftfast.distillation.monitor.telemetry import FILE, RunLog
+from ftfast.distillation.phases.run_folder import open_run_folder
+from ftfast.distillation.run import run
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.settings.run_settings import Settings
 from tests.fake_nvml import FakeNvml
 from tests.launching import finished, torchrun
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import ftfast
 from ftfast import FrozenTeacher, Paraphraser, diagnose_paraphraser, train_paraphraser
-from ftfast.distill.models.frozen_teacher import TeacherError
-from ftfast.distill.monitor import progress
+from ftfast.distillation.models.frozen_teacher import TeacherError
+from ftfast.distillation.monitor import progress
 from ftfast.errors import ParaphraserError
 
 QUIET = {"progress": False}
@@ -178,7 +178,7 @@ def test_the_bar_is_on_terminals_alone(terminal, monkeypatch):
 
 def test_without_rich_there_is_no_bar(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.delitem(sys.modules, "ftfast.distill.monitor.progress")
+    monkeypatch.delitem(sys.modules, "ftfast.distillation.monitor.progress")
     with warnings.catch_warnings(action="ignore"):
         assert train_paraphraser(maps(64), steps=1).factor_channels == 4
 

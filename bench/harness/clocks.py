@@ -11,7 +11,7 @@ import torch
 from bench.harness import power
 from bench.harness.gate import Candidate, nothing
 from bench.harness.power import Energy
-from ftfast.distill.monitor import gpu_meter
+from ftfast.distillation.monitor import gpu_meter
 
 
 class Clock(Protocol):

@@ -17,7 +17,7 @@ import torch
 import ftfast
 from bench.harness import power
 from ftfast import extension
-from ftfast.distill.monitor import gpu_meter
+from ftfast.distillation.monitor import gpu_meter
 
 BUSY_SHARE = 0.25  # of the cores, as a load average before the start
 

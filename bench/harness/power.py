@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ftfast.distill.monitor.gpu_meter import Gpu
+from ftfast.distillation.monitor.gpu_meter import Gpu
 
 # NVML_CLOCKS_EVENT_REASON_*: what keeps the clocks below the highest.
 POWER_CAP = "power cap"

@@ -24,7 +24,7 @@ from bench.harness.clocks import own_stream
 from bench.harness.measuring import Plan
 from bench.harness.records import Record
 from bench.harness.registry import Bench, Settings
-from ftfast.distill.monitor import gpu_meter
+from ftfast.distillation.monitor import gpu_meter
 
 
 class Work(NamedTuple):

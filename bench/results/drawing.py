@@ -9,7 +9,7 @@ from bench.harness.machine import CHECKOUT
 from bench.harness.records import RECORDS, Record
 from bench.peers import COMPILED, EAGER, YARDSTICK
 from bench.results.tables import provenance
-from ftfast.distill.monitor.plots import import_matplotlib
+from ftfast.distillation.monitor.plots import import_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from bench.training.step_peers import CIFAR, Operands, ours
-from ftfast.distill.runtime.processes import Processes, joined
+from ftfast.distillation.runtime.processes import Processes, joined
 
 ALONE, APART, JOINED = "1 process", "2 processes apart", "2 processes"
 WARMUPS = 3

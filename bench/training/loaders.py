@@ -22,8 +22,8 @@ from bench.training import photographs
 from bench.training.distill_step import LARGE_BATCH
 from bench.training.loaders_parts import STEP, gpu_parts, step_group
 from bench.training.step_peers import CIFAR, IMAGENET, Pair
-from ftfast.distill.data.photographs import streamed
-from ftfast.distill.data.photographs.decoding import IMAGENET as COLOURS
+from ftfast.distillation.data.photographs import streamed
+from ftfast.distillation.data.photographs.decoding import IMAGENET as COLOURS
 
 STEM = "loaders"
 WORK = "batch"

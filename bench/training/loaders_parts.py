@@ -15,8 +15,8 @@ from bench.harness.records import Row
 from bench.harness.registry import Settings
 from bench.training.distill_step import LARGE_BATCH, QUICK_BATCH
 from bench.training.step_peers import IMAGENET, Operands, Pair, ours
-from ftfast.distill.data.photographs import crops, streamed
-from ftfast.distill.data.photographs.decoding import Encoded, cut_batch, decode_or_none
+from ftfast.distillation.data.photographs import crops, streamed
+from ftfast.distillation.data.photographs.decoding import Encoded, cut_batch, decode_or_none
 
 GROUP = "parts of the GPU's loader"
 REPEATS = 8

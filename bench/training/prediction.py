@@ -17,8 +17,8 @@ from bench.harness.records import RECORDS, Record, Row, newest_alone
 from bench.results import tables
 from bench.training import distill_step, loaders, preset_run, store
 from bench.training.step_peers import IMAGENET, Pair
-from ftfast.distill.data.photographs.listing import IMAGENET as COUNTS
-from ftfast.distill.models import registry
+from ftfast.distillation.data.photographs.listing import IMAGENET as COUNTS
+from ftfast.distillation.models import registry
 
 GPUS = (1, 8, 64, 512)
 IN_NODE = 8

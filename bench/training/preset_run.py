@@ -25,9 +25,9 @@ from bench.harness.registry import Bench, Settings
 from bench.results import tables
 from bench.training import photographs
 from bench.training.step_peers import IMAGENET, Operands, Pair
-from ftfast.distill.data.images import steps_of
-from ftfast.distill.monitor.step_clock import PARTS
-from ftfast.distill.monitor.telemetry import FILE
+from ftfast.distillation.data.images import steps_of
+from ftfast.distillation.monitor.step_clock import PARTS
+from ftfast.distillation.monitor.telemetry import FILE
 
 STEM = "preset_run"
 WORK = "run"

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ftfast.distill.run import run
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.training import diagnosis
+from ftfast.distillation.run import run
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.training import diagnosis
 
 
 def main(given: dict[str, Any]) -> None:

@@ -14,14 +14,14 @@ import ftfast
 from bench.harness import gate
 from bench.peers import official_formula
 from ftfast import FeatureTap
-from ftfast.distill.models import registry
-from ftfast.distill.models.frozen_teacher import FrozenTeacher
-from ftfast.distill.phases.setup import precision_of
-from ftfast.distill.phases.trainable import TeacherSide, trainable_of
-from ftfast.distill.runtime.processes import ALONE, Processes
-from ftfast.distill.settings.run_settings import Settings, schedule_of
-from ftfast.distill.training.methods import Weights
-from ftfast.distill.training.step import LearningStep
+from ftfast.distillation.models import registry
+from ftfast.distillation.models.frozen_teacher import FrozenTeacher
+from ftfast.distillation.phases.setup import precision_of
+from ftfast.distillation.phases.trainable import TeacherSide, trainable_of
+from ftfast.distillation.runtime.processes import ALONE, Processes
+from ftfast.distillation.settings.run_settings import Settings, schedule_of
+from ftfast.distillation.training.methods import Weights
+from ftfast.distillation.training.step import LearningStep
 
 BETA = 500.0
 RESIDUAL_SCALE = 0.2

@@ -29,8 +29,8 @@ from bench.training.store_files import (
     shuffled,
     write_store,
 )
-from ftfast.distill.store.read import Store
-from ftfast.distill.store.stored_images import make_ahead
+from ftfast.distillation.store.read import Store
+from ftfast.distillation.store.stored_images import make_ahead
 
 STEM = "store"
 STEP, READ = "step", "read"

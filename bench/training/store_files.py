@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from bench.training.step_peers import Operands
-from ftfast.distill.models import registry
-from ftfast.distill.models.frozen_teacher import FrozenTeacher
-from ftfast.distill.store import header as headers
-from ftfast.distill.store import shard_files
-from ftfast.distill.store.header import Header
-from ftfast.distill.store.read import Rows, Store
-from ftfast.distill.store.shard_files import DTYPES, quantise
+from ftfast.distillation.models import registry
+from ftfast.distillation.models.frozen_teacher import FrozenTeacher
+from ftfast.distillation.store import header as headers
+from ftfast.distillation.store import shard_files
+from ftfast.distillation.store.header import Header
+from ftfast.distillation.store.read import Rows, Store
+from ftfast.distillation.store.shard_files import DTYPES, quantise
 
 DTYPE = "int8"
 IMAGENET_FACTOR = (256, 7, 7)

@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from ftfast.distill.runtime import torchrun
-from ftfast.distill.runtime.signals import Interrupted, signals_interrupt
-from ftfast.distill.settings import options
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.store.header import with_store
+from ftfast.distillation.runtime import torchrun
+from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
+from ftfast.distillation.settings import options
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.store.header import with_store
 from ftfast.errors import DistillError, SettingsError
 
 
@@ -48,8 +48,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from ftfast.distill.phases.report import print_table, write_report
-    from ftfast.distill.run import run as run_distillation
+    from ftfast.distillation.phases.report import print_table, write_report
+    from ftfast.distillation.run import run as run_distillation
 
     # Beside the run of the teacher, not on it.
     output = Path(args.output or f"runs/{args.preset or settings.data}{'-store' * (settings.store is not None)}")

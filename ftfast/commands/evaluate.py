@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftfast.commands.trained import describe_trained, read_trained
-from ftfast.distill.data import class_names
-from ftfast.distill.data.datasets import DATASETS
-from ftfast.distill.data.photographs import listing
-from ftfast.distill.data.photographs.decoding import of_photographs
-from ftfast.distill.monitor.plots import confusion_counts, draw_confusion
-from ftfast.distill.runtime import files
-from ftfast.distill.settings.presets import settings_of
-from ftfast.distill.settings.run_settings import DTYPES
+from ftfast.distillation.data import class_names
+from ftfast.distillation.data.datasets import DATASETS
+from ftfast.distillation.data.photographs import listing
+from ftfast.distillation.data.photographs.decoding import of_photographs
+from ftfast.distillation.monitor.plots import confusion_counts, draw_confusion
+from ftfast.distillation.runtime import files
+from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.settings.run_settings import DTYPES
 from ftfast.errors import SettingsError, shown
 
 if TYPE_CHECKING:
-    from ftfast.distill.data.datasets import Source
+    from ftfast.distillation.data.datasets import Source
 
 MOST_GUESSES = 5
 PICTURES = {".png": "png", ".svg": "svg"}
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the accuracy on the test images."""
-    from ftfast.distill.data.datasets import Source
+    from ftfast.distillation.data.datasets import Source
 
     picture = None if args.confusion is None else Path(args.confusion)
     if picture is not None and picture.suffix not in PICTURES:
@@ -97,8 +97,8 @@ def evaluate_checkpoint(
         class_names.check_same(folder, described, listing.named(source.folder if source else None, loader))
     settings = settings_of(**chosen, **_of_photographs(described, loader, source)).resolved()
 
-    from ftfast.distill.phases.setup import load_images, precision_of
-    from ftfast.distill.training.evaluate import logits_of
+    from ftfast.distillation.phases.setup import load_images, precision_of
+    from ftfast.distillation.training.evaluate import logits_of
 
     precision = precision_of(settings)
     trained = read_trained(folder, precision.device)

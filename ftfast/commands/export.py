@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ftfast.commands.trained import Trained, read_trained
-from ftfast.distill.data import class_names
-from ftfast.distill.data.photographs.decoding import of_photographs
-from ftfast.distill.runtime import files
+from ftfast.distillation.data import class_names
+from ftfast.distillation.data.photographs.decoding import of_photographs
+from ftfast.distillation.runtime import files
 from ftfast.errors import DistillError
 
 SUFFIXES = {".safetensors": "the state_dict", ".pt2": "the program that torch.export makes, for any batch size"}

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ftfast.distill.models import libraries
-from ftfast.distill.models.registry import build_model, check_name
+from ftfast.distillation.models import libraries
+from ftfast.distillation.models.registry import build_model, check_name
 from ftfast.errors import SettingsError
 
 DEFAULT_DEPTH = 2

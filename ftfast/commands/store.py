@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ftfast.distill.runtime.signals import Interrupted, signals_interrupt
+from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
 from ftfast.errors import StoreError, shown
 
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from ftfast.distill.store.build import Request, build_store
+    from ftfast.distillation.store.build import Request, build_store
 
     request = Request(args.views, args.dtype, args.logits, args.seed, args.batch_size, args.shard_images)
     try:
@@ -99,8 +99,8 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from ftfast.distill.store import header as headers
-    from ftfast.distill.store.compute import describe
+    from ftfast.distillation.store import header as headers
+    from ftfast.distillation.store.compute import describe
 
     path = Path(args.store)
     header = headers.read(path)
@@ -118,7 +118,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ftfast.distill.store.verify import verify
+    from ftfast.distillation.store.verify import verify
 
     if args.sample < 0:
         raise StoreError(f"sample is {args.sample}; it takes a whole number of at least 0.")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftfast.distill.data.datasets import Dataset, described_dataset
-from ftfast.distill.runtime.checkpoint import SETTINGS_FILE, fill, load, read_description
+from ftfast.distillation.data.datasets import Dataset, described_dataset
+from ftfast.distillation.runtime.checkpoint import SETTINGS_FILE, fill, load, read_description
 from ftfast.errors import CheckpointError, shown
 
 KINDS = ("teacher", "student")
@@ -64,7 +64,7 @@ def read_trained(folder: Path, device: torch.device) -> Trained:
     Raises:
         CheckpointError: not a whole checkpoint of a teacher or student.
     """
-    from ftfast.distill.phases.setup import build
+    from ftfast.distillation.phases.setup import build
 
     description = describe_trained(folder)
     found = load(folder)

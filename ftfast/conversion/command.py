@@ -14,7 +14,7 @@ from torch import Tensor
 from ftfast.conversion.layouts import LAYOUTS
 from ftfast.conversion.stand_ins import load_torch
 from ftfast.conversion.state_dicts import Conversion, convert, flat_tensors
-from ftfast.distill.runtime import files
+from ftfast.distillation.runtime import files
 from ftfast.errors import DistillError, shown
 
 SAFETENSORS = ".safetensors"
