@@ -81,11 +81,12 @@ def test_a_step_waits_for_nothing_and_is_captured_whole(kind: str) -> None:
         with counted() as replayed:
             graph.replay()
     beside = eager.launches + eager.copies - eager.own  # the teacher's, on a stream of its own
-    assert eager == Counts(launches=eager.launches, copies=eager.copies, own=eager.own)
-    assert 0 < beside < eager.own
-    assert captured == Counts(captured=captured.captured, own=captured.own, allocations=captured.allocations)
-    assert captured.captured >= eager.launches
-    assert replayed == Counts(replays=1, own=1)
+    assert eager == Counts(launches=eager.launches, copies=eager.copies, own=eager.own), eager
+    assert 0 < beside < eager.own, eager
+    known = Counts(captured=captured.captured, own=captured.own, allocations=captured.allocations)
+    assert captured == known, captured
+    assert captured.captured >= eager.launches, (captured, eager)
+    assert replayed == Counts(replays=1, own=1), replayed
 
 
 def test_factors_of_a_store_are_copied_from_page_locked_memory_and_not_waited_for(tmp_path: Path) -> None:

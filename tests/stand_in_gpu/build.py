@@ -99,4 +99,6 @@ def libraries() -> Path:
                 if not folder.is_dir():
                     raise
             Path(aside).mkdir(exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise CannotBuildError(f"{folder} is of another user.")
     return folder

@@ -37,8 +37,10 @@ def _run(module: str, name: str, arguments: dict[str, Any]) -> str:
     """Why the test was skipped, or nothing."""
     try:
         getattr(importlib.import_module(module), name)(**arguments)
-    except pytest.skip.Exception as skipped:  # which does not travel between processes
+    except pytest.skip.Exception as skipped:  # neither travels between processes
         return str(skipped)
+    except pytest.fail.Exception as failed:
+        raise AssertionError(str(failed)) from None
     return ""
 
 
