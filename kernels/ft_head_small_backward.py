@@ -45,7 +45,7 @@ def _through_layer(
         dz, weight, height, width, taps, OUTPUTS, PADDED_OUTPUTS, PADDED, ROWS, BLOCK, INPUT_PRECISION
     )
     gradient *= factor
-    gradient *= tl.where(load_image(y, pixels, CHANNELS, PADDED, ROWS) > 0, 1.0, negative_slope)
+    gradient *= tl.where(load_image(y, pixels, CHANNELS, PADDED, ROWS, "") > 0, 1.0, negative_slope)
     gradient = tl.where((tl.arange(0, ROWS) < pixels)[:, None], gradient, 0.0)
     store_image(into, gradient, pixels, CHANNELS, PADDED, ROWS)
     _store_sums(partials, gradient, CHANNELS, PADDED)
@@ -102,7 +102,7 @@ def _small_head_input_gradients_kernel(
     dz1 += n * pixels * STUDENT_CHANNELS
     dz2 += n * pixels * FACTOR_CHANNELS
     partials += n * (STUDENT_CHANNELS + 2 * FACTOR_CHANNELS)
-    d = load_image(direction, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS)
+    d = load_image(direction, pixels, FACTOR_CHANNELS, FACTOR_PADDED, ROWS, "")
     _store_sums(partials + STUDENT_CHANNELS + FACTOR_CHANNELS, d * factor, FACTOR_CHANNELS, FACTOR_PADDED)
     # The factor of an image leaves its convolution, which is linear.
     _through_layer(

@@ -94,9 +94,9 @@ def store_image(y, values, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def load_image(
-    x, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CACHE: tl.constexpr = ""
+    x, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
-    """An image ``x [pixels, CHANNELS]`` as ``[ROWS, COLUMNS]`` float32, zeros outside."""
+    """An image ``x [pixels, CHANNELS]`` as ``[ROWS, COLUMNS]`` float32, zeros outside; CACHE is the load's, or ""."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     mask = (row < pixels)[:, None] & (column < CHANNELS)[None, :]
