@@ -41,6 +41,9 @@ demo: $(VENV)/ready
 	@$(BIN)/ftfast distill --data digits --methods none,ft,kd,ft+kd --seeds 6 --output runs/demo --resume
 	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20 --layouts nchw --peers eager,compile
 
+# Two processes of as many threads as there are cores: one that waits must not keep the core of one that works.
+test test-all: export OMP_WAIT_POLICY := passive
+
 test: $(VENV)/ready-for-tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not process" tests
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not process" $(LOSS_INTERPRETED)

@@ -15,7 +15,7 @@ from bench.harness.registry import Settings
 from bench.kernels import conv3x3, ft_head
 from bench.kernels.layers import Operands
 from bench.results import throughput
-from bench.shapes import HEADS, QUICK_HEADS, parse_head
+from bench.shapes import parse_head
 
 SETTINGS = Settings(
     device=torch.device("cpu"),
@@ -24,7 +24,7 @@ SETTINGS = Settings(
     layouts=(),
     peers=("eager",),
     plan=QUICK_PLAN,
-    heads=tuple(HEADS[name] for name in QUICK_HEADS),
+    heads=(parse_head("16x24:16x5x5"),),
     head_dtypes=(torch.float32, torch.bfloat16),
     quick=True,
 )

@@ -7,6 +7,7 @@ The workers of a forked torchrun are forked too. What differs from a new interpr
 imported already, and ``/proc/PID/environ`` and the seed of hashes are the server's. Tests of importing spawn.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -121,7 +122,8 @@ def become(request: Request, streams: list[int]) -> list[str]:
         setattr(sys, f"__{name}__", new)
     if "RANK" in environment:  # by which tests find a process of torchrun
         prctl(NAME, f"rank{environment['RANK']}".encode())
-    sys.modules["numpy"].random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
     sys.modules["torch"].default_generator.seed()
     return words
 
@@ -194,7 +196,8 @@ def is_forked(words: list[str]) -> bool:
 
 if __name__ == "__main__":
     for name in PACKAGES:
-        __import__(name)
+        with contextlib.suppress(ImportError):  # what is not installed a child does not import either
+            __import__(name)
     assert len(os.listdir("/proc/self/task")) == 1, "what has threads must not fork"
     gc.freeze()  # or each child, at its end, copies and searches all that was imported
     words = serve(socket.socket(fileno=int(sys.argv[1])))

@@ -57,7 +57,7 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -79,7 +79,7 @@ def _rank_of(process: Path) -> "int | None":
 
 def wait_for_end(process: int) -> None:
     """Of one that is no child."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -325,12 +325,12 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, number: signal.Signal
         stdout=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while not (folder / moment).exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 128 + number
     assert out == ""
     last = err.splitlines()[-1]

@@ -207,7 +207,7 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_results(
                 ",".join(map(str, value)) if isinstance(value, list) else str(value),
             ]
     process = Popen([sys.executable, "-m", "ftfast", "distill", *words], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while not list(folder.glob("students/ft/seed0*/epoch*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)

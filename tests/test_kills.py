@@ -51,7 +51,7 @@ def is_writing(folder: Path) -> bool:
 def kill(process: "subprocess.Popen[bytes]", folder: Path, *, in_writing: bool, draw: random.Random) -> bool:
     """At a moment drawn at random after a new checkpoint; whether that was while one was being written."""
     before = checkpoints(folder)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not checkpoints(folder) - before:
         time.sleep(1e-3)
         assert time.monotonic() < deadline

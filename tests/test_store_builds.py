@@ -207,7 +207,7 @@ def test_a_signal_ends_a_build_with_advice(run_folder: Path, tmp_path: Path) -> 
     while built_shards(store) < 2 and process.poll() is None:
         time.sleep(1e-3)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM
     assert f"--resume to go on with {store}" in errors.decode()
     assert "Traceback" not in errors.decode()

@@ -430,7 +430,7 @@ except DataError as error:
     mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "-"]
     if shutil.which("unshare") is None or subprocess.run([*mounted, "true"], capture_output=True).returncode:
         pytest.skip("mounting a small /dev/shm takes root")
-    done = subprocess.run([*mounted, sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    done = subprocess.run([*mounted, sys.executable, "-c", code], cwd=ROOT, timeout=200, capture_output=True, text=True)
     assert done.stdout.startswith(
         "the shared memory in which reading processes hand over batches is full (/dev/shm has"
     )

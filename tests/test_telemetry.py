@@ -125,7 +125,7 @@ def test_losses_that_are_not_finite_leave_lines_that_are_json(tmp_path: Path) ->
 
 
 def test_what_is_between_two_epochs_is_no_time_and_no_energy_of_the_training(tmp_path: Path) -> None:
-    gpu = Gpu()
+    gpu, begin = Gpu(), time.monotonic()
     log = RunLog(tmp_path, "teacher", CPU, gpu, seconds=0.1)  # type: ignore[arg-type]
     training = training_at(labels=1.0)
     log.begin_epoch()
@@ -139,7 +139,7 @@ def test_what_is_between_two_epochs_is_no_time_and_no_energy_of_the_training(tmp
     time.sleep(0.1)
     log.step(training, 20)
     (line,) = lines(tmp_path)
-    assert 0.1 <= line["seconds"] < 0.4
+    assert 0.1 <= line["seconds"] <= time.monotonic() - begin - 0.5
     assert line["gpu"]["joules_per_image"] == 200 / 40
     assert line["loss"] == 2.0 / 40  # of both epochs
 
