@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .device import device_guard
+from .launch import launch
 
 # Numbers that a program holds at once, and the widest block of columns.
 BLOCK = 2048
@@ -135,7 +136,9 @@ def bias_leaky_relu_(z: Tensor, bias: Tensor, negative_slope: float) -> Tensor:
     pixels, channels = z.shape[:3].numel(), z.shape[3]
     rows, columns = _block(channels)
     with device_guard(z.device):
-        _bias_leaky_relu_kernel[(triton.cdiv(pixels, rows) * triton.cdiv(channels, columns),)](
+        launch(
+            _bias_leaky_relu_kernel,
+            triton.cdiv(pixels, rows) * triton.cdiv(channels, columns),
             z,
             bias,
             pixels,
@@ -167,7 +170,9 @@ def leaky_relu_backward_(gradient: Tensor, output: Tensor, negative_slope: float
     pieces = triton.cdiv(pixels, piece)
     partials = torch.empty((pieces, channels), dtype=torch.float32, device=gradient.device)
     with device_guard(gradient.device):
-        _leaky_relu_backward_kernel[(pieces * triton.cdiv(channels, columns),)](
+        launch(
+            _leaky_relu_backward_kernel,
+            pieces * triton.cdiv(channels, columns),
             gradient,
             output,
             partials,
@@ -196,7 +201,9 @@ def sum_partials(partials: Tensor, scale: Tensor | None = None) -> Tensor:
     rows, channels = partials.shape
     total = torch.empty((channels,), dtype=torch.float32, device=partials.device)
     with device_guard(partials.device):
-        _sum_partials_kernel[(triton.cdiv(channels, SUM_COLUMNS),)](
+        launch(
+            _sum_partials_kernel,
+            triton.cdiv(channels, SUM_COLUMNS),
             partials,
             partials if scale is None else scale,
             total,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .device import device_guard
 
 LARGEST_EXPONENT = 4
 # Along the innermost dimension a tile is at most as long as a warp's widest loads; the rest of its numbers lie across

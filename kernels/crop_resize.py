@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .device import device_guard
 
 COLUMNS = 13
 LONGEST_BLOCK = 256

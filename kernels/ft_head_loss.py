@@ -21,17 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arrival_counters, device_guard
-from .loss_terms import (
-    loss_factor,
-    norm_floor,
-    reciprocal_distance,
-    reciprocal_norm,
-    reduction_scale,
-    split_weight,
-    square_root,
-    terms_of,
-)
+from .device import arrival_counters, device_guard
+from .launch import launch
+from .loss_numbers import norm_floor, reduction_scale, split_weight
+from .loss_terms import loss_factor, reciprocal_distance, reciprocal_norm, square_root, terms_of
 from .sample_layout import load, remaining, store, walk_over
 
 # The largest samples that stay in registers, and the block of those that are walked over three times.
@@ -275,7 +268,9 @@ def head_loss(
     block = max(SMALLEST_BLOCK, triton.next_power_of_2(walk.size)) if single_pass else WALK_BLOCK
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
-        _head_loss_kernel[(samples,)](
+        launch(
+            _head_loss_kernel,
+            samples,
             flat[0],
             flat[1],
             loss,
@@ -332,7 +327,9 @@ def scaled_direction(
     factor, weight_tensor = split_weight(weight, device)
     columns = min(SCALED_COLUMNS, max(16, triton.next_power_of_2(channels)))
     with device_guard(device):
-        _scaled_direction_kernel[(partials.shape[0] * triton.cdiv(channels, columns),)](
+        launch(
+            _scaled_direction_kernel,
+            partials.shape[0] * triton.cdiv(channels, columns),
             direction,
             inverse_norm,
             upstream,

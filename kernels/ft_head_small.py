@@ -18,18 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import arrival_counters, capability, device_guard
 from .ft_head_loss import direction_of, finish_loss
 from .image_tiles import convolve_image, load_image, store_image
-from .launch import arrival_counters, capability, device_guard
-from .loss_terms import (
-    norm_floor,
-    reciprocal_distance,
-    reciprocal_norm,
-    reduction_scale,
-    split_weight,
-    square_root,
-    terms_of,
-)
+from .launch import launch
+from .loss_numbers import norm_floor, reduction_scale, split_weight
+from .loss_terms import reciprocal_distance, reciprocal_norm, square_root, terms_of
 from .pack_weights import padded_channels
 
 TAPS = 9
@@ -289,7 +283,9 @@ def small_head_forward(
     padded = [padded_channels(count) for count in (student_channels, teacher_channels, factor_channels)]
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
-        _small_head_forward_kernel[(samples,)](
+        launch(
+            _small_head_forward_kernel,
+            samples,
             student,
             teacher,
             teacher_factor,

@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import arrival_counters, device_guard
 from .ft_head_loss import direction_scale, largest_factor
 from .ft_head_small import TAPS, Kept, rows_for, stages_for, warps_for
 from .image_tiles import convolve_image, load_image, multiply_accumulate, store_image
-from .launch import arrival_counters, device_guard
-from .loss_terms import loss_factor, split_weight
+from .launch import launch
+from .loss_numbers import split_weight
+from .loss_terms import loss_factor
 from .pack_weights import padded_channels
 
 # The second launch: the widest tile of a weight, shares of the images, and the programs of the bias gradients.
@@ -293,7 +295,9 @@ def small_head_backward(
     rows = rows_for(height * width)
     shared = {"STUDENT_CHANNELS": student_channels, "FACTOR_CHANNELS": factor_channels, "ROWS": rows}
     with device_guard(device):
-        _small_head_input_gradients_kernel[(samples,)](
+        launch(
+            _small_head_input_gradients_kernel,
+            samples,
             kept.direction,
             kept.inverse_norm,
             upstream,
@@ -338,7 +342,9 @@ def small_head_backward(
     biases = torch.empty(sum(widths), dtype=torch.float32, device=device)
     programs = (sum(tiles) + triton.cdiv(sum(widths), BIAS_COLUMNS)) * SHARES
     with device_guard(device):
-        _small_head_weight_gradients_kernel[(programs,)](
+        launch(
+            _small_head_weight_gradients_kernel,
+            programs,
             student,
             kept.a1,
             kept.a2,

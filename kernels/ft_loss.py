@@ -14,14 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arrival_counters, device_guard
+from .device import arrival_counters, device_guard
+from .launch import launch
+from .loss_numbers import norm_floor, reduction_scale, split_weight
 from .loss_terms import (
     loss_factor,
-    norm_floor,
     reciprocal_distance,
     reciprocal_norm,
-    reduction_scale,
-    split_weight,
     square_root,
     squares_of_sample,
     terms_of,
@@ -239,7 +238,9 @@ def ft_loss_forward(
     loss = torch.empty((samples,) if per_sample else (), dtype=dtype, device=device)
     statistics = torch.empty((5, samples), dtype=dtype, device=device)
     with device_guard(device):
-        _ft_loss_forward_kernel[(samples,)](
+        launch(
+            _ft_loss_forward_kernel,
+            samples,
             student,
             teacher,
             loss,
@@ -299,7 +300,9 @@ def ft_loss_backward(
     splits = -(-walk.size // block)
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
-        _ft_loss_backward_kernel[(samples * splits,)](
+        launch(
+            _ft_loss_backward_kernel,
+            samples * splits,
             tensors[0],
             tensors[1],
             statistics,
@@ -331,3 +334,38 @@ def ft_loss_backward(
         if computed is not grad:
             grad.copy_(computed)
     return student_grad, teacher_grad
+
+
+class LossPlan:
+    """The launches for factors of one kind: p, reduction and eps; the rest is found by what the factors are."""
+
+    writes_gradient = False
+
+    def __init__(self, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> None:
+        self.p, self.reduction, self.eps = p, reduction, eps
+
+    def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`ft_loss_forward`."""
+        return ft_loss_forward(student, teacher, p=self.p, reduction=self.reduction, eps=self.eps, weight=weight)
+
+    def backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        statistics: Tensor,
+        upstream: Tensor,
+        weight: float | Tensor,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:func:`ft_loss_backward` of the gradients that are needed."""
+        return ft_loss_backward(
+            student,
+            teacher,
+            statistics,
+            upstream,
+            p=self.p,
+            reduction=self.reduction,
+            weight=weight,
+            student_gradient=needed[0],
+            teacher_gradient=needed[1],
+        )

@@ -25,7 +25,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the package triton is not installed")
 forward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small")
 backward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_backward")
-launch = pytest.importorskip("ftfast.kernels.launch")
+devices = pytest.importorskip("ftfast.kernels.device")
 packing = pytest.importorskip("ftfast.kernels.pack_weights")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -422,8 +422,8 @@ def test_counters_are_left_at_zero() -> None:
     head = make(SMALL)
     _, kept = forward(head)
     backward(head, kept, upstream_of(head, "mean"))
-    assert launch._counters
-    assert not any(bool(counters.any()) for counters in launch._counters.values())
+    assert devices._counters
+    assert not any(bool(counters.any()) for counters in devices._counters.values())
 
 
 class _Counted:

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.on_gpu.findings import Findings, Stopwatch, device_here, try_each
-from ftfast.kernels.launch import INTERPRETED, device_guard
+from ftfast.kernels.device import device_guard
+from ftfast.kernels.launch import INTERPRETED
 
 # rows, inner, columns: a large one, and the heads' convolutions written as matmuls.
 SIZES = [(8192, 8192, 8192), (12544, 4608, 512), (12544, 4608, 256), (12544, 2304, 256)]

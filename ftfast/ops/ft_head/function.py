@@ -11,7 +11,7 @@ from ftfast.ops.ft_head.operands import Head, Plan
 from ftfast.ops.ft_head.stack import Stack
 from ftfast.ops.ft_loss.function import separate_weight
 from ftfast.ops.maps import no_autocast
-from ftfast.ops.memory import plain, save, saved
+from ftfast.ops.memory import is_batched, plain, save, saved
 from ftfast.reference import scalar
 
 
@@ -74,10 +74,7 @@ class FTHeadFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
-            upstream
-        )
-        if torch.is_grad_enabled() or batched:
+        if torch.is_grad_enabled() or is_batched(upstream):
             raise RuntimeError(
                 "a second or batched derivative of the fused head is not kept; build the head with "
                 'backend="reference" for it.'

@@ -4,6 +4,8 @@ Nothing is kept for backward but the three inputs of the translator's convolutio
 weights as they were computed with.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from ftfast.ops.conv3x3 import native as conv3x3
 from ftfast.ops.conv3x3.direct import PackedWeight
 from ftfast.ops.ft_head.operands import SEPARATE, Head
 from ftfast.ops.ft_head.stack import Stack, prepare_once
-from ftfast.ops.ft_loss.native import ft_loss_forward, ft_loss_forward_with_gradient
+from ftfast.ops.ft_loss import native as ft_loss
+from ftfast.ops.ft_loss.plans import loss_plan
 from ftfast.ops.maps import as_map
 
 LAYERS = "layers"
@@ -78,9 +81,11 @@ def ft_head_forward(
     for weight, bias in zip(weights, translator.biases, strict=True):
         maps.append(conv3x3.forward(maps[-1], weight, bias, translator.negative_slope))
     student_factor = maps.pop()
+    p, reduction, eps, loss_weight = head.options
+    plan: Any = loss_plan(ft_loss, student_factor, teacher_factor, p, reduction, eps)
     if not keep:
-        return ft_loss_forward(student_factor, teacher_factor, **head.options._asdict())[0], []
-    loss, gradient = ft_loss_forward_with_gradient(student_factor, teacher_factor, *head.options)
+        return plan.forward(student_factor, teacher_factor, loss_weight)[0], []
+    loss, gradient = plan.forward_with_gradient(student_factor, teacher_factor, loss_weight)
     conv3x3.leaky_relu_backward_(gradient, student_factor, translator.negative_slope)
     return loss, [student, *maps[1:], gradient, *translator.weights]
 
