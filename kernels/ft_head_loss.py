@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import arrival_counters, device_guard
-from .launch import launch
+from .launch import ceil_div, launch, power_of_2
 from .loss_numbers import norm_floor, reduction_scale, split_weight
 from .loss_terms import loss_factor, reciprocal_distance, reciprocal_norm, square_root, terms_of
 from .sample_layout import load, remaining, store, walk_over
@@ -265,7 +265,7 @@ def head_loss(
     flat = (student_factor.view(samples, -1), teacher_factor.view(samples, -1), direction.view(samples, -1))
     walk, _ = walk_over(*flat)
     single_pass = walk.size <= REGISTER_SIZE
-    block = max(SMALLEST_BLOCK, triton.next_power_of_2(walk.size)) if single_pass else WALK_BLOCK
+    block = max(SMALLEST_BLOCK, power_of_2(walk.size)) if single_pass else WALK_BLOCK
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
         launch(
@@ -322,14 +322,14 @@ def scaled_direction(
     samples, height, width, channels = direction.shape
     pixels, device = samples * height * width, direction.device
     scaled = torch.empty_like(direction)
-    partials = torch.empty((triton.cdiv(pixels, SCALED_ROWS), channels), dtype=torch.float32, device=device)
+    partials = torch.empty((ceil_div(pixels, SCALED_ROWS), channels), dtype=torch.float32, device=device)
     final = torch.empty((), dtype=torch.float32, device=device)
     factor, weight_tensor = split_weight(weight, device)
-    columns = min(SCALED_COLUMNS, max(16, triton.next_power_of_2(channels)))
+    columns = min(SCALED_COLUMNS, max(16, power_of_2(channels)))
     with device_guard(device):
         launch(
             _scaled_direction_kernel,
-            partials.shape[0] * triton.cdiv(channels, columns),
+            partials.shape[0] * ceil_div(channels, columns),
             direction,
             inverse_norm,
             upstream,

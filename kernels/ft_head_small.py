@@ -11,7 +11,8 @@ Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor T
 # mypy: disallow-incomplete-defs=False
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from torch import Tensor
 from .device import arrival_counters, capability, device_guard
 from .ft_head_loss import direction_of, finish_loss
 from .image_tiles import convolve_image, load_image, store_image
-from .launch import launch
+from .launch import launch, power_of_2
 from .loss_numbers import norm_floor, reduction_scale, split_weight
 from .loss_terms import reciprocal_distance, reciprocal_norm, square_root, terms_of
 from .pack_weights import padded_channels
@@ -202,7 +203,7 @@ def small_head_fits(
     sides = (("teacher", teacher_channels or 1), ("student", student_channels), ("factor", factor_channels))
     for side, channels in sides:
         # A block's sizes are powers of two.
-        if channels > 64 and triton.next_power_of_2(channels) != padded_channels(channels):
+        if channels > 64 and power_of_2(channels) != padded_channels(channels):
             return f"the {side}'s {channels} channels are neither up to 64 nor a power of two"
         if padded_channels(channels) * units > MOST_MAP:
             return f"the {side}'s {channels} channels on {height}x{width} are too many for one program"
@@ -224,7 +225,42 @@ def stages_for(device: torch.device, *channels: int) -> int:
 
 def rows_for(pixels: int) -> int:
     """Rows of an image's tile: tensor cores want 16 at least."""
-    return max(16, triton.next_power_of_2(pixels))
+    return max(16, power_of_2(pixels))
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    device: torch.device,
+    channels: tuple[int, int, int],
+    pixels: int,
+    known: bool,
+    p: int,
+    per_sample: bool,
+    weighted: bool,
+) -> dict[str, Any]:
+    student_channels, teacher_channels, factor_channels = channels
+    padded = [padded_channels(count) for count in channels]
+    return {
+        "STUDENT_CHANNELS": student_channels,
+        "TEACHER_CHANNELS": teacher_channels,
+        "FACTOR_CHANNELS": factor_channels,
+        "STUDENT_PADDED": padded[0],
+        "TEACHER_PADDED": padded[1],
+        "FACTOR_PADDED": padded[2],
+        "STUDENT_BLOCK": min(padded[0], WIDEST_BLOCK),
+        "TEACHER_BLOCK": min(padded[1], WIDEST_BLOCK),
+        "FACTOR_BLOCK": min(padded[2], WIDEST_BLOCK),
+        "FACTOR_KNOWN": known,
+        "P": p,
+        "PER_SAMPLE": per_sample,
+        "WEIGHTED": weighted,
+        "ROWS": rows_for(pixels),
+        "FOLD": FOLD_BLOCK,
+        "INPUT_PRECISION": "tf32",
+        "num_warps": warps_for(student_channels, 1 if known else teacher_channels),
+        "num_stages": stages_for(device, student_channels, 1 if known else teacher_channels),
+        "enable_fp_fusion": False,
+    }
 
 
 def small_head_forward(
@@ -280,7 +316,6 @@ def small_head_forward(
         torch.empty((samples, height, width, factor_channels), dtype=dtype, device=device),
         norms_and_distances[0],
     )
-    padded = [padded_channels(count) for count in (student_channels, teacher_channels, factor_channels)]
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
         launch(
@@ -307,24 +342,14 @@ def small_head_forward(
             reduction_scale(samples, height * width * factor_channels, p, reduction) * factor,
             student_slope,
             teacher_slope,
-            STUDENT_CHANNELS=student_channels,
-            TEACHER_CHANNELS=teacher_channels,
-            FACTOR_CHANNELS=factor_channels,
-            STUDENT_PADDED=padded[0],
-            TEACHER_PADDED=padded[1],
-            FACTOR_PADDED=padded[2],
-            STUDENT_BLOCK=min(padded[0], WIDEST_BLOCK),
-            TEACHER_BLOCK=min(padded[1], WIDEST_BLOCK),
-            FACTOR_BLOCK=min(padded[2], WIDEST_BLOCK),
-            FACTOR_KNOWN=known,
-            P=p,
-            PER_SAMPLE=per_sample,
-            WEIGHTED=weight_tensor is not None,
-            ROWS=rows_for(height * width),
-            FOLD=FOLD_BLOCK,
-            INPUT_PRECISION="tf32",
-            num_warps=warps_for(student_channels, 1 if known else teacher_channels),
-            num_stages=stages_for(device, student_channels, 1 if known else teacher_channels),
-            enable_fp_fusion=False,
+            **_constants(
+                device,
+                (student_channels, teacher_channels, factor_channels),
+                height * width,
+                known,
+                p,
+                per_sample,
+                weight_tensor is not None,
+            ),
         )
     return loss, kept

@@ -20,7 +20,7 @@ from .device import arrival_counters, device_guard
 from .ft_head_loss import direction_scale, largest_factor
 from .ft_head_small import TAPS, Kept, rows_for, stages_for, warps_for
 from .image_tiles import convolve_image, load_image, multiply_accumulate, store_image
-from .launch import launch
+from .launch import ceil_div, launch
 from .loss_numbers import split_weight
 from .loss_terms import loss_factor
 from .pack_weights import padded_channels
@@ -333,14 +333,14 @@ def small_head_backward(
         )
     tile_of = {count: min(padded_channels(count), WIDEST_TILE) for count in widths}
     layers = ((student_channels, student_channels), (student_channels, factor_channels), (factor_channels,) * 2)
-    tiles = [TAPS * triton.cdiv(a, tile_of[a]) * triton.cdiv(b, tile_of[b]) for a, b in layers]
+    tiles = [TAPS * ceil_div(a, tile_of[a]) * ceil_div(b, tile_of[b]) for a, b in layers]
     shares = [
         torch.empty((count, SHARES, tile_of[a], tile_of[b]), dtype=torch.float32, device=device)
         for count, (a, b) in zip(tiles, layers, strict=True)
     ]
     gradients = [torch.empty((b, a, 3, 3), dtype=torch.float32, device=device) for a, b in layers]
     biases = torch.empty(sum(widths), dtype=torch.float32, device=device)
-    programs = (sum(tiles) + triton.cdiv(sum(widths), BIAS_COLUMNS)) * SHARES
+    programs = (sum(tiles) + ceil_div(sum(widths), BIAS_COLUMNS)) * SHARES
     with device_guard(device):
         launch(
             _small_head_weight_gradients_kernel,

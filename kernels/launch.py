@@ -29,6 +29,16 @@ class _Handle(NamedTuple):
 _compiled: dict[tuple[Any, ...], _Handle] = {}
 
 
+def ceil_div(number: int, by: int) -> int:
+    """The quotient rounded up; Triton's own takes the host ten times as long."""
+    return -(-number // by)
+
+
+def power_of_2(number: int) -> int:
+    """The power of two from ``number`` on; Triton's own takes the host ten times as long."""
+    return 1 << (number - 1).bit_length()
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """``kernel[(programs,)](*arguments, **constants)`` on the current device, with a third of its host time.
 
@@ -40,10 +50,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
             tensor.
         constants: the kernel's constants and Triton's options, at every launch of a kernel in the same order.
     """
-    kinds = [
-        (it.dtype, it.data_ptr() % 16 == 0) if isinstance(it, Tensor) else float if isinstance(it, float) else it
-        for it in arguments
-    ]
+    kinds: list[Any] = []
+    for it in arguments:
+        if isinstance(it, Tensor):
+            kinds += (it.dtype, it.data_ptr() % 16 == 0)
+        else:
+            kinds.append(float if type(it) is float else it)
     device = arguments[0].device
     key = (id(kernel), device, *kinds, *constants.values())
     found = _compiled.get(key)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import device_guard
-from .launch import launch
+from .launch import ceil_div, launch
 
 TILE = 32
 WEIGHTS_PER_LAUNCH = 3
@@ -182,7 +182,7 @@ def _allocate(weight: Tensor, dtype: torch.dtype, backward: bool) -> PackedWeigh
 
 
 def _tiles(weight: Tensor) -> int:
-    outputs, inputs = (triton.cdiv(padded_channels(count), TILE) for count in weight.shape[:2])
+    outputs, inputs = (ceil_div(padded_channels(count), TILE) for count in weight.shape[:2])
     return outputs * inputs
 
 

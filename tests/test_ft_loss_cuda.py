@@ -23,7 +23,7 @@ from torch import Tensor
 
 import ftfast
 from ftfast import dispatch, reference
-from ftfast.backends import native
+from ftfast.backends import native, triton
 from ftfast.extension import extension, load_extension
 from ftfast.ops.ft_loss import cuda as kernels
 
@@ -729,18 +729,23 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(ft_loss_cuda_forward=None, instruction_set=lambda: "avx2")
     monkeypatch.setattr(native, "load_extension", lambda: (made, ""))
     monkeypatch.setattr(native, "_cuda_problem", lambda index: "")
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
 
 
 def _supports(**device: Any) -> dispatch.Support:
     return dispatch.supports("native", _Device(**device), torch.float32, torch.float32)  # type: ignore[arg-type]
 
 
-def test_native_runs_on_a_gpu_when_asked_for(imagined_gpu: None) -> None:
+def test_native_comes_first_on_a_gpu_and_needs_no_triton(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     assert _supports() == (True, "CUDA C++ kernels")
-    chosen = dispatch._choose("auto", _Device(), torch.float32, torch.float32)  # type: ignore[arg-type]
-    assert chosen == "triton"
-    assert dispatch._choose("native", _Device(), torch.float32, torch.float32) == "native"  # type: ignore[arg-type]
+    for asked in ("auto", "native"):
+        assert dispatch._choose(asked, _Device(), torch.float32, torch.float32) == "native"  # type: ignore[arg-type]
+
+
+def test_triton_comes_next_on_a_gpu(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(native, "load_extension", lambda: (None, "no C++ compiler was found"))
+    assert dispatch._choose("auto", _Device(), torch.float32, torch.float32) == "triton"  # type: ignore[arg-type]
 
 
 def test_every_obstacle_on_a_gpu_has_a_reason(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

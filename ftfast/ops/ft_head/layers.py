@@ -4,11 +4,14 @@ factor held at scale O(1).
 Maps are channels_last ``[N, C, H, W]``; the kernels get them as ``[N, H, W, C]``.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.kernels import activation, ft_loss
+from ftfast.kernels.copy_weights import cast_weights, scaled_like
 from ftfast.kernels.ft_head_loss import head_loss, scaled_direction
 from ftfast.ops.ft_head.operands import Head
 from ftfast.ops.ft_head.stack import Stack, prepare_once
@@ -34,14 +37,16 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float) -> Te
     return y
 
 
-def teacher_factor_of(teacher: Tensor, paraphraser: Stack, dtype: torch.dtype) -> Tensor:
+def teacher_factor_of(teacher: Tensor, paraphraser: Stack, held: int | None, dtype: torch.dtype) -> Tensor:
     """The frozen paraphraser's factor, channels_last in the compute dtype."""
     x = as_map(teacher, dtype)
 
     def prepare() -> list[tuple[Tensor, Tensor]]:
-        return [(as_map(weight, dtype), bias.float()) for weight, bias in paraphraser.folded()]
+        folded = paraphraser.folded()
+        weights = cast_weights([weight for weight, _ in folded], dtype)
+        return [(weight, bias.float()) for weight, (_, bias) in zip(weights, folded, strict=True)]
 
-    for weight, bias in prepare_once(paraphraser, ("layers", dtype), prepare):
+    for weight, bias in prepare_once(paraphraser, held, ("layers", dtype), prepare):
         x = _layer(x, weight, bias, paraphraser.negative_slope)
     return x
 
@@ -54,17 +59,17 @@ def ft_head_forward(
     if teacher_factor is None:
         assert teacher is not None
         assert head.paraphraser is not None
-        teacher_factor = teacher_factor_of(teacher, head.paraphraser, dtype)
-    maps = [as_map(student, dtype)]
-    for weight, bias in zip(translator.weights, translator.biases, strict=True):
-        maps.append(_layer(maps[-1], as_map(weight, dtype), bias, translator.negative_slope))
+        teacher_factor = teacher_factor_of(teacher, head.paraphraser, head.held, dtype)
+    maps, weights = [as_map(student, dtype)], cast_weights(translator.weights, dtype)
+    for weight, bias in zip(weights, translator.biases, strict=True):
+        maps.append(_layer(maps[-1], weight, bias, translator.negative_slope))
     student_factor = maps.pop()
     if not keep:
         return ft_loss.ft_loss_forward(student_factor, teacher_factor, **options._asdict())[0], []
     loss, direction, inverse_norm = head_loss(
         nhwc(student_factor), nhwc(teacher_factor), **options._asdict(), negative_slope=translator.negative_slope
     )
-    return loss, [student, *maps[1:], direction, inverse_norm, *translator.weights]
+    return loss, [student, *maps[1:], direction, inverse_norm, *weights]
 
 
 def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
@@ -75,25 +80,32 @@ def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: t
         kept[3], kept[4], upstream, p=options.p, reduction=options.reduction, weight=options.weight
     )
     dz = gradient.permute(0, 3, 1, 2)
-    gradients: list[Tensor | None] = [None] * 7
+    for_input: Any = None
+    for_weights: dict[int, Tensor] = {}
+    bias_partials: dict[int, Tensor] = {}
     for layer in (2, 1, 0):
         weight_at, bias_at = 1 + 2 * layer, 2 + 2 * layer
         if needed[bias_at]:
-            gradients[bias_at] = activation.sum_partials(partials, scale).to(head.translator.biases[layer].dtype)
+            bias_partials[layer] = partials
         mask = [any(needed[:weight_at]), needed[weight_at], False]
-        if not any(mask):
-            return gradients
-        weight = as_map(weights[layer], dz.dtype)
-        for_input, for_weight, _ = torch.ops.aten.convolution_backward(
-            dz, maps[layer], weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-        )
-        if needed[weight_at]:
-            gradients[weight_at] = like_parameter(for_weight.float().mul_(scale), weights[layer])
+        if any(mask):
+            for_input, for_weights[layer], _ = torch.ops.aten.convolution_backward(
+                dz, maps[layer], weights[layer], None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+            )
         if not mask[0]:
-            return gradients
+            break
         if layer:
             dz = for_input.contiguous(memory_format=torch.channels_last)
             partials = activation.leaky_relu_backward_(nhwc(dz), nhwc(maps[layer]), slope)
-        else:
-            gradients[0] = for_input.mul_(scale)
+    gradients: list[Tensor | None] = [None] * 7
+    if needed[0]:
+        gradients[0] = for_input.mul_(scale)
+    layers = [layer for layer in for_weights if needed[1 + 2 * layer]]
+    parameters = [head.translator.weights[layer] for layer in layers]
+    scaled = scaled_like([for_weights[layer] for layer in layers], parameters, scale)
+    for layer, found in zip(layers, scaled, strict=True):
+        gradients[1 + 2 * layer] = found
+    totals = activation.sum_partials(list(bias_partials.values()), scale) if bias_partials else []
+    for layer, total in zip(bias_partials, totals, strict=True):
+        gradients[2 + 2 * layer] = total.to(head.translator.biases[layer].dtype)
     return gradients

@@ -44,7 +44,9 @@ def choose(
     return LAYERS, "oneDNN's convolutions, everything between them in place"
 
 
-def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Tensor | PackedWeight, Tensor]]:
+def _frozen_layers(
+    stack: Stack, held: int | None, dtype: torch.dtype, x: Tensor
+) -> list[tuple[Tensor | PackedWeight, Tensor]]:
     samples, _, height, width = x.shape
 
     def prepare() -> list[tuple[Tensor | PackedWeight, Tensor]]:
@@ -53,13 +55,13 @@ def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Te
             for weight, bias in stack.folded()
         ]
 
-    return prepare_once(stack, ("native", dtype, height, width), prepare)
+    return prepare_once(stack, held, ("native", dtype, height, width), prepare)
 
 
-def teacher_factor_of(teacher: Tensor, paraphraser: Stack, dtype: torch.dtype) -> Tensor:
+def teacher_factor_of(teacher: Tensor, paraphraser: Stack, held: int | None, dtype: torch.dtype) -> Tensor:
     """The frozen paraphraser's factor, channels_last in the compute dtype."""
     x = as_map(teacher, dtype)
-    for weight, bias in _frozen_layers(paraphraser, dtype, x):
+    for weight, bias in _frozen_layers(paraphraser, held, dtype, x):
         x = conv3x3.forward(x, weight, bias, paraphraser.negative_slope)
     return x
 
@@ -75,7 +77,7 @@ def ft_head_forward(
     if teacher_factor is None:
         assert teacher is not None
         assert head.paraphraser is not None
-        teacher_factor = teacher_factor_of(teacher, head.paraphraser, dtype)
+        teacher_factor = teacher_factor_of(teacher, head.paraphraser, head.held, dtype)
     maps = [as_map(student, dtype)]
     weights = [conv3x3.prepare_weight(weight, dtype) for weight in translator.weights]
     for weight, bias in zip(weights, translator.biases, strict=True):

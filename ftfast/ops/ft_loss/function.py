@@ -4,7 +4,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftfast import reference
 from ftfast.arguments import check_factors, check_options
@@ -13,9 +13,8 @@ from ftfast.dispatch import BACKENDS, choose, resolve
 from ftfast.ops.ft_loss import compiled as ft_loss_compiled
 from ftfast.ops.ft_loss.plans import loss_plan
 from ftfast.ops.memory import is_batched, lies_in_memory, plain, save, saved
+from ftfast.ops.remembered import ORDINARY, Remembered, kind_of_weight
 from ftfast.reference import scalar
-
-_ORDINARY = (Tensor, nn.Parameter)
 
 
 class Chosen(NamedTuple):
@@ -27,8 +26,7 @@ class Chosen(NamedTuple):
 
 REFERENCE = Chosen(None, None)
 # What does not change from step to step is checked and planned once.
-_chosen: dict[tuple[Any, ...] | None, Chosen] = {}
-_MOST_CHOSEN = 4096
+_chosen: Remembered[tuple[Any, ...], Chosen] = Remembered()
 
 
 def run(
@@ -80,12 +78,11 @@ def _kind_of(
     student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor, backend: str
 ) -> tuple[Any, ...] | None:
     """What the checks of a call and its plan depend on; None where that is not told by what is quick to read."""
-    if type(student) not in _ORDINARY or type(teacher) not in _ORDINARY or type(p) is not int or type(eps) is not float:
+    if type(student) not in ORDINARY or type(teacher) not in ORDINARY or type(p) is not int or type(eps) is not float:
         return None
     if type(reduction) is not str:
         return None
-    of_weight = (weight.dim(), weight.dtype, weight.device) if isinstance(weight, Tensor) else type(weight)
-    options = (p, reduction, eps, of_weight, resolve(backend), teacher.requires_grad)
+    options = (p, reduction, eps, kind_of_weight(weight), resolve(backend), teacher.requires_grad)
     try:
         of_student = (student.shape, student.stride(), student.dtype, student.device)
         return (*options, *of_student, teacher.shape, teacher.stride(), teacher.dtype, teacher.device)
@@ -110,11 +107,7 @@ def _choose(
     else:
         launchers = found.launchers(student.device)
         chosen = Chosen(launchers, None if kind is None else loss_plan(launchers, student, teacher, p, reduction, eps))
-    if kind is not None:
-        if len(_chosen) >= _MOST_CHOSEN:
-            _chosen.clear()
-        _chosen[kind] = chosen
-    return chosen
+    return _chosen.keep(kind, chosen)
 
 
 def separate_weight(weight: float | Tensor) -> tuple[float | Tensor, Tensor | None]:
@@ -140,7 +133,7 @@ def needs_torch_operators(*factors: Tensor) -> str:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "under a tracer or a dispatch mode"
     for factor in factors:
-        if type(factor) not in _ORDINARY and isinstance(factor, Tensor) and _intercepts(type(factor)):
+        if type(factor) not in ORDINARY and isinstance(factor, Tensor) and _intercepts(type(factor)):
             return f"on a {type(factor).__name__}"
     return ""
 
