@@ -168,15 +168,9 @@ def bias_leaky_relu_(z: Tensor, bias: Tensor, negative_slope: float) -> Tensor:
         launch(
             _bias_leaky_relu_kernel,
             ceil_div(pixels, rows) * ceil_div(channels, columns),
-            z,
-            bias,
-            pixels,
-            negative_slope,
-            CHANNELS=channels,
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
+            (z, bias),
+            (pixels, negative_slope),
+            {"CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "num_warps": WARPS, "enable_fp_fusion": False},
         )
     return z
 
@@ -202,17 +196,9 @@ def leaky_relu_backward_(gradient: Tensor, output: Tensor, negative_slope: float
         launch(
             _leaky_relu_backward_kernel,
             pieces * ceil_div(channels, columns),
-            gradient,
-            output,
-            partials,
-            pixels,
-            piece,
-            negative_slope,
-            CHANNELS=channels,
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
+            (gradient, output, partials),
+            (pixels, piece, negative_slope),
+            {"CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "num_warps": WARPS, "enable_fp_fusion": False},
         )
     return partials
 
@@ -236,17 +222,21 @@ def sum_partials(partials: Sequence[Tensor], scale: Tensor | None = None) -> lis
         launch(
             _sum_partials_kernel,
             sum(ceil_div(count, SUM_COLUMNS) for count in channels),
-            *(partials[place] for place in places),
-            partials[0] if scale is None else scale,
-            *(totals[place] for place in places),
-            *(rows[place] for place in places),
-            CHANNELS0=columns[0],
-            CHANNELS1=columns[1],
-            CHANNELS2=columns[2],
-            ROWS=SUM_ROWS,
-            COLUMNS=SUM_COLUMNS,
-            HAS_SCALE=scale is not None,
-            num_warps=SUM_WARPS,
-            enable_fp_fusion=False,
+            (
+                *(partials[place] for place in places),
+                partials[0] if scale is None else scale,
+                *(totals[place] for place in places),
+            ),
+            (*(rows[place] for place in places),),
+            {
+                "CHANNELS0": columns[0],
+                "CHANNELS1": columns[1],
+                "CHANNELS2": columns[2],
+                "ROWS": SUM_ROWS,
+                "COLUMNS": SUM_COLUMNS,
+                "HAS_SCALE": scale is not None,
+                "num_warps": SUM_WARPS,
+                "enable_fp_fusion": False,
+            },
         )
     return totals

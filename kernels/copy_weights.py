@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import device_guard
-from .launch import ceil_div, launch
+from .launch import INTERPRETED, ceil_div, launch
 
 TILE = 32
 WEIGHTS_PER_LAUNCH = 3
@@ -23,6 +23,17 @@ _NUMBERS = [
     for place in range(WEIGHTS_PER_LAUNCH)
     for what in ("outputs", "inputs", "from_k", "from_c", "from_y", "from_x", "to_k", "to_c", "to_y", "to_x")
 ]
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr):
+    """float32 values in a dtype; to bfloat16 the interpreter would cut them off."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return values.to(DTYPE)
 
 
 @triton.jit
@@ -39,7 +50,7 @@ def _copy(
     target += k[:, None] * to_k + c[None, :] * to_c
     for tap in tl.static_range(9):
         values = tl.load(source + (tap // 3) * from_y + (tap % 3) * from_x, mask=mask, other=0.0).to(tl.float32)
-        values = (values * factor).to(target.dtype.element_ty)
+        values = _rounded(values * factor, target.dtype.element_ty)
         tl.store(target + (tap // 3) * to_y + (tap % 3) * to_x, values, mask=mask)
 
 
@@ -92,14 +103,9 @@ def copy_weights(sources: Sequence[Tensor], targets: Sequence[Tensor], scale: Te
             launch(
                 _copy_weights_kernel,
                 sum(tiles),
-                *pointers,
-                sources[0] if scale is None else scale,
-                *numbers,
-                *bounds,
-                SCALED=scale is not None,
-                TILE=TILE,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
+                (*pointers, sources[0] if scale is None else scale),
+                (*numbers, *bounds),
+                {"SCALED": scale is not None, "TILE": TILE, "num_warps": WARPS, "enable_fp_fusion": False},
             )
 
 

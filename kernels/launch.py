@@ -1,6 +1,7 @@
 """How the Triton kernels are launched: past what Triton finds out anew at every launch of a kernel that it has."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ _PARTS = ("run", "function", "packed_metadata")
 # AMD's compiler also asks how much memory is behind a pointer.
 _KNOWN_BY_ITS_ARGUMENTS = torch.version.hip is None
 _MOST_COMPILED = 4096
+ALIGNMENT = 16  # bytes, from which on Triton compiles for an aligned pointer
 
 
 class _Handle(NamedTuple):
@@ -39,38 +41,39 @@ def power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """``kernel[(programs,)](*arguments, **constants)`` on the current device, with a third of its host time.
+def launch(
+    kernel: Any, programs: int, pointers: Sequence[Tensor], numbers: Sequence[Any], constants: dict[str, Any]
+) -> None:
+    """``kernel[(programs,)](*pointers, *numbers, **constants)`` on the current device, in half of its host time.
 
     Triton compiles for the dtypes and alignments of pointers, for some values of integers and for the constants. Equal
     ones launch the same compiled kernel at once, from the second time on.
 
     Args:
-        arguments: tensors, numbers, and tuples of integers, in the order of the kernel's parameters; the first one is a
-            tensor.
+        pointers: the kernel's first parameters.
+        numbers: the next ones; tuples of integers too.
         constants: the kernel's constants and Triton's options, at every launch of a kernel in the same order.
     """
-    kinds: list[Any] = []
-    for it in arguments:
-        if isinstance(it, Tensor):
-            kinds += (it.dtype, it.data_ptr() % 16 == 0)
-        else:
-            kinds.append(float if type(it) is float else it)
-    device = arguments[0].device
-    key = (id(kernel), device, *kinds, *constants.values())
+    addresses = 0
+    for pointer in pointers:
+        addresses |= pointer.data_ptr()
+    device = pointers[0].device
+    kinds = [float if type(number) is float else number for number in numbers]  # whatever float it is
+    key = (id(kernel), device, *[pointer.dtype for pointer in pointers], *kinds, *constants.values())
     found = _compiled.get(key)
-    if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler's
-        compiled = kernel[(programs,)](*arguments, **constants)
-        if type(kernel) is JITFunction and _is_as_expected(kernel, compiled):
+    hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls  # a profiler's
+    if found is None or hooks or addresses % ALIGNMENT:
+        compiled = kernel[(programs,)](*pointers, *numbers, **constants)
+        if addresses % ALIGNMENT == 0 and type(kernel) is JITFunction and _is_as_expected(kernel, compiled):
             if len(_compiled) >= _MOST_COMPILED:
                 _compiled.clear()
-            values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            _compiled[key] = _Handle(kernel, compiled, values)
+            arguments = kernel.arg_names[len(pointers) + len(numbers) :]
+            _compiled[key] = _Handle(kernel, compiled, tuple(constants[name] for name in arguments))
         return
     _, compiled, values = found
     without_hooks = (None, None, None)
     parts = (current_stream(device), compiled.function, compiled.packed_metadata, *without_hooks)
-    compiled.run(programs, 1, 1, *parts, *arguments, *values)
+    compiled.run(programs, 1, 1, *parts, *pointers, *numbers, *values)
 
 
 def _is_as_expected(kernel: Any, compiled: Any) -> bool:

@@ -212,5 +212,11 @@ def pack_weights(weights: Sequence[Tensor], dtype: torch.dtype, *, backward: boo
             if place < len(weights):
                 programs += _tiles(weight)
         with device_guard(weights[first].device):
-            launch(_pack_weights_kernel, programs, *pointers, *numbers, BACKWARD=backward, TILE=TILE, **OPTIONS)
+            launch(
+                _pack_weights_kernel,
+                programs,
+                (*pointers,),
+                (*numbers,),
+                {"BACKWARD": backward, "TILE": TILE, **OPTIONS},
+            )
     return packed

@@ -16,14 +16,15 @@ from ftfast.backends import KernelBackend, Support, native
 from ftfast.extension import load_extension
 from ftfast.ops.ft_loss import function as op
 from ftfast.ops.ft_loss import plans
+from ftfast.ops.remembered import Remembered
 
 FACTOR = torch.zeros(2, 8)
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
-    monkeypatch.setattr(op, "_chosen", {})
-    monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(op, "_chosen", Remembered())
+    monkeypatch.setattr(plans, "_plans", Remembered())
     monkeypatch.setattr(dispatch, "_said", set())
     monkeypatch.delenv("FTFAST_BACKEND", raising=False)
 
