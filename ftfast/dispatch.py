@@ -6,12 +6,14 @@ takes the first on this device that can and says so once where that is not the f
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ftfast.arguments import FACTOR_DTYPES, QUANTISED_DTYPES, check_factors
-from ftfast.backends import Backend, Support
+from ftfast.backends import Backend, KernelBackend, Support
 from ftfast.backends.native import Native
 from ftfast.backends.reference import Reference
 from ftfast.backends.triton import Triton
@@ -58,6 +60,25 @@ def choose(backend: str, student_factor: Tensor, teacher_factor: Tensor) -> str:
         RuntimeError: an explicit backend that cannot run here, with the reason.
     """
     return _choose(resolve(backend), student_factor.device, student_factor.dtype, teacher_factor.dtype)
+
+
+def chosen_with(
+    kernels: Callable[[KernelBackend], Any], backend: str, student_factor: Tensor, teacher_factor: Tensor
+) -> str:
+    """The backend that has kernels of another kind for tensors such as these; "" where none has.
+
+    Under "auto" the first one, which need not be the one that computes their loss.
+
+    Args:
+        kernels: what a backend has; None for nothing.
+    """
+    requested, device = resolve(backend), student_factor.device
+    for name in _automatic(device) if requested == "auto" else [requested]:
+        found = BACKENDS[name]
+        has = isinstance(found, KernelBackend) and kernels(found) is not None
+        if has and supports(name, device, student_factor.dtype, teacher_factor.dtype).ok:
+            return name
+    return ""
 
 
 def _choose(requested: str, device: torch.device, student: torch.dtype, teacher: torch.dtype) -> str:

@@ -1,6 +1,6 @@
 """FactorTransfer: paraphraser, translator and loss as one module to put beside a student."""
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ftfast.loss import FTLoss
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops.ft_head.function import run
 from ftfast.ops.ft_head.operands import Plan
-from ftfast.ops.ft_head.plan import SEPARATE, describe, plan_head
+from ftfast.ops.ft_head.plan import SEPARATE, describe, kind_of_head, known_plans, plan_head
 from ftfast.ops.ft_head.stack import Stack
 from ftfast.ops.maps import autocasts
 
@@ -99,11 +99,11 @@ class FactorTransfer(nn.Module):
             teacher_features: ``[N, C_teacher, H, W]``; the paraphraser runs on them without a graph.
             teacher_factor: a known factor ``[N, factor_channels, H, W]``, floating, int8 or float8_e4m3fn.
         """
-        plan, translator, paraphraser = self._plan(student_features, teacher_features, teacher_factor)
+        plan, translator, paraphraser, options = self._plan(student_features, teacher_features, teacher_factor)
         if plan.kernel != SEPARATE:
             assert isinstance(translator, Stack)
-            known = paraphraser._replace(held=self._held) if isinstance(paraphraser, Stack) else None
-            return run(student_features, teacher_features, teacher_factor, plan, translator, known, self._options())
+            known = paraphraser if isinstance(paraphraser, Stack) else None
+            return run(student_features, teacher_features, teacher_factor, plan, translator, known, options, self._held)
         if teacher_factor is None:
             assert teacher_features is not None
             with torch.no_grad():
@@ -128,20 +128,34 @@ class FactorTransfer(nn.Module):
         teacher_factor: Tensor | None = None,
     ) -> str:
         """How :meth:`forward` computes these features, and why so, in one line; under autocast as it stands here."""
-        plan, _, _ = self._plan(student_features, teacher_features, teacher_factor)
+        plan, *_ = self._plan(student_features, teacher_features, teacher_factor)
         return describe(plan, self.loss.backend)
-
-    def _options(self) -> Options:
-        return Options(self.loss.p, self.loss.reduction, self.loss.eps, self.loss.weight)
 
     def _plan(
         self, student_features: Tensor, teacher_features: Tensor | None, teacher_factor: Tensor | None
-    ) -> tuple[Plan, Stack | str, Stack | str]:
+    ) -> tuple[Plan, Stack | str, Stack | str, Options]:
         if (teacher_features is None) == (teacher_factor is None):
             raise ValueError(
                 "FactorTransfer takes exactly one of teacher_features and teacher_factor; "
                 f"it got {'neither' if teacher_features is None else 'both'}."
             )
+        # From the dictionary, as to ask the module itself takes longer than all that is asked of them.
+        own: Any = self._modules
+        loss, networks = own["loss"], (own["translator"], own["paraphraser"])
+        options = Options(loss.p, loss.reduction, loss.eps, loss.weight)
+        translator, paraphraser = convolution_stack(networks[0]), convolution_stack(networks[1])
+        sides = (student_features, teacher_features, teacher_factor)
+        kind = kind_of_head(*sides, translator, paraphraser, options, loss.backend)
+        if kind is not None:
+            kind += (networks[0].in_channels, getattr(networks[1], "in_channels", None))
+        plan = known_plans.get(kind)
+        if plan is None:
+            self._check(*sides)
+            check_options(**options._asdict())
+            plan = known_plans.keep(kind, plan_head(*sides, translator, paraphraser, loss.backend))
+        return plan, translator, paraphraser, options
+
+    def _check(self, student_features: Tensor, teacher_features: Tensor | None, teacher_factor: Tensor | None) -> None:
         if isinstance(self.translator, Translator) and isinstance(self.paraphraser, Paraphraser):
             parameter = next(self.translator.parameters())
             check_features(
@@ -155,7 +169,3 @@ class FactorTransfer(nn.Module):
             )
             if not autocasts(student_features):
                 check_map_dtype(student_features.dtype, parameter)
-        check_options(**self._options()._asdict())
-        translator, paraphraser = convolution_stack(self.translator), convolution_stack(self.paraphraser)
-        plan = plan_head(student_features, teacher_features, teacher_factor, translator, paraphraser, self.loss.backend)
-        return plan, translator, paraphraser

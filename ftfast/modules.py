@@ -5,8 +5,11 @@ convolutions with stride 1 and padding 1, LeakyReLU(0.1) after every one of them
 """
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -76,11 +79,55 @@ def _convolutions(channels: list[int]) -> nn.ModuleList:
     return nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels))
 
 
+# What of a layer decides whether it is the plain convolution that it was built as.
+_SIZES = itemgetter("kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Inspected(NamedTuple):
+    state: tuple[Any, ...]
+    parameters: list[nn.Parameter]  # held, since the state has their ids
+    stack: "Stack | str"
+
+
+_inspected: WeakKeyDictionary[nn.Module, _Inspected] = WeakKeyDictionary()
+
+
+def _inspected_state(network: nn.Module) -> tuple[Any, ...] | None:
+    """What changes whenever the network's stack does; None where that is not told by what is quick to read."""
+    own = network.__dict__
+    if type(network) not in (Paraphraser, Translator) or own["_modules"].get("norm") is not None:
+        return None
+    watched = any(_HOOKS(own)) or bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+    state: list[Any] = [own["negative_slope"], watched]
+    for layer in own["_modules"]["encoder"]._modules.values():
+        if layer.__class__ is not nn.Conv2d:
+            return None
+        of_layer = layer.__dict__
+        parameters = of_layer["_parameters"]
+        ids = id(parameters.get("weight")), id(parameters.get("bias"))
+        state += (*ids, _SIZES(of_layer), any(_HOOKS(of_layer)))
+    return tuple(state)
+
+
 def convolution_stack(network: "Paraphraser | Translator") -> Stack | str:
     """The convolutions of a paraphraser's encoder or a translator, or why they must run as torch modules.
 
     A head computed whole calls no module, so it may not pass by a subclass's own code, a hook or a replaced layer.
     """
+    if torch.compiler.is_compiling():
+        return _inspect(network)
+    state = _inspected_state(network)
+    found = _inspected.get(network)
+    if found is not None and found.state == state:
+        return found.stack
+    stack = _inspect(network)
+    if state is not None:
+        _inspected[network] = _Inspected(state, list(network.encoder.parameters()), stack)
+    return stack
+
+
+def _inspect(network: "Paraphraser | Translator") -> Stack | str:
     side = "the paraphraser" if isinstance(network, Paraphraser) else "the translator"
     for owner, method in ((Paraphraser, "encode"), (Translator, "forward")):
         if isinstance(network, owner) and getattr(type(network), method) is not getattr(owner, method):

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .device import device_guard
+from .launch import ceil_div, power_of_2
 
 LARGEST_EXPONENT = 4
 # Along the innermost dimension a tile is at most as long as a warp's widest loads; the rest of its numbers lie across
@@ -119,7 +120,7 @@ def _sizes(features: Tensor, exponent: int) -> dict[str, Any]:
     channels_last = not features.is_contiguous()
     innermost = channels if channels_last else pixels
     unit = math.gcd(innermost, _BYTES_AT_ONCE // features.element_size())
-    along = min(ALONG, triton.next_power_of_2(innermost))
+    along = min(ALONG, power_of_2(innermost))
     return {
         "channel_units": channels // unit if channels_last else channels,
         "pixel_units": pixels if channels_last else pixels // unit,
@@ -140,7 +141,7 @@ def attention_map(features: Tensor, exponent: int) -> Tensor:
     samples, _, height, width = features.shape
     maps = torch.empty((samples, height * width), dtype=torch.float32, device=features.device)
     sizes = _sizes(features, exponent)
-    grid = (samples * triton.cdiv(height * width, sizes["TILE_P"]),)
+    grid = (samples * ceil_div(height * width, sizes["TILE_P"]),)
     with device_guard(features.device):
         _attention_map_kernel[grid](features, maps, **sizes, **OPTIONS)
     return maps
@@ -151,7 +152,7 @@ def attention_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Ten
     samples, channels, height, width = features.shape
     gradient = torch.empty_like(features)
     sizes = _sizes(features, exponent)
-    grid = (samples * triton.cdiv(height * width, sizes["TILE_P"]), triton.cdiv(channels, sizes["TILE_C"]))
+    grid = (samples * ceil_div(height * width, sizes["TILE_P"]), ceil_div(channels, sizes["TILE_C"]))
     with device_guard(features.device):
         _attention_gradient_kernel[grid](features, upstream, gradient, **sizes, **OPTIONS)
     return gradient

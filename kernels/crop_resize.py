@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .device import device_guard
+from .launch import ceil_div, power_of_2
 
 COLUMNS = 13
 LONGEST_BLOCK = 256
@@ -111,8 +112,8 @@ def crop_resize(
     Nothing is checked here: a wrong address or a box that reaches beyond its photograph is read as it stands.
     """
     result = torch.empty((len(table), size, size, 3), dtype=dtype, device=table.device)
-    block = min(LONGEST_BLOCK, triton.next_power_of_2(size))
-    grid = (len(table) * size, triton.cdiv(size, block))
+    block = min(LONGEST_BLOCK, power_of_2(size))
+    grid = (len(table) * size, ceil_div(size, block))
     with device_guard(table.device):
         _crop_resize_kernel[grid](table, result, size, *gains, *shifts, COLUMNS=COLUMNS, BLOCK=block, **OPTIONS)
     return result.permute(0, 3, 1, 2)

@@ -21,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
-from .loss_terms import loss_factor, reciprocal_distance, reduction_scale, split_weight
+from .device import device_guard
+from .launch import ceil_div, launch, power_of_2
+from .loss_numbers import reduction_scale, split_weight
+from .loss_terms import loss_factor, reciprocal_distance
 
 # A program of scaled_direction: so many pixels of so many channels.
 SCALED_ROWS = 64
@@ -144,34 +146,42 @@ def scaled_direction(
     samples, height, width, channels = student_factor.shape
     pixels, size, device = samples * height * width, height * width * channels, student_factor.device
     scaled = torch.empty_like(student_factor)
-    partials = torch.empty((triton.cdiv(pixels, SCALED_ROWS), channels), dtype=torch.float32, device=device)
+    partials = torch.empty((ceil_div(pixels, SCALED_ROWS), channels), dtype=torch.float32, device=device)
     final = torch.empty((), dtype=torch.float32, device=device)
     factor, weight_tensor = split_weight(weight, device)
-    columns = min(SCALED_COLUMNS, max(16, triton.next_power_of_2(channels)))
+    columns = min(SCALED_COLUMNS, max(16, power_of_2(channels)))
     with device_guard(device):
-        _scaled_direction_kernel[(partials.shape[0] * triton.cdiv(channels, columns),)](
-            student_factor,
-            teacher_factor,
-            statistics,
-            upstream,
-            final if weight_tensor is None else weight_tensor,
-            scaled,
-            partials,
-            final,
-            pixels,
-            height * width,
-            samples,
-            upstream.stride(0) if upstream.ndim else 0,
-            direction_scale(samples, size, p, reduction) * factor,
-            size**0.5,
-            negative_slope,
-            CHANNELS=channels,
-            P=p,
-            WEIGHTED=weight_tensor is not None,
-            ROWS=SCALED_ROWS,
-            COLUMNS=columns,
-            NORMS=NORMS_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
+        launch(
+            _scaled_direction_kernel,
+            partials.shape[0] * ceil_div(channels, columns),
+            (
+                student_factor,
+                teacher_factor,
+                statistics,
+                upstream,
+                final if weight_tensor is None else weight_tensor,
+                scaled,
+                partials,
+                final,
+            ),
+            (
+                pixels,
+                height * width,
+                samples,
+                upstream.stride(0) if upstream.ndim else 0,
+                direction_scale(samples, size, p, reduction) * factor,
+                size**0.5,
+                negative_slope,
+            ),
+            {
+                "CHANNELS": channels,
+                "P": p,
+                "WEIGHTED": weight_tensor is not None,
+                "ROWS": SCALED_ROWS,
+                "COLUMNS": columns,
+                "NORMS": NORMS_BLOCK,
+                "num_warps": 4,
+                "enable_fp_fusion": False,
+            },
         )
     return scaled, partials, final

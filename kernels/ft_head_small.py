@@ -12,27 +12,21 @@ Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor T
 # mypy: disallow-incomplete-defs=False
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import arrival_counters, device_guard
 from .ft_head_loss import direction_of
 from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
 from .image_tiles import layer_of_image, load_image, store_image
-from .launch import arrival_counters, device_guard
-from .loss_terms import (
-    finish_loss,
-    norm_floor,
-    reciprocal_distance,
-    reciprocal_norm,
-    reduction_scale,
-    split_weight,
-    square_root,
-    terms_of,
-)
+from .launch import launch
+from .loss_numbers import norm_floor, reduction_scale, split_weight
+from .loss_terms import finish_loss, reciprocal_distance, reciprocal_norm, square_root, terms_of
 from .pack_weights import padded_channels
 
 FOLD_BLOCK = 512
@@ -175,6 +169,41 @@ def _small_head_forward_kernel(
         )  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
+def _constants(
+    device: torch.device,
+    channels: tuple[int, int, int],
+    pixels: int,
+    sides: int,
+    p: int,
+    per_sample: bool,
+    weighted: bool,
+) -> dict[str, Any]:
+    student_channels, teacher_channels, factor_channels = channels
+    padded = [padded_channels(count) for count in channels]
+    return {
+        "STUDENT_CHANNELS": student_channels,
+        "TEACHER_CHANNELS": teacher_channels,
+        "FACTOR_CHANNELS": factor_channels,
+        "STUDENT_PADDED": padded[0],
+        "TEACHER_PADDED": padded[1],
+        "FACTOR_PADDED": padded[2],
+        "STUDENT_BLOCK": min(padded[0], WIDEST_BLOCK),
+        "TEACHER_BLOCK": min(padded[1], WIDEST_BLOCK),
+        "FACTOR_BLOCK": min(padded[2], WIDEST_BLOCK),
+        "SIDES": sides,
+        "P": p,
+        "PER_SAMPLE": per_sample,
+        "WEIGHTED": weighted,
+        "ROWS": rows_for(pixels),
+        "FOLD": FOLD_BLOCK,
+        "INPUT_PRECISION": "tf32",
+        "num_warps": warps_for(student_channels, teacher_channels),
+        "num_stages": stages_for(device, student_channels, teacher_channels),
+        "enable_fp_fusion": False,
+    }
+
+
 def small_head_forward(
     student: Tensor,
     teacher: Tensor | None,
@@ -220,6 +249,7 @@ def small_head_forward(
         teacher_channels = teacher.shape[3]
         teacher_factor = torch.empty(factor_shape, dtype=dtype, device=device)
         scratch = torch.empty((samples, height, width, teacher_channels + factor_channels), dtype=dtype, device=device)
+    assert teacher_factor is not None
     per_sample = reduction == "none"
     loss = torch.empty((samples,) if per_sample else (), dtype=torch.float32, device=device)
     norms_and_distances = torch.empty((2, samples), dtype=torch.float32, device=device)
@@ -229,50 +259,45 @@ def small_head_forward(
         torch.empty(factor_shape, dtype=dtype, device=device),
         norms_and_distances[0],
     )
-    padded = [padded_channels(count) for count in (student_channels, teacher_channels, factor_channels)]
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
-        _small_head_forward_kernel[(samples * sides,)](
-            student,
-            teacher,
-            student_factor,
-            teacher_factor,
-            scratch,
-            *student_weights,
-            *student_biases,
-            *teacher_weights,
-            *teacher_biases,
-            *kept,
-            norms_and_distances[1],
-            loss,
-            arrival_counters(device, samples + 1),
-            loss if weight_tensor is None else weight_tensor,
-            height,
-            width,
-            samples,
-            TAPS,
-            norm_floor(eps, torch.float32),
-            reduction_scale(samples, height * width * factor_channels, p, reduction) * factor,
-            student_slope,
-            teacher_slope,
-            STUDENT_CHANNELS=student_channels,
-            TEACHER_CHANNELS=teacher_channels,
-            FACTOR_CHANNELS=factor_channels,
-            STUDENT_PADDED=padded[0],
-            TEACHER_PADDED=padded[1],
-            FACTOR_PADDED=padded[2],
-            STUDENT_BLOCK=min(padded[0], WIDEST_BLOCK),
-            TEACHER_BLOCK=min(padded[1], WIDEST_BLOCK),
-            FACTOR_BLOCK=min(padded[2], WIDEST_BLOCK),
-            SIDES=sides,
-            P=p,
-            PER_SAMPLE=per_sample,
-            WEIGHTED=weight_tensor is not None,
-            ROWS=rows_for(height * width),
-            FOLD=FOLD_BLOCK,
-            INPUT_PRECISION="tf32",
-            num_warps=warps_for(student_channels, teacher_channels),
-            num_stages=stages_for(device, student_channels, teacher_channels),
-            enable_fp_fusion=False,
+        launch(
+            _small_head_forward_kernel,
+            samples * sides,
+            (
+                student,
+                teacher,
+                student_factor,
+                teacher_factor,
+                scratch,
+                *student_weights,
+                *student_biases,
+                *teacher_weights,
+                *teacher_biases,
+                *kept,
+                norms_and_distances[1],
+                loss,
+                arrival_counters(device, samples + 1),
+                loss if weight_tensor is None else weight_tensor,
+            ),
+            (
+                height,
+                width,
+                samples,
+                TAPS,
+                norm_floor(eps, torch.float32),
+                reduction_scale(samples, height * width * factor_channels, p, reduction) * factor,
+                student_slope,
+                teacher_slope,
+            ),
+            _constants(
+                device,
+                (student_channels, teacher_channels, factor_channels),
+                height * width,
+                sides,
+                p,
+                per_sample,
+                weight_tensor is not None,
+            ),
         )
     return loss, kept

@@ -15,13 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import device_guard
 from .ft_head_loss import direction_scale, largest_factor
 from .ft_head_small import WIDEST_BLOCK, Kept
 from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
 from .ft_head_small_weights import weight_gradients
 from .image_tiles import convolve_image, load_image, store_image
-from .launch import device_guard
-from .loss_terms import loss_factor, split_weight
+from .launch import launch
+from .loss_numbers import split_weight
+from .loss_terms import loss_factor
 from .pack_weights import padded_channels
 
 NORMS_BLOCK = 512
@@ -160,41 +162,49 @@ def small_head_backward(
     padded_student, padded_factor = padded_channels(student_channels), padded_channels(factor_channels)
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
-        _small_head_input_gradients_kernel[(samples,)](
-            kept.direction,
-            kept.inverse_norm,
-            upstream,
-            final if weight_tensor is None else weight_tensor,
-            *student_weights_backward,
-            kept.a1,
-            kept.a2,
-            dz1,
-            dz2,
-            dz1 if dx is None else dx,
-            partials,
-            factors,
-            final,
-            height,
-            width,
+        launch(
+            _small_head_input_gradients_kernel,
             samples,
-            TAPS,
-            upstream.stride(0) if upstream.ndim else 0,
-            direction_scale(samples, height * width * factor_channels, p, reduction) * factor,
-            negative_slope,
-            STUDENT_CHANNELS=student_channels,
-            FACTOR_CHANNELS=factor_channels,
-            STUDENT_PADDED=padded_student,
-            FACTOR_PADDED=padded_factor,
-            STUDENT_BLOCK=min(padded_student, WIDEST_BLOCK),
-            FACTOR_BLOCK=min(padded_factor, WIDEST_BLOCK),
-            ROWS=rows_for(height * width),
-            NEEDS_INPUT=need_student_gradient,
-            WEIGHTED=weight_tensor is not None,
-            NORMS=NORMS_BLOCK,
-            INPUT_PRECISION="tf32",
-            num_warps=warps_for(student_channels, factor_channels),
-            num_stages=stages_for(device, student_channels, factor_channels),
-            enable_fp_fusion=False,
+            (
+                kept.direction,
+                kept.inverse_norm,
+                upstream,
+                final if weight_tensor is None else weight_tensor,
+                *student_weights_backward,
+                kept.a1,
+                kept.a2,
+                dz1,
+                dz2,
+                dz1 if dx is None else dx,
+                partials,
+                factors,
+                final,
+            ),
+            (
+                height,
+                width,
+                samples,
+                TAPS,
+                upstream.stride(0) if upstream.ndim else 0,
+                direction_scale(samples, height * width * factor_channels, p, reduction) * factor,
+                negative_slope,
+            ),
+            {
+                "STUDENT_CHANNELS": student_channels,
+                "FACTOR_CHANNELS": factor_channels,
+                "STUDENT_PADDED": padded_student,
+                "FACTOR_PADDED": padded_factor,
+                "STUDENT_BLOCK": min(padded_student, WIDEST_BLOCK),
+                "FACTOR_BLOCK": min(padded_factor, WIDEST_BLOCK),
+                "ROWS": rows_for(height * width),
+                "NEEDS_INPUT": need_student_gradient,
+                "WEIGHTED": weight_tensor is not None,
+                "NORMS": NORMS_BLOCK,
+                "INPUT_PRECISION": "tf32",
+                "num_warps": warps_for(student_channels, factor_channels),
+                "num_stages": stages_for(device, student_channels, factor_channels),
+                "enable_fp_fusion": False,
+            },
         )
     maps, gradients = (student, kept.a1, kept.a2), (dz1, dz2, kept.direction)
     return dx, *weight_gradients(maps, gradients, factors, partials, final)

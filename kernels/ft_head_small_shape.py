@@ -3,7 +3,8 @@
 import torch
 import triton
 
-from .launch import capability
+from .device import capability
+from .launch import power_of_2
 from .pack_weights import padded_channels
 
 TAPS = 9
@@ -32,7 +33,7 @@ def small_head_fits(
     sides = (("teacher", teacher_channels or 1), ("student", student_channels), ("factor", factor_channels))
     for side, channels in sides:
         # A block's sizes are powers of two.
-        if channels > 64 and triton.next_power_of_2(channels) != padded_channels(channels):
+        if channels > 64 and power_of_2(channels) != padded_channels(channels):
             return f"the {side}'s {channels} channels are neither up to 64 nor a power of two"
         if padded_channels(channels) * units > MOST_MAP:
             return f"the {side}'s {channels} channels on {height}x{width} are too many for one program"
@@ -54,4 +55,4 @@ def stages_for(device: torch.device, *channels: int) -> int:
 
 def rows_for(pixels: int) -> int:
     """Rows of an image's tile: tensor cores want 16 at least."""
-    return max(16, triton.next_power_of_2(pixels))
+    return max(16, power_of_2(pixels))

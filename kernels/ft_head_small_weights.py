@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import arrival_counters, device_guard
 from .ft_head_small_shape import TAPS, rows_for, stages_for
 from .image_tiles import multiply_accumulate
-from .launch import arrival_counters, device_guard
+from .launch import ceil_div, launch
 from .pack_weights import padded_channels
 
 # The widest tile of a weight, shares of the images, and the programs of the bias gradients.
@@ -179,40 +180,48 @@ def weight_gradients(
     widths = (student_channels, factor_channels, factor_channels)
     tile_of = {count: min(padded_channels(count), WIDEST_TILE) for count in widths}
     layers = ((student_channels, student_channels), (student_channels, factor_channels), (factor_channels,) * 2)
-    tiles = [TAPS * triton.cdiv(a, tile_of[a]) * triton.cdiv(b, tile_of[b]) for a, b in layers]
+    tiles = [TAPS * ceil_div(a, tile_of[a]) * ceil_div(b, tile_of[b]) for a, b in layers]
     shares = [
         torch.empty((count, SHARES, tile_of[a], tile_of[b]), dtype=torch.float32, device=device)
         for count, (a, b) in zip(tiles, layers, strict=True)
     ]
     results = [torch.empty((b, a, 3, 3), dtype=torch.float32, device=device) for a, b in layers]
     biases = torch.empty(sum(widths), dtype=torch.float32, device=device)
-    programs = (sum(tiles) + triton.cdiv(sum(widths), BIAS_COLUMNS)) * SHARES
+    programs = (sum(tiles) + ceil_div(sum(widths), BIAS_COLUMNS)) * SHARES
     with device_guard(device):
-        _small_head_weight_gradients_kernel[(programs,)](
-            *maps,
-            *gradients,
-            factors,
-            partials,
-            final,
-            *shares,
-            arrival_counters(device, sum(tiles)),
-            *results,
-            biases,
-            height,
-            width,
-            samples,
-            *tiles,
-            STUDENT_CHANNELS=student_channels,
-            FACTOR_CHANNELS=factor_channels,
-            ROWS=rows_for(height * width),
-            STUDENT_TILE=tile_of[student_channels],
-            FACTOR_TILE=tile_of[factor_channels],
-            SHARES=SHARES,
-            BIAS_COLUMNS=BIAS_COLUMNS,
-            BIAS_ROWS=BIAS_ROWS,
-            INPUT_PRECISION="tf32",
-            num_warps=4,
-            num_stages=stages_for(device, student_channels, factor_channels),
-            enable_fp_fusion=False,
+        launch(
+            _small_head_weight_gradients_kernel,
+            programs,
+            (
+                *maps,
+                *gradients,
+                factors,
+                partials,
+                final,
+                *shares,
+                arrival_counters(device, sum(tiles)),
+                *results,
+                biases,
+            ),
+            (
+                height,
+                width,
+                samples,
+                *tiles,
+            ),
+            {
+                "STUDENT_CHANNELS": student_channels,
+                "FACTOR_CHANNELS": factor_channels,
+                "ROWS": rows_for(height * width),
+                "STUDENT_TILE": tile_of[student_channels],
+                "FACTOR_TILE": tile_of[factor_channels],
+                "SHARES": SHARES,
+                "BIAS_COLUMNS": BIAS_COLUMNS,
+                "BIAS_ROWS": BIAS_ROWS,
+                "INPUT_PRECISION": "tf32",
+                "num_warps": 4,
+                "num_stages": stages_for(device, student_channels, factor_channels),
+                "enable_fp_fusion": False,
+            },
         )
     return results, list(biases.split(list(widths)))

@@ -14,15 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arrival_counters, device_guard
+from .device import arrival_counters, device_guard
+from .launch import launch
+from .loss_numbers import norm_floor, reduction_scale, split_weight
 from .loss_terms import (
     finish_loss,
     loss_factor,
-    norm_floor,
     reciprocal_distance,
     reciprocal_norm,
-    reduction_scale,
-    split_weight,
     square_root,
     sums_of_sample,
     terms_of,
@@ -192,30 +191,38 @@ def ft_loss_forward(
     loss = torch.empty((samples,) if per_sample else (), dtype=dtype, device=device)
     statistics = torch.empty((5, samples), dtype=dtype, device=device)
     with device_guard(device):
-        _ft_loss_forward_kernel[(samples,)](
-            student,
-            teacher,
-            loss,
-            statistics,
-            statistics if per_sample else arrival_counters(device),
-            statistics if weight_tensor is None else weight_tensor,
-            walk.rows[0],
-            walk.rows[1],
-            walk.units,
+        launch(
+            _ft_loss_forward_kernel,
             samples,
-            norm_floor(eps, dtype),
-            reduction_scale(samples, size, p, reduction) * factor,
-            walk.layout,
-            P=p,
-            PER_SAMPLE=per_sample,
-            WEIGHTED=weight_tensor is not None,
-            RANK=walk.rank,
-            ALIGN=walk.align,
-            SINGLE_PASS=single_pass,
-            BLOCK=block,
-            FOLD=FOLD_BLOCK,
-            num_warps=warps,
-            enable_fp_fusion=False,
+            (
+                student,
+                teacher,
+                loss,
+                statistics,
+                statistics if per_sample else arrival_counters(device),
+                statistics if weight_tensor is None else weight_tensor,
+            ),
+            (
+                walk.rows[0],
+                walk.rows[1],
+                walk.units,
+                samples,
+                norm_floor(eps, dtype),
+                reduction_scale(samples, size, p, reduction) * factor,
+                walk.layout,
+            ),
+            {
+                "P": p,
+                "PER_SAMPLE": per_sample,
+                "WEIGHTED": weight_tensor is not None,
+                "RANK": walk.rank,
+                "ALIGN": walk.align,
+                "SINGLE_PASS": single_pass,
+                "BLOCK": block,
+                "FOLD": FOLD_BLOCK,
+                "num_warps": warps,
+                "enable_fp_fusion": False,
+            },
         )
     return loss, statistics
 
@@ -252,35 +259,78 @@ def ft_loss_backward(
     splits = -(-walk.size // block)
     factor, weight_tensor = split_weight(weight, device)
     with device_guard(device):
-        _ft_loss_backward_kernel[(samples * splits,)](
-            tensors[0],
-            tensors[1],
-            statistics,
-            upstream,
-            statistics if weight_tensor is None else weight_tensor,
-            tensors[2],
-            tensors[-1],
-            walk.rows[0],
-            walk.rows[1],
-            walk.rows[2],
-            walk.rows[-1],
-            upstream.stride(0) if upstream.ndim else 0,
-            walk.units,
-            samples,
-            splits,
-            reduction_scale(samples, walk.size, p, reduction) * factor,
-            walk.layout,
-            P=p,
-            WEIGHTED=weight_tensor is not None,
-            STUDENT=student_gradient,
-            TEACHER=teacher_gradient,
-            RANK=walk.rank,
-            ALIGN=walk.align,
-            BLOCK=block,
-            num_warps=_warps(block),
-            enable_fp_fusion=False,
+        launch(
+            _ft_loss_backward_kernel,
+            samples * splits,
+            (
+                tensors[0],
+                tensors[1],
+                statistics,
+                upstream,
+                statistics if weight_tensor is None else weight_tensor,
+                tensors[2],
+                tensors[-1],
+            ),
+            (
+                walk.rows[0],
+                walk.rows[1],
+                walk.rows[2],
+                walk.rows[-1],
+                upstream.stride(0) if upstream.ndim else 0,
+                walk.units,
+                samples,
+                splits,
+                reduction_scale(samples, walk.size, p, reduction) * factor,
+                walk.layout,
+            ),
+            {
+                "P": p,
+                "WEIGHTED": weight_tensor is not None,
+                "STUDENT": student_gradient,
+                "TEACHER": teacher_gradient,
+                "RANK": walk.rank,
+                "ALIGN": walk.align,
+                "BLOCK": block,
+                "num_warps": _warps(block),
+                "enable_fp_fusion": False,
+            },
         )
     for grad, computed in zip(grads, tensors[2:], strict=True):
         if computed is not grad:
             grad.copy_(computed)
     return student_grad, teacher_grad
+
+
+class LossPlan:
+    """The launches for factors of one kind: p, reduction and eps; the rest is found by what the factors are."""
+
+    writes_gradient = False
+
+    def __init__(self, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> None:
+        self.p, self.reduction, self.eps = p, reduction, eps
+
+    def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`ft_loss_forward`."""
+        return ft_loss_forward(student, teacher, p=self.p, reduction=self.reduction, eps=self.eps, weight=weight)
+
+    def backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        statistics: Tensor,
+        upstream: Tensor,
+        weight: float | Tensor,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:func:`ft_loss_backward` of the gradients that are needed."""
+        return ft_loss_backward(
+            student,
+            teacher,
+            statistics,
+            upstream,
+            p=self.p,
+            reduction=self.reduction,
+            weight=weight,
+            student_gradient=needed[0],
+            teacher_gradient=needed[1],
+        )

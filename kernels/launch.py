@@ -1,56 +1,84 @@
-"""What launches need from their device: a guard, what it can compile, counters for the program that arrives last."""
+"""How the Triton kernels are launched: past what Triton finds out anew at every launch of a kernel that it has."""
 
-import contextlib
 import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import JITFunction, knobs
+
+from .device import current_stream
 
 # The interpreter's tl.dot is wrong for 16-bit operands; kernels convert them to float32 where this is set.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
+# What a launch needs of a compiled kernel; a Triton that has it otherwise is asked the ordinary way.
+_PARTS = ("run", "function", "packed_metadata")
+# AMD's compiler also asks how much memory is behind a pointer.
+_KNOWN_BY_ITS_ARGUMENTS = torch.version.hip is None
+_MOST_COMPILED = 4096
+ALIGNMENT = 16  # bytes, from which on Triton compiles for an aligned pointer
 
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes ``device`` the current one, which is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+class _Handle(NamedTuple):
+    kernel: Any  # held, since its id is part of the key
+    compiled: Any
+    constants: tuple[Any, ...]
 
 
-@cache
-def capability(device: torch.device) -> int:
-    """The compute capability times ten that kernels are shaped for: 90 or 100, and 80 for every other device.
+_compiled: dict[tuple[Any, ...], _Handle] = {}
 
-    The CPU, for Triton's interpreter, counts as 90.
+
+def ceil_div(number: int, by: int) -> int:
+    """The quotient rounded up; Triton's own takes the host ten times as long."""
+    return -(-number // by)
+
+
+def power_of_2(number: int) -> int:
+    """The power of two from ``number`` on; Triton's own takes the host ten times as long."""
+    return 1 << (number - 1).bit_length()
+
+
+def launch(
+    kernel: Any, programs: int, pointers: Sequence[Tensor], numbers: Sequence[Any], constants: dict[str, Any]
+) -> None:
+    """``kernel[(programs,)](*pointers, *numbers, **constants)`` on the current device, in half of its host time.
+
+    Triton compiles for the dtypes and alignments of pointers, for some values of integers and for the constants. Equal
+    ones launch the same compiled kernel at once, from the second time on.
+
+    Args:
+        pointers: the kernel's first parameters.
+        numbers: the next ones; tuples of integers too.
+        constants: the kernel's constants and Triton's options, at every launch of a kernel in the same order.
     """
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major if (major, minor) in ((9, 0), (10, 0)) else 80
+    addresses = 0
+    for pointer in pointers:
+        addresses |= pointer.data_ptr()
+    device = pointers[0].device
+    kinds = [float if type(number) is float else number for number in numbers]  # whatever float it is
+    key = (id(kernel), device, *[pointer.dtype for pointer in pointers], *kinds, *constants.values())
+    found = _compiled.get(key)
+    hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls  # a profiler's
+    if found is None or hooks or addresses % ALIGNMENT:
+        compiled = kernel[(programs,)](*pointers, *numbers, **constants)
+        if addresses % ALIGNMENT == 0 and type(kernel) is JITFunction and _is_as_expected(kernel, compiled):
+            if len(_compiled) >= _MOST_COMPILED:
+                _compiled.clear()
+            arguments = kernel.arg_names[len(pointers) + len(numbers) :]
+            _compiled[key] = _Handle(kernel, compiled, tuple(constants[name] for name in arguments))
+        return
+    _, compiled, values = found
+    without_hooks = (None, None, None)
+    parts = (current_stream(device), compiled.function, compiled.packed_metadata, *without_hooks)
+    compiled.run(programs, 1, 1, *parts, *pointers, *numbers, *values)
 
 
-_counters: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-def arrival_counters(device: torch.device, count: int = 1) -> Tensor:
-    """``count`` zeros that the last programs of a launch set back to zero, one buffer for each device and stream.
-
-    A launch under graph capture gets one of its own, zeroed by a node of the graph: graphs captured on one stream may
-    be replayed side by side.
-    """
-    if device.type != "cuda":
-        key = (device, 0, count)
-    elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    else:
-        key = (device, torch.cuda.current_stream(device).cuda_stream, count)
-    counters = _counters.get(key)
-    if counters is None:
-        # Memory pools are routed by thread: from a thread of its own the buffer is out of the pool of a graph that
-        # torch.compile is warming up for, and outlives it.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            counters = pool.submit(lambda: torch.empty(count, dtype=torch.int32, device=device)).result()
-        _counters[key] = counters.zero_()
-    return counters
+def _is_as_expected(kernel: Any, compiled: Any) -> bool:
+    hooks = (getattr(knobs.runtime, name, None) for name in ("launch_enter_hook", "launch_exit_hook"))
+    chained = all(hasattr(hook, "calls") for hook in hooks)
+    return (
+        _KNOWN_BY_ITS_ARGUMENTS and chained and not kernel.pre_run_hooks and all(hasattr(compiled, it) for it in _PARTS)
+    )

@@ -3,10 +3,8 @@
 # mypy: disallow-incomplete-defs=False
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .sample_layout import load, remaining
 
@@ -112,24 +110,3 @@ def finish_loss(
                 total += tl.load(distances + row, mask=row < samples, other=0.0, cache_modifier=".cg")
             tl.store(loss, tl.sum(total, 0) * loss_factor(scale, weight, WEIGHTED, DTYPE))
             tl.store(counter, 0)
-
-
-def norm_floor(eps: float, dtype: torch.dtype) -> float:
-    """``eps`` as a kernel takes it: the reciprocal of a subnormal number would be infinite."""
-    return max(float(eps), torch.finfo(dtype).tiny) if eps else 0.0
-
-
-def reduction_scale(samples: int, size: int, p: int, reduction: str) -> float:
-    """1 over what the sum of l is divided by."""
-    if reduction in ("none", "sum"):
-        return 1.0
-    return 1.0 / (samples * size if reduction == "mean" and p == 1 else samples)
-
-
-def split_weight(weight: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """The weight as a number to multiply the scale with, or as a tensor that the kernel reads."""
-    if not isinstance(weight, Tensor):
-        return weight, None
-    if weight.device == device:
-        return 1.0, weight
-    return weight.item(), None

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .device import device_guard
+from .launch import ceil_div, launch
 
 TILE = 32
 WEIGHTS_PER_LAUNCH = 3
@@ -181,7 +182,7 @@ def _allocate(weight: Tensor, dtype: torch.dtype, backward: bool) -> PackedWeigh
 
 
 def _tiles(weight: Tensor) -> int:
-    outputs, inputs = (triton.cdiv(padded_channels(count), TILE) for count in weight.shape[:2])
+    outputs, inputs = (ceil_div(padded_channels(count), TILE) for count in weight.shape[:2])
     return outputs * inputs
 
 
@@ -211,5 +212,11 @@ def pack_weights(weights: Sequence[Tensor], dtype: torch.dtype, *, backward: boo
             if place < len(weights):
                 programs += _tiles(weight)
         with device_guard(weights[first].device):
-            _pack_weights_kernel[(programs,)](*pointers, *numbers, BACKWARD=backward, TILE=TILE, **OPTIONS)
+            launch(
+                _pack_weights_kernel,
+                programs,
+                (*pointers,),
+                (*numbers,),
+                {"BACKWARD": backward, "TILE": TILE, **OPTIONS},
+            )
     return packed

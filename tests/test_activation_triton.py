@@ -85,14 +85,14 @@ def test_activation_in_place(channels: int, dtype: torch.dtype) -> None:
     expected = gradient.double() * torch.where(z > 0, 1.0, SLOPE).double()
     partials = activation.leaky_relu_backward_(gradient, z, SLOPE)
     assert relative_error(gradient, expected) <= ROUNDED_ERROR[dtype]
-    sums = activation.sum_partials(partials, torch.tensor(-2.0, device=DEVICE))
+    sums = activation.sum_partials([partials], torch.tensor(-2.0, device=DEVICE))[0]
     assert relative_error(sums, -2 * expected.sum((0, 1, 2))) <= 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 127, 300])
 def test_sum_of_partials(rows: int) -> None:
     partials = normal(rows, 50)
-    assert relative_error(activation.sum_partials(partials), partials.double().sum(0)) <= 1e-6
+    assert relative_error(activation.sum_partials([partials])[0], partials.double().sum(0)) <= 1e-6
 
 
 def test_activation_splits_many_pixels_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,4 +102,4 @@ def test_activation_splits_many_pixels_evenly(monkeypatch: pytest.MonkeyPatch) -
     partials = activation.leaky_relu_backward_(gradient, output, SLOPE)
     assert partials.shape == (3, 20)
     assert relative_error(gradient, expected) <= 1e-6
-    assert relative_error(activation.sum_partials(partials), expected.sum((0, 1, 2))) <= 1e-6
+    assert relative_error(activation.sum_partials([partials])[0], expected.sum((0, 1, 2))) <= 1e-6

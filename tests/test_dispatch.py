@@ -14,6 +14,8 @@ from ftfast import dispatch
 from ftfast.backends import KernelBackend, Support, native
 from ftfast.extension import load_extension
 from ftfast.ops.ft_loss import function as op
+from ftfast.ops.ft_loss import plans
+from ftfast.ops.remembered import Remembered
 from tests.fork_server import Popen
 from tests.launching import python
 
@@ -22,7 +24,8 @@ FACTOR = torch.zeros(2, 8)
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
-    monkeypatch.setattr(op, "_approved", {})
+    monkeypatch.setattr(op, "_chosen", Remembered())
+    monkeypatch.setattr(plans, "_plans", Remembered())
     monkeypatch.setattr(dispatch, "_said", set())
     monkeypatch.delenv("FTFAST_BACKEND", raising=False)
 
@@ -85,17 +88,21 @@ def test_explain_gives_every_backend_a_line_and_a_reason():
     assert "meta" in meta
 
 
-class Plain(ModuleType):
+class Plan:
     """Kernels in torch's operators: p = 1, the mean, a student's gradient."""
 
-    @staticmethod
-    def ft_loss_forward(student, teacher, *, p, reduction, eps, weight):
-        loss = ftfast.reference.ft_loss(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
+    writes_gradient = False
+
+    def __init__(self, student, teacher, p, reduction, eps):
+        assert (p, reduction) == (1, "mean")
+        self.p, self.reduction, self.eps = p, reduction, eps
+
+    def forward(self, student, teacher, weight):
+        loss = ftfast.reference.ft_loss(student, teacher, eps=self.eps, weight=weight)
         return loss.detach(), student.new_zeros(5, len(student))
 
-    @staticmethod
-    def ft_loss_backward(student, teacher, statistics, upstream, *, p, reduction, weight, **wanted):
-        assert (p, reduction, wanted) == (1, "mean", {"student_gradient": True, "teacher_gradient": False})
+    def backward(self, student, teacher, statistics, upstream, weight, needed):
+        assert needed == (True, False)
         size = student.norm(dim=1, keepdim=True)
         a, b = student / size, teacher / teacher.norm(dim=1, keepdim=True)
         gradient = (a - b).sign()
@@ -111,7 +118,9 @@ class Toy(KernelBackend):
         return Support(student_dtype == torch.float32, "operators of torch in float32")
 
     def launchers(self, device):
-        return Plain("plain")
+        launchers = ModuleType("plain")
+        launchers.LossPlan = Plan
+        return launchers
 
 
 @pytest.mark.parametrize("asked", ["toy", "auto"])
@@ -119,8 +128,8 @@ class Toy(KernelBackend):
 def test_a_backend_is_a_class_and_a_line_in_the_registry(monkeypatch, no_extension, asked, compiled):
     monkeypatch.setitem(dispatch.BACKENDS, "toy", Toy())
     student, teacher = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
-    launched, forward = [], KernelBackend.forward
-    monkeypatch.setattr(KernelBackend, "forward", lambda self, *a: launched.append(self.name) or forward(self, *a))
+    launched, forward = [], Plan.forward
+    monkeypatch.setattr(Plan, "forward", lambda self, *a: launched.append("toy") or forward(self, *a))
     module = ftfast.FTLoss(weight=500.0, backend=asked)
     loss = (torch.compile(module, backend="eager", fullgraph=True) if compiled else module)(student, teacher)
     loss.backward()
@@ -159,8 +168,8 @@ def test_info_tells_every_reason():
 @pytest.mark.process
 def test_check_exits_with_1_when_a_kernel_is_wrong(tmp_path):
     script = (
-        "import torch; from ftfast.ops.ft_loss import native; right = native._scale\n"
-        "native._scale = lambda *a: right(*a) * 1.001\n"
+        "import torch; from ftfast.ops.ft_loss.native import LossPlan; right = LossPlan._scale\n"
+        "LossPlan._scale = lambda *a: right(*a) * 1.001\n"
         "from ftfast.cli import main; raise SystemExit(main(['check', '--backend', 'native']))"
     )
     if load_extension()[0] is None:

@@ -58,7 +58,7 @@ def test_new_shapes_keep_their_kernels() -> None:
         with recorded(activation) as launches:
             run = torch.empty(samples, height, width, 64, dtype=torch.bfloat16)
             activation.bias_leaky_relu_(run, torch.empty(64), 0.1)
-            activation.sum_partials(activation.leaky_relu_backward_(run, run, 0.1))
+            activation.sum_partials([activation.leaky_relu_backward_(run, run, 0.1)])
         keys |= {cache_key(launched) for launched in launches}
     assert len(keys) == 3
 
@@ -77,7 +77,7 @@ def test_activation_moves_16_bytes_at_once(channels: int, dtype: torch.dtype, ar
     with recorded(activation) as launches:
         activation.bias_leaky_relu_(z, torch.empty(channels), 0.1)
         activation.leaky_relu_backward_(z, output, 0.1)
-        activation.sum_partials(torch.empty(5, channels))
+        activation.sum_partials([torch.empty(5, channels)])
     # The bias comes on top.
     assert all(wide_share(assert_fits(launched, architecture)) >= 0.6 for launched in launches)
 

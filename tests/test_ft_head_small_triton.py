@@ -27,7 +27,7 @@ forward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small")
 backward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_backward")
 weight_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_weights")
 shape_rules = pytest.importorskip("ftfast.kernels.ft_head_small_shape")
-launch = pytest.importorskip("ftfast.kernels.launch")
+devices = pytest.importorskip("ftfast.kernels.device")
 packing = pytest.importorskip("ftfast.kernels.pack_weights")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -444,8 +444,8 @@ def test_counters_are_left_at_zero() -> None:
     head = make(SMALL)
     _, kept = forward(head)
     backward(head, kept, upstream_of(head, "mean"))
-    assert launch._counters
-    assert not any(bool(counters.any()) for counters in launch._counters.values())
+    assert devices._counters
+    assert not any(bool(counters.any()) for counters in devices._counters.values())
 
 
 class _Counted:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import ftfast
 from ftfast import dispatch, reference
-from ftfast.backends import native
+from ftfast.backends import native, triton
 from ftfast.extension import extension, load_extension
 from ftfast.ops.ft_loss import cuda as kernels
 
@@ -225,7 +225,6 @@ HOSTS = {
 @pytest.fixture(params=[*HOSTS, pytest.param("cuda", marks=pytest.mark.cuda)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """Where the launchers find their kernels; yields the factors' device."""
-    pytest.importorskip("triton", reason="the launches' counters need the package triton")
     if request.param == "cuda":
         device = torch.device("cuda", 0)
         _skip_without_kernels(device)
@@ -233,7 +232,6 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capfd
         return
     host = _on_host(request.getfixturevalue("host_library"), HOSTS[request.param])
     monkeypatch.setattr(kernels, "extension", lambda: host)
-    monkeypatch.setattr(kernels, "_stream", lambda device: 0)
     yield torch.device("cpu")
     assert "runtime error" not in capfd.readouterr().err
 
@@ -266,6 +264,12 @@ def _wide(factor: Tensor) -> Tensor:
     return factor.detach().float().double().requires_grad_() if factor.dtype != torch.float64 else _leaf(factor)
 
 
+def _forward(
+    student: Tensor, teacher: Tensor, *, p: int, reduction: str, eps: float, weight: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    return kernels.LossPlan(student, teacher, p, reduction, eps).forward(student, teacher, weight)
+
+
 def _leaf(factor: Tensor) -> Tensor:
     return factor.detach().clone().requires_grad_()
 
@@ -280,7 +284,7 @@ def _assert_same_as_reference(
     weight: float | Tensor = 1.0,
     upstream: Tensor | None = None,
 ) -> None:
-    loss, statistics = kernels.ft_loss_forward(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
+    loss, statistics = _forward(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
     wide_student, wide_teacher = _wide(student), _wide(teacher)
     expected = reference.ft_loss(wide_student, wide_teacher, p=p, reduction=reduction, eps=eps, weight=weight)
     assert loss.shape == expected.shape
@@ -289,17 +293,9 @@ def _assert_same_as_reference(
     if upstream is None:
         upstream = _normal(*expected.shape, dtype=loss.dtype, seed=5).to(student.device) * student.numel()
         upstream += 2 * upstream.sign() * student.numel() / student.shape[0]
-    computed = kernels.ft_loss_backward(
-        student,
-        teacher,
-        statistics,
-        upstream,
-        p=p,
-        reduction=reduction,
-        weight=weight,
-        student_gradient=True,
-        teacher_gradient=teacher.dtype in GRADIENT_ERROR,
-    )
+    options = {"p": p, "reduction": reduction, "weight": weight}
+    trains = teacher.dtype in GRADIENT_ERROR
+    computed = _backward(student, teacher, statistics, upstream, **options, teacher_gradient=trains)
     exact = torch.autograd.grad(expected, (wide_student, wide_teacher), upstream.double())
     for factor, gradient, right in zip((student, teacher), computed, exact, strict=True):
         if gradient is None:
@@ -387,7 +383,6 @@ def _blocks_of(
 def test_a_sample_gets_as_few_blocks_as_hold_it(
     host_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, size: int, limit: int, clusters: bool, blocks: int
 ) -> None:
-    pytest.importorskip("triton", reason="the launches' counters need the package triton")
     for shift in (0, 1):
         student, teacher = (_normal(3 * size + 1, seed=seed)[shift:][: 3 * size].view(3, size) for seed in (0, 1))
         limits = _Limits(limit, limit, clusters)
@@ -431,7 +426,7 @@ def test_three_blocks_share_a_multiprocessor_where_clusters_allow(
 def test_one_number_a_sample(place: torch.device, p: int) -> None:
     # The direction of one number is its sign: nothing is tangential, so the gradient is 0 up to rounding.
     student, teacher = _normal(5, 1).to(place), _normal(5, 1, seed=1).to(place)
-    loss, statistics = kernels.ft_loss_forward(student, teacher, p=p, reduction="none", eps=1e-12, weight=1.0)
+    loss, statistics = _forward(student, teacher, p=p, reduction="none", eps=1e-12, weight=1.0)
     expected = (student.sign() - teacher.sign()).abs().flatten()
     assert bool(((loss - expected).abs() <= 1e-6).all())
     (gradient, _) = _backward(student, teacher, statistics, torch.ones_like(loss), p=p, teacher_gradient=False)
@@ -442,8 +437,10 @@ def test_one_number_a_sample(place: torch.device, p: int) -> None:
 def _backward(
     student: Tensor, teacher: Tensor, statistics: Tensor, upstream: Tensor, **options: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    given = {"p": 1, "reduction": "none", "weight": 1.0, "student_gradient": True, "teacher_gradient": True}
-    return kernels.ft_loss_backward(student, teacher, statistics, upstream, **(given | options))
+    given = {"p": 1, "reduction": "none", "weight": 1.0, "student_gradient": True, "teacher_gradient": True} | options
+    plan = kernels.LossPlan(student, teacher, given["p"], given["reduction"], 0.0)
+    needed = (given["student_gradient"], given["teacher_gradient"])
+    return plan.backward(student, teacher, statistics, upstream, given["weight"], needed)
 
 
 def _channels_last(factor: Tensor) -> Tensor:
@@ -505,21 +502,19 @@ def test_layouts(place: torch.device, layout: str, dtype: torch.dtype) -> None:
 def test_like_strides_cost_no_copy(place: torch.device, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = (LAYOUTS[layout](_normal(3, 16, 4, 5, seed=seed).to(place)) for seed in (0, 1))
     copies: list[object] = []
-    monkeypatch.setattr(kernels, "_empty_in", lambda *args: copies.append(args) or pytest.fail("a copy was made"))
+    monkeypatch.setattr(kernels.Side, "empty", lambda *args: copies.append(args) or pytest.fail("a copy was made"))
     _assert_same_as_reference(student, teacher)
     assert not copies
 
 
 def test_a_student_with_gaps_is_the_one_that_is_copied(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = _crop(_normal(3, 16, 4, 5).to(place)), _channels_last(_normal(3, 16, 4, 5, seed=1).to(place))
-    copied: list[Tensor] = []
-    right = kernels._empty_in
-    monkeypatch.setattr(
-        kernels, "_empty_in", lambda order, like, dtype: copied.append(like) or right(order, like, dtype)
-    )
-    kernels.ft_loss_forward(student, teacher, p=1, reduction="mean", eps=1e-12, weight=1.0)
-    assert len(copied) == 1
-    assert copied[0] is student
+    copied: list[kernels.Side] = []
+    right = kernels.Side.empty
+    monkeypatch.setattr(kernels.Side, "empty", lambda side, device: copied.append(side) or right(side, device))
+    plan = kernels.LossPlan(student, teacher, 1, "mean", 1e-12)
+    plan.forward(student, teacher, 1.0)
+    assert copied == [plan.student]
 
 
 def test_expanded_factors(place: torch.device) -> None:
@@ -534,7 +529,7 @@ def test_expanded_factors(place: torch.device) -> None:
 def test_identical_values_give_exactly_zero(place: torch.device, layout: str, p: int) -> None:
     student = _normal(3, 16, 4, 5).to(place)
     teacher = LAYOUTS[layout](student)
-    loss, statistics = kernels.ft_loss_forward(student, teacher, p=p, reduction="sum", eps=1e-12, weight=1.0)
+    loss, statistics = _forward(student, teacher, p=p, reduction="sum", eps=1e-12, weight=1.0)
     assert float(loss) == 0.0
     for gradient in _backward(student, teacher, statistics, torch.ones_like(loss), p=p, reduction="sum"):
         assert gradient is not None
@@ -570,7 +565,7 @@ def test_zero_rows_stay_finite_with_a_subnormal_eps(place: torch.device) -> None
     student, teacher, _ = (
         case.to(place) if isinstance(case, Tensor) else case for case in _clamped_cases()["zero rows"]
     )
-    loss, _ = kernels.ft_loss_forward(student, teacher, p=1, reduction="none", eps=1e-40, weight=1.0)
+    loss, _ = _forward(student, teacher, p=1, reduction="none", eps=1e-40, weight=1.0)
     expected = reference.ft_loss(student.double(), teacher.double(), reduction="none", eps=1e-40)
     assert _relative_error(loss, expected) <= LOSS_ERROR[torch.float32]
 
@@ -586,7 +581,7 @@ def test_values_that_are_not_finite_or_overflow(place: torch.device, side: int, 
     upstream = torch.ones_like(expected)
     gradients = torch.autograd.grad(expected, (student, teacher), upstream)
     student, teacher = student.detach(), teacher.detach()
-    loss, statistics = kernels.ft_loss_forward(student, teacher, p=p, reduction="none", eps=1e-12, weight=1.0)
+    loss, statistics = _forward(student, teacher, p=p, reduction="none", eps=1e-12, weight=1.0)
     assert torch.allclose(loss, expected, rtol=1e-5, atol=0, equal_nan=True)
     computed = _backward(student, teacher, statistics, upstream, p=p)
     for result, gradient in zip(computed, gradients, strict=True):
@@ -604,7 +599,7 @@ def test_every_value_of_a_narrow_dtype_is_read(place: torch.device, stored: torc
     values = values[values.isfinite() & (values.abs() < 1e4)]
     teacher = torch.stack([values, torch.ones_like(values)], 1).to(stored).to(place)
     student = torch.tensor([[0.0, 1.0]]).expand(len(values), 2).to(place)
-    loss, _ = kernels.ft_loss_forward(student, teacher, p=1, reduction="none", eps=1e-12, weight=1.0)
+    loss, _ = _forward(student, teacher, p=1, reduction="none", eps=1e-12, weight=1.0)
     expected = reference.ft_loss(student.double(), teacher.float().double(), reduction="none")
     # l is about |value| where that is small: what is left of 1 - b there carries the rounding of a number near 1.
     assert bool(((loss.double() - expected).abs() <= 1e-6 * expected + 1.2e-7).all())
@@ -615,7 +610,7 @@ def test_gradients_are_rounded_as_torch_rounds(place: torch.device, dtype: torch
     """From values below the dtype's smallest to infinity, the same bits as a float32 gradient cast by torch."""
     student, teacher = _normal(64, 96, dtype=dtype).to(place), _normal(64, 96, seed=1).to(place)
     scales = 10.0 ** torch.linspace(-10, 8, 64).to(place)
-    _, statistics = kernels.ft_loss_forward(student, teacher, p=1, reduction="none", eps=1e-12, weight=1.0)
+    _, statistics = _forward(student, teacher, p=1, reduction="none", eps=1e-12, weight=1.0)
     rounded, _ = _backward(student, teacher, statistics, scales)
     exact, _ = _backward(student.float(), teacher, statistics, scales)
     assert rounded is not None
@@ -657,7 +652,7 @@ def test_upstream_strides(place: torch.device) -> None:
 @pytest.mark.parametrize("p", [1, 2])
 def test_gradients_alone_are_those_of_the_launch_of_both(place: torch.device, p: int, layout: str) -> None:
     student, teacher = _normal(3, 16, 4, 5).to(place), LAYOUTS[layout](_normal(3, 16, 4, 5, seed=1).to(place))
-    _, statistics = kernels.ft_loss_forward(student, teacher, p=p, reduction="mean", eps=1e-12, weight=1.0)
+    _, statistics = _forward(student, teacher, p=p, reduction="mean", eps=1e-12, weight=1.0)
     upstream = torch.tensor(3.0, device=place)
     both = _backward(student, teacher, statistics, upstream, p=p, reduction="mean")
     for alone in (0, 1):
@@ -669,11 +664,11 @@ def test_gradients_alone_are_those_of_the_launch_of_both(place: torch.device, p:
 
 
 def test_counters_return_to_zero(place: torch.device) -> None:
-    from ftfast.kernels.launch import arrival_counters
+    from ftfast.kernels.device import arrival_counters
 
     student, teacher = _normal(5, 40).to(place), _normal(5, 40, seed=1).to(place)
     for _ in range(2):
-        kernels.ft_loss_forward(student, teacher, p=1, reduction="mean", eps=1e-12, weight=1.0)
+        _forward(student, teacher, p=1, reduction="mean", eps=1e-12, weight=1.0)
         assert int(arrival_counters(place)) == 0
 
 
@@ -792,18 +787,23 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(ft_loss_cuda_forward=None, instruction_set=lambda: "avx2")
     monkeypatch.setattr(native, "load_extension", lambda: (made, ""))
     monkeypatch.setattr(native, "_cuda_problem", lambda index: "")
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
 
 
 def _supports(**device: Any) -> dispatch.Support:
     return dispatch.supports("native", _Device(**device), torch.float32, torch.float32)  # type: ignore[arg-type]
 
 
-def test_native_runs_on_a_gpu_when_asked_for(imagined_gpu: None) -> None:
+def test_native_comes_first_on_a_gpu_and_needs_no_triton(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     assert _supports() == (True, "CUDA C++ kernels")
-    chosen = dispatch._choose("auto", _Device(), torch.float32, torch.float32)  # type: ignore[arg-type]
-    assert chosen == "triton"
-    assert dispatch._choose("native", _Device(), torch.float32, torch.float32) == "native"  # type: ignore[arg-type]
+    for asked in ("auto", "native"):
+        assert dispatch._choose(asked, _Device(), torch.float32, torch.float32) == "native"  # type: ignore[arg-type]
+
+
+def test_triton_comes_next_on_a_gpu(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(native, "load_extension", lambda: (None, "no C++ compiler was found"))
+    assert dispatch._choose("auto", _Device(), torch.float32, torch.float32) == "triton"  # type: ignore[arg-type]
 
 
 def test_a_head_computed_in_layers_takes_its_loss_where_it_runs(
@@ -811,10 +811,10 @@ def test_a_head_computed_in_layers_takes_its_loss_where_it_runs(
 ) -> None:
     """Its own Triton kernel read long samples three times."""
     layers = pytest.importorskip("ftfast.ops.ft_head.layers", reason="the package triton is not installed")
-    factor: Any = SimpleNamespace(is_cuda=True, device=_Device(), dtype=torch.bfloat16)
-    assert layers._loss_kernels(factor, factor).name == "native"
+    factor: Any = (_Device(), torch.bfloat16, torch.bfloat16)
+    assert layers.loss_backend(*factor).name == "native"
     monkeypatch.setattr(native, "load_extension", lambda: (None, "no C++ compiler was found"))
-    assert layers._loss_kernels(factor, factor).name == "triton"
+    assert layers.loss_backend(*factor).name == "triton"
 
 
 def test_every_obstacle_on_a_gpu_has_a_reason(imagined_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -838,7 +838,7 @@ def test_every_obstacle_on_a_gpu_has_a_reason(imagined_gpu: None, monkeypatch: p
 
 
 def _loss_and_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    loss, statistics = kernels.ft_loss_forward(student, teacher, p=1, reduction="mean", eps=1e-12, weight=500.0)
+    loss, statistics = _forward(student, teacher, p=1, reduction="mean", eps=1e-12, weight=500.0)
     options = {"reduction": "mean", "weight": 500.0, "teacher_gradient": False}
     gradient, _ = _backward(student, teacher, statistics, torch.ones_like(loss), **options)
     assert gradient is not None

@@ -20,7 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("ftfast.kernels.ft_loss")
-launch = pytest.importorskip("ftfast.kernels.launch")
+devices = pytest.importorskip("ftfast.kernels.device")
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
@@ -383,7 +383,7 @@ def test_counters_return_to_zero() -> None:
     student, teacher = _normal(5, 40), _normal(5, 40, seed=1)
     for _ in range(2):
         kernels.ft_loss_forward(student, teacher, p=1, reduction="mean", eps=1e-12, weight=1.0)
-        assert int(launch.arrival_counters(DEVICE)) == 0
+        assert int(devices.arrival_counters(DEVICE)) == 0
 
 
 def _loss_and_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from ftfast.diagnosis import check_head
 from ftfast.diagnosis.check_loss import LAYOUTS, check_case
 from ftfast.dispatch import BACKENDS
 from ftfast.ops.ft_loss import function as op
-from ftfast.ops.ft_loss import native as ft_loss_native
+from ftfast.ops.ft_loss.native import LossPlan
 
 
 def scaled(results):
@@ -42,19 +42,19 @@ def test_the_check_is_green_on_the_real_kernels(backend, device, dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_wrong_backward_is_seen(monkeypatch, backend, device, p, dtype, wrong):
-    kernels = BACKENDS[backend].launchers(torch.device(device))
-    right = kernels.ft_loss_backward
-    monkeypatch.setattr(kernels, "ft_loss_backward", lambda *args, **options: tuple(wrong(right(*args, **options))))
+    plan = BACKENDS[backend].launchers(torch.device(device)).LossPlan
+    right = plan.backward
+    monkeypatch.setattr(plan, "backward", lambda *args: tuple(wrong(right(*args))))
     assert not check_case(BACKENDS[backend], torch.device(device), dtype, p, "nchw").ok
 
 
 @pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])
-@pytest.mark.parametrize("launcher", ["ft_loss_forward_with_gradient", "scale_rows"])
+@pytest.mark.parametrize("launcher", ["forward_with_gradient", "scale_rows"])
 def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, backend, device, launcher, wrong):
     """float32 on the CPU with a frozen teacher: forward writes the gradient, backward scales it."""
     if (backend, device) != ("native", "cpu"):
         pytest.skip("this way is the native backend's on the CPU")
-    right = getattr(ft_loss_native, launcher)
+    right = getattr(LossPlan, launcher)
 
     def replaced(*args):
         if launcher == "scale_rows":
@@ -63,32 +63,29 @@ def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, ba
         return loss, wrong([gradient])[0]
 
     assert check_case(BACKENDS[backend], torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
-    monkeypatch.setattr(ft_loss_native, launcher, replaced)
+    monkeypatch.setattr(LossPlan, launcher, replaced)
     assert not check_case(BACKENDS[backend], torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
 
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_loss_scaled_by_a_thousandth_is_seen(monkeypatch, backend, device, p):
-    kernels = BACKENDS[backend].launchers(torch.device(device))
-    right = kernels.ft_loss_forward
+    plan = BACKENDS[backend].launchers(torch.device(device)).LossPlan
+    right = plan.forward
 
-    def wrong(*args, **options):
-        loss, statistics = right(*args, **options)
+    def wrong(*args):
+        loss, statistics = right(*args)
         return loss * 1.001, statistics
 
-    monkeypatch.setattr(kernels, "ft_loss_forward", wrong)
+    monkeypatch.setattr(plan, "forward", wrong)
     assert not check_case(BACKENDS[backend], torch.device(device), torch.float32, p, "nchw").ok
 
 
 def test_the_named_backend_is_the_one_that_runs(monkeypatch, backend, device):
     """A test that names a backend must not pass on another one."""
     launches = []
-    right = BACKENDS[backend].launchers(torch.device(device)).ft_loss_forward
-    monkeypatch.setattr(
-        BACKENDS[backend].launchers(torch.device(device)),
-        "ft_loss_forward",
-        lambda *args, **options: launches.append(1) or right(*args, **options),
-    )
+    plan = BACKENDS[backend].launchers(torch.device(device)).LossPlan
+    right = plan.forward
+    monkeypatch.setattr(plan, "forward", lambda *args: launches.append(1) or right(*args))
     factor = torch.randn(2, 8, device=device)
     op.run(factor, factor, p=1, reduction="mean", eps=1e-12, weight=1.0, backend=backend)
     assert launches == [1]

@@ -72,19 +72,19 @@ def test_a_factor_of_zeros_and_one_of_a_single_number_are_stored(dtype: str) -> 
 def test_the_fused_head_reads_the_stored_factor_itself(
     dtype: str, maps: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ftfast.ops.ft_head import native as ft_head_native
+    from ftfast.ops.ft_loss.native import LossPlan
 
     head = FactorTransfer(Paraphraser(16), Translator(6, 8), backend="native")
     features = torch.randn(12, 6, 7, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     stored = as_factors(quantise(torch.randn(12, 8, 7, 5), DTYPES[dtype]))
     read: list[tuple[torch.dtype, int]] = []
-    launch = ft_head_native.ft_loss_forward_with_gradient
+    launch = LossPlan.forward_with_gradient
 
-    def noted(student: torch.Tensor, teacher: torch.Tensor, *options: object) -> object:
+    def noted(plan: LossPlan, student: torch.Tensor, teacher: torch.Tensor, weight: float) -> object:
         read.append((teacher.dtype, teacher.data_ptr()))
-        return launch(student, teacher, *options)  # type: ignore[arg-type]
+        return launch(plan, student, teacher, weight)
 
-    monkeypatch.setattr(ft_head_native, "ft_loss_forward_with_gradient", noted)
+    monkeypatch.setattr(LossPlan, "forward_with_gradient", noted)
     with torch.autocast("cpu", torch.bfloat16, enabled=maps == torch.bfloat16):
         assert "fused" in head.explain(features, teacher_factor=stored)
         loss = head(features, teacher_factor=stored)

@@ -1,7 +1,7 @@
 """What a backend of the loss is. Each has a file of its own here and one line in ``ftfast.dispatch.BACKENDS``."""
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,41 @@ class Backend:
         raise NotImplementedError
 
 
+class LossPlan(Protocol):
+    """The loss of factors of one kind, and its gradients, without autograd: what does not change from call to call.
+
+    A kind is the shape, both factors' strides and dtypes, the device, p, reduction and eps. The factors were checked
+    and are not empty. The weight is a float or a 0-d tensor.
+
+    Attributes:
+        p, reduction, eps: as it was made for.
+        writes_gradient: whether forward had better write the student's gradient, where that alone is needed. The plan
+            then also has ``forward_with_gradient(student, teacher, weight)``, ``(loss, gradient)`` for an upstream
+            gradient of 1, and ``scale_rows(gradient, upstream)``.
+    """
+
+    p: int
+    reduction: str
+    eps: float
+    writes_gradient: bool
+
+    def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+        """``(loss, statistics)``: the loss as :func:`ftfast.ft_loss` gives it, and what backward needs beside the
+        factors, ``[5, N]``; both float64 where a factor is, else float32.
+        """
+
+    def backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        statistics: Tensor,
+        upstream: Tensor,
+        weight: float | Tensor,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients that are needed, in their factor's dtype and strides; upstream is 0-d or ``[N]``."""
+
+
 class KernelBackend(Backend):
     """A backend with kernels of its own: the loss and its gradients without autograd.
 
@@ -49,37 +84,8 @@ class KernelBackend(Backend):
     device_types: tuple[str, ...] = ()
 
     def launchers(self, device: torch.device) -> ModuleType:
-        """The module whose ``ft_loss_forward`` and ``ft_loss_backward`` launch the kernels for a device."""
+        """The module whose ``LossPlan(student, teacher, p, reduction, eps)`` launches the kernels for a device."""
         raise NotImplementedError
-
-    def forward(self, student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-        """``(loss, statistics)`` of factors that were checked and are not empty.
-
-        Returns:
-            The loss as :func:`ftfast.ft_loss` gives it, and what backward needs beside the factors, ``[5, N]``; both
-            float64 where a factor is, else float32.
-        """
-        p, reduction, eps, weight = options
-        launch = self.launchers(student.device).ft_loss_forward
-        return launch(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
-
-    def backward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        statistics: Tensor,
-        upstream: Tensor,
-        options: Options,
-        needed: tuple[bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients that are needed, in their factor's dtype and strides; upstream is 0-d or ``[N]``."""
-        given: dict[str, Any] = {"p": options.p, "reduction": options.reduction, "weight": options.weight}
-        given |= {"student_gradient": needed[0], "teacher_gradient": needed[1]}
-        return self.launchers(student.device).ft_loss_backward(student, teacher, statistics, upstream, **given)
-
-    def forward_with_gradient(self, student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
-        """``(loss, gradient)``, the student's for an upstream gradient of 1; None where forward had better leave it."""
-        return None
 
     def head_kernels(self, device: torch.device) -> ModuleType | None:
         """The module that computes whole heads on a device, as ftfast.ops.ft_head.native does; None without one."""

@@ -1,13 +1,11 @@
 """C++ kernels on the CPU, and CUDA C++ on GPUs where nvcc was there at the build."""
 
-import importlib.util
 from functools import cache
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from ftfast.backends import KernelBackend, Options, Support
+from ftfast.backends import KernelBackend, Support
 from ftfast.extension import build_report, extension, load_extension, why_no_tiles
 from ftfast.ops.ft_loss import native as ft_loss_native
 
@@ -16,7 +14,7 @@ class Native(KernelBackend):
     """The extension ``ftfast._C``."""
 
     name = "native"
-    automatic_on = ("cpu",)
+    automatic_on = ("cpu", "cuda")
     device_types = ("cpu", "cuda")
 
     def supports(self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
@@ -37,12 +35,6 @@ class Native(KernelBackend):
 
         return ft_loss_cuda
 
-    def forward_with_gradient(self, student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
-        """On the CPU in float32: the factors are still in cache there, which spares reading them a second time."""
-        if student.device.type != "cpu" or student.dtype != torch.float32 or teacher.dtype == torch.float64:
-            return None
-        return ft_loss_native.ft_loss_forward_with_gradient(student, teacher, *options)
-
     def head_kernels(self, device: torch.device) -> ModuleType | None:
         if device.type != "cpu":
             return None
@@ -58,8 +50,6 @@ def _cuda_supports(found: ModuleType, device: torch.device) -> Support:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return Support(False, f"its CUDA kernels need compute capability 8.0, and this device has {capability}")
-    if importlib.util.find_spec("triton") is None:
-        return Support(False, "its counters are those of the Triton launches, and the package triton is not installed")
     if problem := _cuda_problem(torch.cuda.current_device() if device.index is None else device.index):
         return Support(False, f"its CUDA kernels do not run on this device: {problem}")
     return Support(True, "CUDA C++ kernels")

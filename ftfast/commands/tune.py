@@ -197,7 +197,6 @@ def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Ca
     of_student, of_teacher = convolution_stack(translator), convolution_stack(paraphraser)
     assert isinstance(of_student, Stack)
     assert isinstance(of_teacher, Stack)
-    of_teacher = of_teacher._replace(held=0)  # as training holds it: prepared once
     student, teacher = (
         torch.randn(head.samples, channels, head.height, head.width, device=device, dtype=dtype)
         .contiguous(memory_format=torch.channels_last)
@@ -208,7 +207,9 @@ def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Ca
 
     def step(kernel: str) -> Sequence[Tensor]:
         plan = Plan(kernel, "triton", dtype, "tuning")
-        loss = ft_head.run(student, teacher, None, plan, of_student, of_teacher, options)
+        loss = ft_head.run(
+            student, teacher, None, plan, of_student, of_teacher, options, held=0
+        )  # prepared once, as in training
         return torch.autograd.grad(loss, [student, *translator.parameters()])
 
     shape = (head.samples, head.student, head.height, head.width)

@@ -23,7 +23,7 @@ from ftfast.dispatch import resolve, supports
 from ftfast.ops import attention_native
 from ftfast.ops.ft_loss.function import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
-from ftfast.ops.memory import plain, save, saved
+from ftfast.ops.memory import is_batched, plain, save, saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_EXPONENT = 4
@@ -104,10 +104,7 @@ class AttentionMapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (features,) = saved(ctx)
-        batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
-            upstream
-        )
-        if torch.is_grad_enabled() or batched:
+        if torch.is_grad_enabled() or is_batched(upstream):
             return _differentiable_gradient(features, upstream, ctx.exponent), None, None
         return ctx.kernels.attention_gradient(_dense(features), plain(upstream).contiguous(), ctx.exponent), None, None
 

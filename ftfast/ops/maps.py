@@ -13,9 +13,8 @@ from ftfast.reference import has_autocast
 def autocasts(features: Tensor) -> bool:
     """Whether torch would convolve these features in autocast's dtype, here and now."""
     kind = features.device.type
-    if features.dtype == torch.float64 or not has_autocast(kind):
-        return False
-    return torch.is_autocast_enabled(kind)
+    known = kind in ("cpu", "cuda") or has_autocast(kind)
+    return known and features.dtype != torch.float64 and torch.is_autocast_enabled(kind)
 
 
 def map_dtype(features: Tensor) -> torch.dtype:
@@ -32,8 +31,11 @@ def rounds_to_tf32() -> bool:
 def no_autocast(device_type: str) -> Iterator[None]:
     """Keeps autocast out; backward may be called under another one than forward."""
     if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
+        torch.set_autocast_enabled(device_type, False)  # autocast's own context costs more than a launch
+        try:
             yield
+        finally:
+            torch.set_autocast_enabled(device_type, True)
     else:
         yield
 

@@ -30,22 +30,36 @@ def plain(tensor: Tensor) -> Tensor:
     )
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether a gradient stands for several, as vmap's do and those of ``is_grads_batched``."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient))
+
+
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """``ctx.save_for_backward``; :func:`saved` gives them back."""
     ctx.save_for_backward(*tensors)
-    ctx.saved_strides = tuple(None if tensor is None else tensor.stride() for tensor in tensors)
+    ctx.saved_layouts = [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in tensors]
 
 
-def saved(ctx: Any) -> list[Any]:
-    """What :func:`save` saved, each in the order of memory that it had.
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save` saved, each in the dtype and the order of memory that it had.
 
-    Hooks on saved tensors, as ``torch.autograd.graph.save_on_cpu`` sets them, may hand back another order.
+    Hooks on saved tensors, as ``torch.autograd.graph.save_on_cpu`` sets them, may hand back others.
     """
-    pairs = zip(ctx.saved_tensors, ctx.saved_strides, strict=True)
-    return [None if tensor is None else _laid_out(plain(tensor), strides) for tensor, strides in pairs]
+    tensors = ctx.saved_tensors
+    for tensor, layout in zip(tensors, ctx.saved_layouts, strict=True):
+        if tensor is not None and ((tensor.dtype, tensor.stride()) != layout or not lies_in_memory(tensor)):
+            break
+    else:
+        return tuple(tensors)
+    pairs = zip(tensors, ctx.saved_layouts, strict=True)
+    return tuple(None if tensor is None else _laid_out(plain(tensor), *layout) for tensor, layout in pairs)
 
 
-def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if tensor.stride() == strides or 0 in strides:  # 0 of an expanded argument, of which no copy can be written
+def _laid_out(tensor: Tensor, dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:
+    if (tensor.dtype, tensor.stride()) == (dtype, strides):
         return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    # Of an expanded argument one copy is written.
+    once = tensor[tuple(slice(1) if step == 0 else slice(None) for step in strides)]
+    return torch.empty_strided(once.shape, strides, dtype=dtype, device=tensor.device).copy_(once).expand(tensor.shape)

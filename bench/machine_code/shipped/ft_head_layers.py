@@ -20,7 +20,7 @@ def run_launchers(head: HeadShape, dtype: torch.dtype, *, p: int = 1) -> None:
         features = torch.empty(*place, channels, dtype=dtype)
         activation.bias_leaky_relu_(features, torch.empty(channels), 0.1)
         partials = activation.leaky_relu_backward_(features, features, 0.1)
-        activation.sum_partials(partials, torch.empty(()))
+        activation.sum_partials([partials], torch.empty(()))
     statistics, upstream = torch.empty(5, head.samples), torch.empty(())
     ft_head_loss.scaled_direction(
         factor, factor, statistics, upstream, p=p, reduction="mean", weight=1.0, negative_slope=0.1

@@ -11,7 +11,7 @@ from ftfast.ops.ft_head.operands import Head, Plan
 from ftfast.ops.ft_head.stack import Stack
 from ftfast.ops.ft_loss.function import separate_weight
 from ftfast.ops.maps import no_autocast
-from ftfast.ops.memory import plain, save, saved
+from ftfast.ops.memory import is_batched, lies_in_memory, plain, save, saved
 from ftfast.reference import scalar
 
 
@@ -23,14 +23,22 @@ def run(
     translator: Stack,
     paraphraser: Stack | None,
     options: Options,
+    held: int | None = None,
 ) -> Tensor:
-    """The loss of a head that ``plan`` gives to our kernels."""
+    """The loss of a head that ``plan`` gives to our kernels.
+
+    Args:
+        held: how often it was said that the paraphraser's tensors are written to through torch alone; None where it
+            was not.
+    """
     weight, multiplier = separate_weight(options.weight)
     student = plain(student)
-    teacher, teacher_factor = (None if side is None else plain(side) for side in (teacher, teacher_factor))
-    parameters = [part for pair in zip(translator.weights, translator.biases, strict=True) for part in pair]
-    translator, paraphraser = _plain(translator), None if paraphraser is None else _plain(paraphraser)
-    head = Head(plan, translator, paraphraser, options._replace(weight=weight))
+    teacher = None if teacher is None else plain(teacher)
+    teacher_factor = None if teacher_factor is None else plain(teacher_factor)
+    if weight is not options.weight:
+        options = options._replace(weight=weight)
+    head = Head(plan, _plain(translator), None if paraphraser is None else _plain(paraphraser), options, held)
+    parameters = translator.parameters()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (student, *parameters)):
         loss = FTHeadFunction.apply(student, teacher, teacher_factor, head, *parameters)
     else:
@@ -40,6 +48,8 @@ def run(
 
 
 def _plain(stack: Stack) -> Stack:
+    if all(map(lies_in_memory, (*stack.weights, *stack.biases))):
+        return stack
     return stack._replace(weights=tuple(map(plain, stack.weights)), biases=tuple(map(plain, stack.biases)))
 
 
@@ -74,10 +84,7 @@ class FTHeadFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
-            upstream
-        )
-        if torch.is_grad_enabled() or batched:
+        if torch.is_grad_enabled() or is_batched(upstream):
             raise RuntimeError(
                 "a second or batched derivative of the fused head is not kept; build the head with "
                 'backend="reference" for it.'

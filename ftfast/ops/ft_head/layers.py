@@ -4,6 +4,10 @@ factor held at scale O(1).
 Maps are channels_last ``[N, C, H, W]``; the kernels get them as ``[N, H, W, C]``.
 """
 
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,9 +15,11 @@ from torch import Tensor
 from ftfast.backends import KernelBackend
 from ftfast.dispatch import BACKENDS, supports
 from ftfast.kernels import activation
+from ftfast.kernels.copy_weights import cast_weights, scaled_like
 from ftfast.kernels.ft_head_loss import scaled_direction
 from ftfast.ops.ft_head.operands import Head
 from ftfast.ops.ft_head.stack import Stack, prepare_once
+from ftfast.ops.ft_loss.plans import loss_plan
 from ftfast.ops.maps import as_map
 
 
@@ -36,14 +42,16 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor, negative_slope: float) -> Te
     return y
 
 
-def teacher_factor_of(teacher: Tensor, paraphraser: Stack, dtype: torch.dtype) -> Tensor:
+def teacher_factor_of(teacher: Tensor, paraphraser: Stack, held: int | None, dtype: torch.dtype) -> Tensor:
     """The frozen paraphraser's factor, channels_last in the compute dtype."""
     x = as_map(teacher, dtype)
 
     def prepare() -> list[tuple[Tensor, Tensor]]:
-        return [(as_map(weight, dtype), bias.float()) for weight, bias in paraphraser.folded()]
+        folded = paraphraser.folded()
+        weights = cast_weights([weight for weight, _ in folded], dtype)
+        return [(weight, bias.float()) for weight, (_, bias) in zip(weights, folded, strict=True)]
 
-    for weight, bias in prepare_once(paraphraser, ("layers", dtype), prepare):
+    for weight, bias in prepare_once(paraphraser, held, ("layers", dtype), prepare):
         x = _layer(x, weight, bias, paraphraser.negative_slope)
     return x
 
@@ -56,29 +64,34 @@ def ft_head_forward(
     if teacher_factor is None:
         assert teacher is not None
         assert head.paraphraser is not None
-        teacher_factor = teacher_factor_of(teacher, head.paraphraser, dtype)
-    maps = [as_map(student, dtype)]
-    for weight, bias in zip(translator.weights, translator.biases, strict=True):
-        maps.append(_layer(maps[-1], as_map(weight, dtype), bias, translator.negative_slope))
+        teacher_factor = teacher_factor_of(teacher, head.paraphraser, head.held, dtype)
+    maps, weights = [as_map(student, dtype)], cast_weights(translator.weights, dtype)
+    for weight, bias in zip(weights, translator.biases, strict=True):
+        maps.append(_layer(maps[-1], weight, bias, translator.negative_slope))
     student_factor = maps.pop()
     teacher_factor = teacher_factor.contiguous(memory_format=torch.channels_last)
-    loss, statistics = _loss_kernels(student_factor, teacher_factor).forward(
-        student_factor, teacher_factor, head.options
-    )
+    p, reduction, eps, weight_of_loss = head.options
+    launchers = _loss_launchers(student_factor.device, student_factor.dtype, teacher_factor.dtype)
+    plan = loss_plan(launchers, student_factor, teacher_factor, p, reduction, eps)
+    loss, statistics = plan.forward(student_factor, teacher_factor, weight_of_loss)
     if not keep:
         return loss, []
     if teacher_factor.is_inference():  # which autograd does not save
         teacher_factor = teacher_factor.clone()
-    return loss, [student, *maps[1:], student_factor, teacher_factor, statistics, *translator.weights]
+    return loss, [student, *maps[1:], student_factor, teacher_factor, statistics, *weights]
 
 
-def _loss_kernels(student_factor: Tensor, teacher_factor: Tensor) -> KernelBackend:
-    """CUDA C++ where it was built: it reads a sample of any size once."""
-    dtypes = student_factor.dtype, teacher_factor.dtype
-    native = student_factor.is_cuda and supports("native", student_factor.device, *dtypes).ok
+def loss_backend(device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> KernelBackend:
+    """What computes the loss at a head's end: CUDA C++ where it was built, which reads a sample of any size once."""
+    native = device.type == "cuda" and supports("native", device, student_dtype, teacher_dtype).ok
     found = BACKENDS["native" if native else "triton"]
     assert isinstance(found, KernelBackend)
     return found
+
+
+@lru_cache(maxsize=64)
+def _loss_launchers(device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> ModuleType:
+    return loss_backend(device, student_dtype, teacher_dtype).launchers(device)
 
 
 def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
@@ -96,25 +109,32 @@ def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: t
         negative_slope=slope,
     )
     dz = gradient.permute(0, 3, 1, 2)
-    gradients: list[Tensor | None] = [None] * 7
+    for_input: Any = None
+    for_weights: dict[int, Tensor] = {}
+    bias_partials: dict[int, Tensor] = {}
     for layer in (2, 1, 0):
         weight_at, bias_at = 1 + 2 * layer, 2 + 2 * layer
         if needed[bias_at]:
-            gradients[bias_at] = activation.sum_partials(partials, scale).to(head.translator.biases[layer].dtype)
+            bias_partials[layer] = partials
         mask = [any(needed[:weight_at]), needed[weight_at], False]
-        if not any(mask):
-            return gradients
-        weight = as_map(weights[layer], dz.dtype)
-        for_input, for_weight, _ = torch.ops.aten.convolution_backward(
-            dz, maps[layer], weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-        )
-        if needed[weight_at]:
-            gradients[weight_at] = like_parameter(for_weight.float().mul_(scale), weights[layer])
+        if any(mask):
+            for_input, for_weights[layer], _ = torch.ops.aten.convolution_backward(
+                dz, maps[layer], weights[layer], None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+            )
         if not mask[0]:
-            return gradients
+            break
         if layer:
             dz = for_input.contiguous(memory_format=torch.channels_last)
             partials = activation.leaky_relu_backward_(nhwc(dz), nhwc(maps[layer]), slope)
-        else:
-            gradients[0] = for_input.mul_(scale)
+    gradients: list[Tensor | None] = [None] * 7
+    if needed[0]:
+        gradients[0] = for_input.mul_(scale)
+    layers = [layer for layer in for_weights if needed[1 + 2 * layer]]
+    parameters = [head.translator.weights[layer] for layer in layers]
+    scaled = scaled_like([for_weights[layer] for layer in layers], parameters, scale)
+    for layer, found in zip(layers, scaled, strict=True):
+        gradients[1 + 2 * layer] = found
+    totals = activation.sum_partials(list(bias_partials.values()), scale) if bias_partials else []
+    for layer, total in zip(bias_partials, totals, strict=True):
+        gradients[2 + 2 * layer] = total.to(head.translator.biases[layer].dtype)
     return gradients

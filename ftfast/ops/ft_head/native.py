@@ -4,6 +4,8 @@ Nothing is kept for backward but the three inputs of the translator's convolutio
 weights as they were computed with.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from ftfast.ops.conv3x3 import native as conv3x3
 from ftfast.ops.conv3x3.direct import PackedWeight
 from ftfast.ops.ft_head.operands import SEPARATE, Head
 from ftfast.ops.ft_head.stack import Stack, prepare_once
-from ftfast.ops.ft_loss.native import ft_loss_forward, ft_loss_forward_with_gradient
+from ftfast.ops.ft_loss import native as ft_loss
+from ftfast.ops.ft_loss.plans import loss_plan
 from ftfast.ops.maps import as_map
 
 LAYERS = "layers"
@@ -41,7 +44,9 @@ def choose(
     return LAYERS, "oneDNN's convolutions, everything between them in place"
 
 
-def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Tensor | PackedWeight, Tensor]]:
+def _frozen_layers(
+    stack: Stack, held: int | None, dtype: torch.dtype, x: Tensor
+) -> list[tuple[Tensor | PackedWeight, Tensor]]:
     samples, _, height, width = x.shape
 
     def prepare() -> list[tuple[Tensor | PackedWeight, Tensor]]:
@@ -50,13 +55,13 @@ def _frozen_layers(stack: Stack, dtype: torch.dtype, x: Tensor) -> list[tuple[Te
             for weight, bias in stack.folded()
         ]
 
-    return prepare_once(stack, ("native", dtype, height, width), prepare)
+    return prepare_once(stack, held, ("native", dtype, height, width), prepare)
 
 
-def teacher_factor_of(teacher: Tensor, paraphraser: Stack, dtype: torch.dtype) -> Tensor:
+def teacher_factor_of(teacher: Tensor, paraphraser: Stack, held: int | None, dtype: torch.dtype) -> Tensor:
     """The frozen paraphraser's factor, channels_last in the compute dtype."""
     x = as_map(teacher, dtype)
-    for weight, bias in _frozen_layers(paraphraser, dtype, x):
+    for weight, bias in _frozen_layers(paraphraser, held, dtype, x):
         x = conv3x3.forward(x, weight, bias, paraphraser.negative_slope)
     return x
 
@@ -72,15 +77,17 @@ def ft_head_forward(
     if teacher_factor is None:
         assert teacher is not None
         assert head.paraphraser is not None
-        teacher_factor = teacher_factor_of(teacher, head.paraphraser, dtype)
+        teacher_factor = teacher_factor_of(teacher, head.paraphraser, head.held, dtype)
     maps = [as_map(student, dtype)]
     weights = [conv3x3.prepare_weight(weight, dtype) for weight in translator.weights]
     for weight, bias in zip(weights, translator.biases, strict=True):
         maps.append(conv3x3.forward(maps[-1], weight, bias, translator.negative_slope))
     student_factor = maps.pop()
+    p, reduction, eps, loss_weight = head.options
+    plan: Any = loss_plan(ft_loss, student_factor, teacher_factor, p, reduction, eps)
     if not keep:
-        return ft_loss_forward(student_factor, teacher_factor, **head.options._asdict())[0], []
-    loss, gradient = ft_loss_forward_with_gradient(student_factor, teacher_factor, *head.options)
+        return plan.forward(student_factor, teacher_factor, loss_weight)[0], []
+    loss, gradient = plan.forward_with_gradient(student_factor, teacher_factor, loss_weight)
     conv3x3.leaky_relu_backward_(gradient, student_factor, translator.negative_slope)
     return loss, [student, *maps[1:], gradient, *translator.weights]
 

@@ -26,9 +26,10 @@ class Plan(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What a call computes besides its features."""
+    """What a call computes besides its features; ``held`` as :func:`ftfast.ops.ft_head.function.run` takes it."""
 
     plan: Plan
     translator: Stack
     paraphraser: Stack | None
     options: Options
+    held: int | None = None

@@ -1,17 +1,51 @@
 """Which kernels compute a head, and why."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftfast.backends import KernelBackend
+from ftfast.backends import KernelBackend, Options
 from ftfast.backends.triton import interpreting
-from ftfast.dispatch import BACKENDS, choose, resolve
+from ftfast.dispatch import BACKENDS, choose, chosen_with, resolve
 from ftfast.ops.ft_head.operands import SEPARATE, Plan
 from ftfast.ops.ft_head.stack import Stack
 from ftfast.ops.ft_loss.function import needs_torch_operators
-from ftfast.ops.maps import map_dtype, rounds_to_tf32
+from ftfast.ops.maps import autocasts, map_dtype, rounds_to_tf32
+from ftfast.ops.remembered import ORDINARY, Remembered, kind_of_weight
+
+# Plans of heads by kind_of_head.
+known_plans: Remembered[tuple[Any, ...], Plan] = Remembered()
+
+
+def kind_of_head(
+    student: Tensor,
+    teacher: Tensor | None,
+    teacher_factor: Tensor | None,
+    translator: Stack | str,
+    paraphraser: Stack | str,
+    options: Options,
+    backend: str,
+) -> tuple[Any, ...] | None:
+    """What the checks of a head's arguments and its plan depend on beside the modules' own channels; None where that
+    is not told by what is quick to read.
+    """
+    sides = [side for side in (student, teacher, teacher_factor) if side is not None]
+    if not all(type(side) in ORDINARY for side in sides):
+        return None
+    kinds = [(side.shape, side.dtype, side.device, side.requires_grad) for side in sides]
+    if torch.compiler.is_compiling() or needs_torch_operators(student) or isinstance(translator, str):
+        return None
+    p, reduction, eps, weight = options
+    if type(p) is not int or type(eps) is not float or type(reduction) is not str:
+        return None
+    parameter, casts = translator.weights[0], autocasts(student)
+    dtype = torch.get_autocast_dtype(student.device.type) if casts else student.dtype
+    rounds = dtype == torch.float32 and student.device.type == "cuda" and rounds_to_tf32()
+    of_paraphraser = paraphraser if isinstance(paraphraser, str) else ""
+    loss = (p, reduction, eps, kind_of_weight(weight), resolve(backend))
+    return (teacher is None, *kinds, *loss, casts, dtype, rounds, parameter.dtype, parameter.device, of_paraphraser)
 
 
 def plan_head(
@@ -49,7 +83,8 @@ def plan_head(
     assert isinstance(translator, Stack)
     factor_channels = translator.weights[-1].shape[0]
     teacher_channels = None if teacher is None else teacher.shape[1]
-    kind = (chosen, student.device, dtype, teacher_channels, rounds_to_tf32())
+    with_kernels = chosen_with(lambda it: it.head_kernels(student.device), backend, student, known) or chosen
+    kind = (with_kernels, student.device, dtype, teacher_channels, rounds_to_tf32())
     return _plan_kernel(kind, tuple(student.shape), factor_channels)
 
 

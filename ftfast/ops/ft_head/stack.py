@@ -23,16 +23,16 @@ class BatchNorm(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Convolutions ``[K, C, 3, 3]`` with LeakyReLU after each; norms, where there are any, in eval.
-
-    ``held``: how often it was said that the tensors are written to through torch alone; None where it was not.
-    """
+    """Convolutions ``[K, C, 3, 3]`` with LeakyReLU after each; norms, where there are any, in eval."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     negative_slope: float
     norms: tuple[BatchNorm, ...] = ()
-    held: int | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """``[weight, bias, weight, ...]``."""
+        return [part for pair in zip(self.weights, self.biases, strict=True) for part in pair]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that the stack's result depends on besides its input."""
@@ -67,16 +67,18 @@ class _Prepared(NamedTuple):
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
 
 
-def _state(stack: Stack) -> tuple[Any, ...] | None:
+def _state(stack: Stack, tensors: tuple[Tensor, ...], held: int | None) -> tuple[Any, ...] | None:
     """What changes whenever the stack's result does; None where nothing that is cheap to read tells."""
-    tensors = stack.tensors()
+    versions: list[Any] = []
+    if held is not None and not any(tensor.is_inference() for tensor in tensors):  # these have no counter
+        for tensor in tensors:
+            versions += (tensor._version, tensor.untyped_storage()._cdata, tensor.storage_offset())
+    elif (contents := fingerprint(tensors)) is not None:
+        versions.append(contents)
+    else:
+        return None
     layouts = tuple((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
-    numbers = (stack.held, *(norm.eps for norm in stack.norms))
-    if stack.held is not None and not any(tensor.is_inference() for tensor in tensors):  # these have no counter
-        places = ((it._version, it.untyped_storage()._cdata, it.storage_offset()) for it in tensors)
-        return numbers, layouts, tuple(places)
-    contents = fingerprint(tensors)
-    return None if contents is None else (numbers, layouts, contents)
+    return (held, *(norm.eps for norm in stack.norms)), layouts, tuple(versions)
 
 
 def _forget(prepared: dict[tuple[Any, ...], _Prepared], place: tuple[Any, ...], _: object) -> None:
@@ -84,29 +86,28 @@ def _forget(prepared: dict[tuple[Any, ...], _Prepared], place: tuple[Any, ...], 
     prepared.pop(place, None)
 
 
-@torch.no_grad()
-def prepare_once(stack: Stack, key: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
+def prepare_once(stack: Stack, held: int | None, key: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
     """``prepare()``, kept until a tensor of the stack or an eps changes, is replaced or is gone.
 
     On a CPU the contents are read at each call, far faster than the convolutions read them. To read them on a GPU
-    would cost what it costs to prepare them, so that is done at each call. Of a stack that is held, torch's version
+    would cost what it costs to prepare them, so that is done at each call. Where they are held, torch's version
     counters are read instead, which a write through ``.data`` passes by.
     """
     tensors = stack.tensors()
-    state = _state(stack)
-    if state is None:
-        return prepare()
+    state = _state(stack, tensors, held)
     place = (id(tensors[0]), *key)
-    found = _prepared.get(place)
+    found = None if state is None else _prepared.get(place)
     if found is not None and found.state == state:
         alive = zip(found.tensors, tensors, strict=True)
         if all(reference() is tensor for reference, tensor in alive):
             return found.result
-    result = prepare()
+    with torch.no_grad():
+        result = prepare()
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return result  # which nothing has computed yet, and every replay of the graph will anew
-    first = weakref.ref(tensors[0], partial(_forget, _prepared, place))
-    references = (first, *(weakref.ref(tensor) for tensor in tensors[1:]))
-    storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
-    _prepared[place] = _Prepared(references, storages, state, result)
+    if state is not None:
+        first = weakref.ref(tensors[0], partial(_forget, _prepared, place))
+        references = (first, *(weakref.ref(tensor) for tensor in tensors[1:]))
+        storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+        _prepared[place] = _Prepared(references, storages, state, result)
     return result

@@ -65,7 +65,7 @@ def choose(
     return kernel, f"{reason}; not in a single pass: {misfit}" if misfit else reason
 
 
-def _frozen(stack: Stack | None, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _frozen(stack: Stack | None, held: int | None, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Packed weights and float32 biases of the frozen paraphraser; empty lists without one."""
     if stack is None:
         return [], []
@@ -75,7 +75,7 @@ def _frozen(stack: Stack | None, dtype: torch.dtype) -> tuple[list[Tensor], list
         packed = pack_weights([weight for weight, _ in folded], dtype, backward=False)
         return [weight.forward for weight in packed], [bias.float() for _, bias in folded]
 
-    return prepare_once(stack, ("triton", dtype), prepare)
+    return prepare_once(stack, held, ("triton", dtype), prepare)
 
 
 def ft_head_forward(
@@ -86,7 +86,7 @@ def ft_head_forward(
         return ft_head_layers.ft_head_forward(student, teacher, teacher_factor, head, keep=keep)
     dtype, translator = head.plan.dtype, head.translator
     packed: list[PackedWeight] = pack_weights(translator.weights, dtype, backward=keep)
-    teacher_weights, teacher_biases = _frozen(head.paraphraser if teacher_factor is None else None, dtype)
+    teacher_weights, teacher_biases = _frozen(head.paraphraser if teacher_factor is None else None, head.held, dtype)
     if teacher_factor is not None:
         teacher_factor = nhwc(teacher_factor)
     loss, kept = ft_head_small.small_head_forward(

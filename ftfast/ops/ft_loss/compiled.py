@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftfast.backends import KernelBackend, Options
+from ftfast.backends import KernelBackend, LossPlan, Options
 from ftfast.dispatch import BACKENDS
+from ftfast.ops.ft_loss.plans import loss_plan
 from ftfast.reference import compute_dtype, scalar
 
 
-def _kernels(name: str) -> KernelBackend:
+def _plan(name: str, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> LossPlan:
     backend = BACKENDS[name]
     assert isinstance(backend, KernelBackend)
-    return backend
+    return loss_plan(backend.launchers(student.device), student, teacher, p, reduction, eps)
 
 
 @torch.library.custom_op("ftfast::ft_loss_forward", mutates_args=())
 def _forward_op(
     student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _kernels(backend).forward(student, teacher, Options(p, reduction, eps, 1.0))
+    return _plan(backend, student, teacher, p, reduction, eps).forward(student, teacher, 1.0)
 
 
 @torch.library.custom_op("ftfast::ft_loss_backward", mutates_args=())
@@ -40,8 +41,9 @@ def _backward_op(
     needs_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
     """A gradient that is not needed comes back empty: an operator's results cannot be None."""
-    options, needed = Options(p, reduction, 0.0, 1.0), (needs_student, needs_teacher)
-    for_student, for_teacher = _kernels(backend).backward(student, teacher, statistics, upstream, options, needed)
+    plan = _plan(backend, student, teacher, p, reduction, 0.0)
+    needed = (needs_student, needs_teacher)
+    for_student, for_teacher = plan.backward(student, teacher, statistics, upstream, 1.0, needed)
     return (
         statistics.new_empty(0) if for_student is None else for_student,
         statistics.new_empty(0) if for_teacher is None else for_teacher,

@@ -7,11 +7,14 @@ the two. So are float32 and 16-bit factors that meet a float64 one.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ftfast.extension import extension
+from ftfast.kernels.device import arrival_counters, current_stream, is_current
+from ftfast.kernels.loss_numbers import norm_floor
 from ftfast.reference import compute_dtype, reduction_divisor
 
 _DTYPE_CODES = {
@@ -43,159 +46,148 @@ def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> Order | None:
     return tuple(axes)
 
 
-def _common_order(student: Tensor, teacher: Tensor) -> Order:
-    """The order that takes the fewest copies: the student's, or the teacher's where the student's has gaps."""
-    for factor in (student, teacher):
-        order = _order(factor.shape, factor.stride())
-        if order is not None:
-            return order
-    return tuple(axis for axis in range(1, student.dim()) if student.shape[axis] != 1)
-
-
-def _empty_in(order: Order, like: Tensor, dtype: torch.dtype) -> Tensor:
-    strides, run = [1] * like.dim(), 1
-    for axis in reversed(order):
-        strides[axis] = run
-        run *= like.shape[axis]
-    strides[0] = run
-    return torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
-
-
-def _read_as(factor: Tensor, number: torch.dtype) -> torch.dtype:
+def _read_as(dtype: torch.dtype, number: torch.dtype) -> torch.dtype:
     """float64 sums take float64 factors alone: other pairs of float64 are rare, and each would be a kernel more."""
-    return number if number == torch.float64 else factor.dtype
+    return number if number == torch.float64 else dtype
 
 
-def _lies_in(order: Order, factor: Tensor, dtype: torch.dtype) -> bool:
-    return factor.dtype == dtype and _order(factor.shape, factor.stride()) == order
+class Side:
+    """A factor of one kind, or its gradient, and how the kernels get at it."""
+
+    def __init__(
+        self, shape: torch.Size, strides: tuple[int, ...], order: Order, dtype: torch.dtype, read_as: torch.dtype
+    ):
+        self.shape, self.dtype = shape, read_as
+        self.copied = dtype != read_as or _order(shape, strides) != order
+        run = 1
+        in_order = [1] * len(shape)
+        for axis in reversed(order):
+            in_order[axis] = run
+            run *= shape[axis]
+        in_order[0] = run
+        self.strides = tuple(in_order)
+        # Where there is one sample alone, its stride may be anything.
+        self.row = 0 if shape[0] == 1 else run if self.copied else strides[0]
+        self.code = _DTYPE_CODES[read_as]
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Memory in the kernels' order."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+    def place(self, result: Any) -> Any:
+        """Where the kernel writes a result, which may be None: there, or in memory of the kernels' order."""
+        return self.empty(result.device) if self.copied and result is not None else result
+
+    def rows(self, laid: Tensor) -> Rows:
+        """As the extension takes it, from a tensor in the kernels' order."""
+        return laid.data_ptr(), self.code, self.row
 
 
-def _lay(factor: Tensor, order: Order, number: torch.dtype) -> Tensor:
-    """The factor as the kernels take it: itself, or a copy."""
-    dtype = _read_as(factor, number)
-    return factor if _lies_in(order, factor, dtype) else _empty_in(order, factor, dtype).copy_(factor)
+class LossPlan:
+    """The loss of CUDA factors of one kind, and its gradients; see :class:`ftfast.backends.LossPlan`."""
 
+    writes_gradient = False
 
-def _rows(factor: Tensor) -> Rows:
-    stride = factor.stride(0) if factor.shape[0] > 1 else 0
-    return factor.data_ptr(), _DTYPE_CODES[factor.dtype], stride
+    def __init__(self, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> None:
+        shape, self.device = student.shape, student.device
+        self.samples, self.size = shape[0], shape[1:].numel()
+        self.number = compute_dtype(student, teacher)
+        self.p, self.reduction, self.eps = p, reduction, eps
+        self.per_sample = reduction == "none"
+        self.loss_shape = (self.samples,) if self.per_sample else ()
+        self.floor = norm_floor(eps, self.number)
+        self.divisor = reduction_divisor(self.samples, self.size, p=p, reduction=reduction)
+        # The order that takes the fewest copies: the student's, or the teacher's where the student's has gaps.
+        orders = [_order(shape, factor.stride()) for factor in (student, teacher)]
+        in_turn = tuple(axis for axis in range(1, len(shape)) if shape[axis] != 1)
+        order = next((each for each in orders if each is not None), in_turn)
+        kinds = [(factor, _read_as(factor.dtype, self.number)) for factor in (student, teacher)]
+        self.student, self.teacher = (Side(shape, each.stride(), order, each.dtype, read) for each, read in kinds)
+        self.student_gradient, self.teacher_gradient = (
+            Side(shape, torch.empty_like(each, device="meta").stride(), order, each.dtype, read) for each, read in kinds
+        )
 
+    def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Both factors as the kernels take them: themselves, or copies."""
+        if self.student.copied:
+            student = self.student.empty(self.device).copy_(student)
+        if self.teacher.copied:
+            teacher = self.teacher.empty(self.device).copy_(teacher)
+        return student, teacher
 
-def _weight(weight: float | Tensor, number: torch.dtype, device: torch.device) -> tuple[float, Tensor | None]:
-    """The weight as a number to multiply the scale with, or as one that the kernel reads."""
-    if not isinstance(weight, Tensor):
-        return weight, None
-    if weight.device == device:
-        return 1.0, weight.to(number)
-    return weight.item(), None
+    def _scale(self, weight: float | Tensor) -> tuple[float, Tensor | None]:
+        """The scale as a number, and the weight where the kernel has to read it."""
+        if not isinstance(weight, Tensor):
+            return weight / self.divisor, None
+        if weight.device != self.device:
+            return weight.item() / self.divisor, None
+        return 1.0 / self.divisor, weight.to(self.number)
 
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def ft_loss_forward(
-    student: Tensor, teacher: Tensor, *, p: int, reduction: str, eps: float, weight: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss of :func:`ftfast.ft_loss` and what its backward needs, in one launch.
-
-    Args:
-        student: ``[N, ...]`` with N >= 1 and D >= 1, float64, float32, bfloat16 or float16, on a CUDA device.
-        teacher: the same shape and device; also int8 or float8_e4m3fn.
-        p, reduction, eps, weight: as :func:`ftfast.ft_loss` takes them.
-
-    Returns:
-        The loss, 0-d (``[N]`` for "none"), and statistics ``[5, N]``: both reciprocal norms, ``<g, a>`` and
-        ``<g, b>`` (0 where the norm is clamped), and ``l``. Both are float64 where an input is, else float32.
-    """
-    from ftfast.kernels.launch import arrival_counters, device_guard
-    from ftfast.kernels.loss_terms import norm_floor
-
-    number, order = compute_dtype(student, teacher), _common_order(student, teacher)
-    samples, size, device = student.shape[0], student.numel() // student.shape[0], student.device
-    student, teacher = _lay(student, order, number), _lay(teacher, order, number)
-    factor, weight_tensor = _weight(weight, number, device)
-    per_sample = reduction == "none"
-    loss = torch.empty((samples,) if per_sample else (), dtype=number, device=device)
-    statistics = torch.empty((5, samples), dtype=number, device=device)
-    with device_guard(device):
-        counter = None if per_sample else arrival_counters(device)
+    def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+        if not is_current(self.device):
+            with torch.cuda.device(self.device):
+                return self.forward(student, teacher, weight)
+        student, teacher = self._read(student, teacher)
+        scale, weight_tensor = self._scale(weight)
+        loss = torch.empty(self.loss_shape, dtype=self.number, device=self.device)
+        statistics = torch.empty((5, self.samples), dtype=self.number, device=self.device)
         extension().ft_loss_cuda_forward(
-            _rows(student),
-            _rows(teacher),
-            samples,
-            size,
-            p,
-            per_sample,
-            norm_floor(eps, number),
-            factor / reduction_divisor(samples, size, p=p, reduction=reduction),
+            self.student.rows(student),
+            self.teacher.rows(teacher),
+            self.samples,
+            self.size,
+            self.p,
+            self.per_sample,
+            self.floor,
+            scale,
             0 if weight_tensor is None else weight_tensor.data_ptr(),
             loss.data_ptr(),
             statistics.data_ptr(),
-            0 if counter is None else counter.data_ptr(),
-            device.index or 0,
-            _stream(device),
+            0 if self.per_sample else arrival_counters(self.device).data_ptr(),
+            self.device.index or 0,
+            current_stream(self.device),
         )
-    return loss, statistics
+        return loss, statistics
 
-
-def ft_loss_backward(
-    student: Tensor,
-    teacher: Tensor,
-    statistics: Tensor,
-    upstream: Tensor,
-    *,
-    p: int,
-    reduction: str,
-    weight: float | Tensor,
-    student_gradient: bool,
-    teacher_gradient: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of :func:`ft_loss_forward`, both in one launch where both are asked for.
-
-    Args:
-        student, teacher, p, reduction, weight: as forward got them.
-        statistics: as forward returned it.
-        upstream: the gradient of the loss, 0-d, or ``[N]`` with any stride for "none".
-        student_gradient, teacher_gradient: which gradients to compute, one at least.
-
-    Returns:
-        The gradients, each with the dtype of its factor and the strides of ``torch.empty_like``, or None.
-    """
-    from ftfast.kernels.launch import device_guard
-
-    number, order = statistics.dtype, _common_order(student, teacher)
-    samples, size, device = student.shape[0], student.numel() // student.shape[0], student.device
-    results: list[Tensor | None] = []
-    written: list[Tensor | None] = []
-    for factor, asked in ((student, student_gradient), (teacher, teacher_gradient)):
-        result = torch.empty_like(factor) if asked else None
-        results.append(result)
-        dtype = _read_as(factor, number)
-        direct = result is None or _lies_in(order, result, dtype)
-        written.append(result if direct else _empty_in(order, factor, dtype))
-    student, teacher = _lay(student, order, number), _lay(teacher, order, number)
-    multiplier, weight_tensor = _weight(weight, number, device)
-    upstream = upstream.to(number)
-    with device_guard(device):
+    def backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        statistics: Tensor,
+        upstream: Tensor,
+        weight: float | Tensor,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not is_current(self.device):
+            with torch.cuda.device(self.device):
+                return self.backward(student, teacher, statistics, upstream, weight, needed)
+        for_student: Any = torch.empty_like(student) if needed[0] else None
+        for_teacher: Any = torch.empty_like(teacher) if needed[1] else None
+        student_result, teacher_result = (
+            self.student_gradient.place(for_student),
+            self.teacher_gradient.place(for_teacher),
+        )
+        student, teacher = self._read(student, teacher)
+        scale, weight_tensor = self._scale(weight)
+        if upstream.dtype != self.number:
+            upstream = upstream.to(self.number)
         extension().ft_loss_cuda_backward(
-            _rows(student),
-            _rows(teacher),
-            None if written[0] is None else _rows(written[0]),
-            None if written[1] is None else _rows(written[1]),
-            samples,
-            size,
-            p,
-            multiplier / reduction_divisor(samples, size, p=p, reduction=reduction),
+            self.student.rows(student),
+            self.teacher.rows(teacher),
+            None if student_result is None else self.student_gradient.rows(student_result),
+            None if teacher_result is None else self.teacher_gradient.rows(teacher_result),
+            self.samples,
+            self.size,
+            self.p,
+            scale,
             0 if weight_tensor is None else weight_tensor.data_ptr(),
             statistics.data_ptr(),
             upstream.data_ptr(),
             upstream.stride(0) if upstream.dim() else 0,
-            device.index or 0,
-            _stream(device),
+            self.device.index or 0,
+            current_stream(self.device),
         )
-    for result, computed in zip(results, written, strict=True):
-        if result is not None and computed is not result:
-            assert computed is not None
-            result.copy_(computed)
-    return results[0], results[1]
+        for result, computed in ((for_student, student_result), (for_teacher, teacher_result)):
+            if result is not computed:
+                result.copy_(computed)
+        return for_student, for_teacher

@@ -1,22 +1,32 @@
 """The loss as autograd sees it: the way from the public function to a backend, and one autograd.Function."""
 
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftfast import reference
-from ftfast.arguments import MAX_DIMS, check_factors, check_options
-from ftfast.backends import KernelBackend, Options
+from ftfast.arguments import check_factors, check_options
+from ftfast.backends import KernelBackend, LossPlan, Options
 from ftfast.dispatch import BACKENDS, choose, resolve
 from ftfast.ops.ft_loss import compiled as ft_loss_compiled
-from ftfast.ops.ft_loss import native
-from ftfast.ops.memory import plain, save, saved
+from ftfast.ops.ft_loss.plans import loss_plan
+from ftfast.ops.memory import is_batched, lies_in_memory, plain, save, saved
+from ftfast.ops.remembered import ORDINARY, Remembered, kind_of_weight
 from ftfast.reference import scalar
 
-# Calls whose options, dtypes and devices were found good, and the backend that they run on: what does not change from
-# step to step is checked once.
-_approved: dict[tuple[Any, ...], str] = {}
+
+class Chosen(NamedTuple):
+    """Where calls of one kind run: a backend's launchers and its plan, or neither for the reference."""
+
+    launchers: ModuleType | None
+    plan: LossPlan | None
+
+
+REFERENCE = Chosen(None, None)
+# What does not change from step to step is checked and planned once.
+_chosen: Remembered[tuple[Any, ...], Chosen] = Remembered()
 
 
 def run(
@@ -30,17 +40,74 @@ def run(
     backend: str,
 ) -> Tensor:
     """The loss on the chosen backend; see :func:`ftfast.ft_loss`."""
-    chosen = _approve(student_factor, teacher_factor, p, reduction, eps, weight, backend)
-    if chosen != "reference" and (reason := needs_torch_operators(student_factor, teacher_factor)):
-        if resolve(backend) != "auto":
-            raise RuntimeError(f'backend "{chosen}" cannot run {reason}; use backend="reference".')
-        chosen = "reference"
-    # An empty factor has no kernel to launch; the reference gives what torch's mean and sum give.
-    if chosen == "reference" or student_factor.numel() == 0:
-        return reference.ft_loss(student_factor, teacher_factor, p=p, reduction=reduction, eps=eps, weight=weight)
-    weight, multiplier = separate_weight(weight)
-    loss = _run_kernels(student_factor, teacher_factor, Options(p, reduction, eps, weight), chosen)
+    if torch.compiler.is_compiling():
+        return _run_compiled(student_factor, teacher_factor, Options(p, reduction, eps, weight), backend)
+    student, teacher = student_factor, teacher_factor
+    reason = needs_torch_operators(student, teacher)
+    kind = None if reason else _kind_of(student, teacher, p, reduction, eps, weight, backend)
+    chosen = _chosen.get(kind)
+    if chosen is None:
+        chosen = _choose(student, teacher, Options(p, reduction, eps, weight), backend, reason, kind)
+    launchers, plan = chosen
+    if launchers is None:
+        return reference.ft_loss(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
+    if plan is None or not lies_in_memory(student) or not lies_in_memory(teacher):
+        student, teacher = plain(student), plain(teacher)
+        plan = loss_plan(launchers, student, teacher, p, reduction, eps)
+    weight, multiplier = (weight, None) if type(weight) is float else separate_weight(weight)
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        loss = FTLossFunction.apply(student, teacher, weight, plan)
+    else:
+        loss, _ = plan.forward(student, teacher, weight)
     return loss if multiplier is None else loss * scalar(multiplier, loss.dtype)
+
+
+def _run_compiled(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Tensor:
+    p, reduction, eps, weight = options
+    check_options(p=p, reduction=reduction, eps=eps, weight=weight)
+    check_factors(student, teacher, weight)
+    chosen = choose(backend, student, teacher)
+    if chosen == "reference" or student.numel() == 0:
+        return reference.ft_loss(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
+    weight, multiplier = separate_weight(weight)
+    loss = ft_loss_compiled.ft_loss(student, teacher, Options(p, reduction, eps, weight), chosen)
+    return loss if multiplier is None else loss * scalar(multiplier, loss.dtype)
+
+
+def _kind_of(
+    student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor, backend: str
+) -> tuple[Any, ...] | None:
+    """What the checks of a call and its plan depend on; None where that is not told by what is quick to read."""
+    if type(student) not in ORDINARY or type(teacher) not in ORDINARY or type(p) is not int or type(eps) is not float:
+        return None
+    if type(reduction) is not str:
+        return None
+    options = (p, reduction, eps, kind_of_weight(weight), resolve(backend), teacher.requires_grad)
+    try:
+        of_student = (student.shape, student.stride(), student.dtype, student.device)
+        return (*options, *of_student, teacher.shape, teacher.stride(), teacher.dtype, teacher.device)
+    except RuntimeError:  # a layout without strides
+        return None
+
+
+def _choose(
+    student: Tensor, teacher: Tensor, options: Options, backend: str, reason: str, kind: tuple[Any, ...] | None
+) -> Chosen:
+    """Checks the arguments, raising in one sentence on those that no backend takes, and plans the call."""
+    p, reduction, eps, weight = options
+    check_options(p=p, reduction=reduction, eps=eps, weight=weight)
+    check_factors(student, teacher, weight)
+    name = choose(backend, student, teacher)
+    if reason and name != "reference" and resolve(backend) != "auto":
+        raise RuntimeError(f'backend "{name}" cannot run {reason}; use backend="reference".')
+    found = BACKENDS[name]
+    # An empty factor has no kernel to launch; the reference gives what torch's mean and sum give.
+    if reason or not isinstance(found, KernelBackend) or student.numel() == 0:
+        chosen = REFERENCE
+    else:
+        launchers = found.launchers(student.device)
+        chosen = Chosen(launchers, None if kind is None else loss_plan(launchers, student, teacher, p, reduction, eps))
+    return _chosen.keep(kind, chosen)
 
 
 def separate_weight(weight: float | Tensor) -> tuple[float | Tensor, Tensor | None]:
@@ -55,26 +122,6 @@ def separate_weight(weight: float | Tensor) -> tuple[float | Tensor, Tensor | No
     return weight, None
 
 
-def _approve(
-    student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor, backend: str
-) -> str:
-    """The backend for these arguments; raises in one sentence on those that no backend takes."""
-    key: tuple[Any, ...] | None = None
-    plain = type(student) is type(teacher) is Tensor and type(p) is int and type(eps) is type(weight) is float
-    if plain and type(reduction) is str and not torch.compiler.is_compiling():
-        sides = (student.dtype, student.device, student.layout, teacher.dtype, teacher.device, teacher.layout)
-        key = (p, reduction, eps, resolve(backend), teacher.requires_grad, *sides)
-        chosen = _approved.get(key)
-        if chosen and student.shape == teacher.shape and 2 <= student.dim() <= MAX_DIMS:
-            return chosen
-    check_options(p=p, reduction=reduction, eps=eps, weight=weight)
-    check_factors(student, teacher, weight)
-    chosen = choose(backend, student, teacher)
-    if key is not None:
-        _approved[key] = chosen
-    return chosen
-
-
 def needs_torch_operators(*factors: Tensor) -> str:
     """Why only torch's own operators will do: somebody watches them, or a factor's numbers do not lie in its memory."""
     if torch.compiler.is_compiling():
@@ -86,7 +133,7 @@ def needs_torch_operators(*factors: Tensor) -> str:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "under a tracer or a dispatch mode"
     for factor in factors:
-        if type(factor) not in (Tensor, nn.Parameter) and _intercepts(type(factor)):
+        if type(factor) not in ORDINARY and isinstance(factor, Tensor) and _intercepts(type(factor)):
             return f"on a {type(factor).__name__}"
     return ""
 
@@ -96,45 +143,29 @@ def _intercepts(kind: type[Tensor]) -> bool:
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def _run_kernels(student: Tensor, teacher: Tensor, options: Options, chosen: str) -> Tensor:
-    if torch.compiler.is_compiling():
-        return ft_loss_compiled.ft_loss(student, teacher, options, chosen)
-    backend = BACKENDS[chosen]
-    assert isinstance(backend, KernelBackend)
-    student, teacher = plain(student), plain(teacher)
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return FTLossFunction.apply(student, teacher, options, backend)
-    return backend.forward(student, teacher, options)[0]
-
-
 class FTLossFunction(torch.autograd.Function):
     """Saves the factors and O(N) scalars; or, where the backend had better write it, the one gradient."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options, backend: KernelBackend) -> Tensor:
-        ctx.options, ctx.backend = options, backend
-        needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        written = None
-        if needs_student and not needs_teacher:
-            written = backend.forward_with_gradient(student, teacher, options)
-        ctx.holds_gradient = written is not None
-        if written is not None:
-            loss, gradient = written
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: float | Tensor, plan: Any) -> Tensor:
+        ctx.plan = plan
+        needed = ctx.needs_input_grad
+        ctx.holds_gradient = plan.writes_gradient and needed[0] and not needed[1]
+        if ctx.holds_gradient:
+            loss, gradient = plan.forward_with_gradient(student, teacher, weight)
             save(ctx, gradient)
             return loss
-        loss, statistics = backend.forward(student, teacher, options)
+        loss, statistics = plan.forward(student, teacher, weight)
         # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
         ctx.inference_teacher = teacher if teacher.is_inference() else None
-        weights = (options.weight,) if isinstance(options.weight, Tensor) else ()
-        save(ctx, student, statistics, *weights, *(() if teacher.is_inference() else (teacher,)))
+        ctx.weight, saved_weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
+        save(ctx, student, teacher if ctx.inference_teacher is None else None, statistics, saved_weight)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         differentiable = torch.is_grad_enabled()
-        batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
-            upstream
-        )
+        batched = is_batched(upstream)
         if ctx.holds_gradient:
             if differentiable:
                 raise RuntimeError(
@@ -147,16 +178,16 @@ class FTLossFunction(torch.autograd.Function):
                 return gradient * rows, None, None, None
             if torch._C._autograd._get_current_graph_task_keep_graph():
                 gradient = gradient.clone()  # the graph may be run again, and whoever receives this may write to it
-            return native.scale_rows(gradient, upstream), None, None, None
-        student, statistics, *rest = saved(ctx)
-        teacher = rest.pop() if ctx.inference_teacher is None else ctx.inference_teacher
-        options = ctx.options._replace(weight=rest[0]) if rest else ctx.options
+            return ctx.plan.scale_rows(gradient, upstream), None, None, None
+        student, teacher, statistics, weight = saved(ctx)
+        teacher = ctx.inference_teacher if teacher is None else teacher
+        weight = ctx.weight if weight is None else weight
         needed = ctx.needs_input_grad[:2]
         if differentiable or batched:
             with torch.enable_grad():
+                options = Options(ctx.plan.p, ctx.plan.reduction, ctx.plan.eps, weight)
                 return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
-        gradients = ctx.backend.backward(student, teacher, statistics, plain(upstream), options, needed)
-        return (*gradients, None, None)
+        return (*ctx.plan.backward(student, teacher, statistics, plain(upstream), weight, needed), None, None)
 
 
 def _differentiable_backward(

@@ -1,0 +1,18 @@
+"""Plans of the loss for callers that have checked their factors already."""
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from ftfast.backends import LossPlan
+from ftfast.ops.remembered import Remembered
+
+_plans: Remembered[tuple[Any, ...], LossPlan] = Remembered()
+
+
+def loss_plan(launchers: ModuleType, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> LossPlan:
+    """``launchers.LossPlan`` for factors of this kind, made once."""
+    sides = (student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype)
+    key = (launchers, student.device, p, reduction, eps, *sides)
+    return _plans.get(key) or _plans.keep(key, launchers.LossPlan(student, teacher, p, reduction, eps))
