@@ -207,6 +207,7 @@ def _heads(head: HeadShape, dtype: torch.dtype, device: torch.device) -> list[Ca
 
     def step(kernel: str) -> Sequence[Tensor]:
         plan = Plan(kernel, "triton", dtype, "tuning")
+        # Held, as training holds the paraphraser: its weights are prepared once.
         loss = ft_head.run(
             student, teacher, None, plan, of_student, of_teacher, options, held=0
         )  # prepared once, as in training
