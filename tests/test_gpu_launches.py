@@ -109,15 +109,7 @@ def test_a_loss_is_captured_at_its_first_call(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("device", [0, 1])
-@pytest.mark.parametrize(
-    "way",
-    [
-        SINGLE_PASS,
-        pytest.param(
-            LAYERS, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="it casts more than once")
-        ),
-    ],
-)
+@pytest.mark.parametrize("way", HEADS)
 def test_a_head_takes_few_launches_on_its_stream_and_waits_for_nothing(way: str, device: int) -> None:
     found = steady(head_work(way, device), device)
     assert found == Counts(launches=found.launches, own=found.launches), found
