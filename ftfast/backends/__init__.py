@@ -23,6 +23,15 @@ class Options(NamedTuple):
     weight: float | Tensor
 
 
+class Written(NamedTuple):
+    """What a forward pass wrote: ``gradient`` has the bits of a backward pass that is given ``upstream``."""
+
+    loss: Tensor
+    statistics: Tensor
+    gradient: Tensor
+    upstream: float
+
+
 class Backend:
     """A way to compute the loss.
 
@@ -44,9 +53,11 @@ class KernelBackend(Backend):
 
     Attributes:
         device_types: those that its kernels are written for.
+        expects_upstream: its forward pass may write the gradient for the upstream gradient of the steps before.
     """
 
     device_types: tuple[str, ...] = ()
+    expects_upstream = False
 
     def launchers(self, device: torch.device) -> ModuleType:
         """The module whose ``ft_loss_forward`` and ``ft_loss_backward`` launch the kernels for a device."""
@@ -77,8 +88,8 @@ class KernelBackend(Backend):
         given |= {"student_gradient": needed[0], "teacher_gradient": needed[1]}
         return self.launchers(student.device).ft_loss_backward(student, teacher, statistics, upstream, **given)
 
-    def forward_with_gradient(self, student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
-        """``(loss, gradient)``, the student's for an upstream gradient of 1; None where forward had better leave it."""
+    def forward_with_gradient(self, student: Tensor, teacher: Tensor, options: Options) -> Written | None:
+        """What :meth:`forward` returns, and the student's gradient; None where forward had better leave that."""
         return None
 
     def head_kernels(self, device: torch.device) -> ModuleType | None:

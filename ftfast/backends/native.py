@@ -7,9 +7,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ftfast.backends import KernelBackend, Options, Support
+from ftfast.backends import KernelBackend, Options, Support, Written
 from ftfast.extension import build_report, extension, load_extension
 from ftfast.ops.ft_loss import native as ft_loss_native
+from ftfast.ops.ft_loss.expected_upstream import expected_upstream, note_upstream
 
 
 class Native(KernelBackend):
@@ -18,6 +19,7 @@ class Native(KernelBackend):
     name = "native"
     automatic_on = ("cpu",)
     device_types = ("cpu", "cuda")
+    expects_upstream = True
 
     def supports(self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
         if device.type not in self.device_types:
@@ -36,11 +38,25 @@ class Native(KernelBackend):
 
         return ft_loss_cuda
 
-    def forward_with_gradient(self, student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
-        """On the CPU in float32: the factors are still in cache there, which spares reading them a second time."""
-        if student.device.type != "cpu" or student.dtype != torch.float32 or teacher.dtype == torch.float64:
+    def forward_with_gradient(self, student: Tensor, teacher: Tensor, options: Options) -> Written | None:
+        """On the CPU: the factors are still in cache there, which spares reading them a second time."""
+        if student.device.type != "cpu" or (upstream := expected_upstream(student, options)) is None:
             return None
-        return ft_loss_native.ft_loss_forward_with_gradient(student, teacher, *options)
+        return Written(*ft_loss_native.ft_loss_forward_with_gradient(student, teacher, *options, upstream), upstream)
+
+    def backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        statistics: Tensor,
+        upstream: Tensor,
+        options: Options,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As every backend's; on the CPU the next forward pass expects this upstream gradient."""
+        if student.device.type == "cpu":
+            note_upstream(student, upstream, options)
+        return super().backward(student, teacher, statistics, upstream, options, needed)
 
     def head_kernels(self, device: torch.device) -> ModuleType | None:
         if device.type != "cpu":

@@ -36,12 +36,12 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.saved_strides = tuple(None if tensor is None else tensor.stride() for tensor in tensors)
 
 
-def saved(ctx: Any) -> list[Any]:
-    """What :func:`save` saved, each in the order of memory that it had.
+def saved(ctx: Any, last: int = 0) -> list[Any]:
+    """What :func:`save` saved, each in the order of memory that it had; the ``last`` ones alone, where not 0.
 
     Hooks on saved tensors, as ``torch.autograd.graph.save_on_cpu`` sets them, may hand back another order.
     """
-    pairs = zip(ctx.saved_tensors, ctx.saved_strides, strict=True)
+    pairs = zip(ctx.saved_tensors[-last:], ctx.saved_strides[-last:], strict=True)
     return [None if tensor is None else _laid_out(plain(tensor), strides) for tensor, strides in pairs]
 
 

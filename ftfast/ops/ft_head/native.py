@@ -80,7 +80,7 @@ def ft_head_forward(
     student_factor = maps.pop()
     if not keep:
         return ft_loss_forward(student_factor, teacher_factor, **head.options._asdict())[0], []
-    loss, gradient = ft_loss_forward_with_gradient(student_factor, teacher_factor, *head.options)
+    loss, _, gradient = ft_loss_forward_with_gradient(student_factor, teacher_factor, *head.options)
     conv3x3.leaky_relu_backward_(gradient, student_factor, translator.negative_slope)
     return loss, [student, *maps[1:], gradient, *translator.weights]
 

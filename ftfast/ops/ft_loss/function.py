@@ -10,7 +10,6 @@ from ftfast.arguments import MAX_DIMS, check_factors, check_options
 from ftfast.backends import KernelBackend, Options
 from ftfast.dispatch import BACKENDS, choose, resolve
 from ftfast.ops.ft_loss import compiled as ft_loss_compiled
-from ftfast.ops.ft_loss import native
 from ftfast.ops.memory import plain, save, saved
 from ftfast.reference import scalar
 
@@ -108,7 +107,7 @@ def _run_kernels(student: Tensor, teacher: Tensor, options: Options, chosen: str
 
 
 class FTLossFunction(torch.autograd.Function):
-    """Saves the factors and O(N) scalars; or, where the backend had better write it, the one gradient."""
+    """Saves the factors and O(N) scalars, and the student's gradient where the backend had better write it."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, options: Options, backend: KernelBackend) -> Tensor:
@@ -119,14 +118,14 @@ class FTLossFunction(torch.autograd.Function):
             written = backend.forward_with_gradient(student, teacher, options)
         ctx.holds_gradient = written is not None
         if written is not None:
-            loss, gradient = written
-            save(ctx, gradient)
-            return loss
-        loss, statistics = backend.forward(student, teacher, options)
+            loss, statistics, gradient, ctx.written_for = written
+        else:
+            loss, statistics = backend.forward(student, teacher, options)
         # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
         ctx.inference_teacher = teacher if teacher.is_inference() else None
         weights = (options.weight,) if isinstance(options.weight, Tensor) else ()
-        save(ctx, student, statistics, *weights, *(() if teacher.is_inference() else (teacher,)))
+        teachers = () if teacher.is_inference() else (teacher,)
+        save(ctx, student, statistics, *weights, *teachers, *((gradient,) if ctx.holds_gradient else ()))
         return loss
 
     @staticmethod
@@ -135,27 +134,21 @@ class FTLossFunction(torch.autograd.Function):
         batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(
             upstream
         )
-        if ctx.holds_gradient:
-            if differentiable:
-                raise RuntimeError(
-                    "a second derivative of ft_loss in float32 on the CPU is not kept by the native backend; use "
-                    'backend="reference", or float64 factors.'
-                )
-            (gradient,) = saved(ctx)
-            if batched:
-                rows = upstream.reshape(upstream.shape + (1,) * (gradient.dim() - 1)) if upstream.dim() else upstream
-                return gradient * rows, None, None, None
-            if torch._C._autograd._get_current_graph_task_keep_graph():
-                gradient = gradient.clone()  # the graph may be run again, and whoever receives this may write to it
-            return native.scale_rows(gradient, upstream), None, None, None
-        student, statistics, *rest = saved(ctx)
+        reads_memory = not (differentiable or batched)
+        upstream = plain(upstream) if reads_memory else upstream
+        if ctx.holds_gradient and reads_memory and upstream.item() == ctx.written_for:
+            (gradient,) = saved(ctx, last=1)
+            # The graph may be run again, and whoever receives this may write to it.
+            runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
+            return gradient.clone() if runs_again else gradient, None, None, None
+        student, statistics, *rest = saved(ctx)[: -1 if ctx.holds_gradient else None]
         teacher = rest.pop() if ctx.inference_teacher is None else ctx.inference_teacher
         options = ctx.options._replace(weight=rest[0]) if rest else ctx.options
         needed = ctx.needs_input_grad[:2]
-        if differentiable or batched:
+        if not reads_memory:
             with torch.enable_grad():
                 return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
-        gradients = ctx.backend.backward(student, teacher, statistics, plain(upstream), options, needed)
+        gradients = ctx.backend.backward(student, teacher, statistics, upstream, options, needed)
         return (*gradients, None, None)
 
 

@@ -35,48 +35,52 @@ def _forward(
     student: Tensor,
     teacher: Tensor,
     gradient: Described | None,
-    statistics: int,
     p: int,
     reduction: str,
     eps: float,
     weight: float | Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    shape = student.shape
+    upstream: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    shape, dtype = student.shape, compute_dtype(student, teacher)
     per_sample = reduction == "none"
     loss = torch.empty(shape[:1] if per_sample else (), dtype=dtype, device=student.device)
+    statistics = torch.empty((5, shape[0]), dtype=dtype, device=student.device)
     extension().ft_loss_forward(
         shape,
         _describe(student),
         _describe(teacher),
         gradient,
         loss.data_ptr(),
-        statistics,
+        statistics.data_ptr(),
         p,
         not per_sample,
         eps,
         _scale(student, p, reduction, weight),
+        upstream,
         torch.get_num_threads(),
     )
-    return loss
+    return loss, statistics
 
 
 def ft_loss_forward(
     student: Tensor, teacher: Tensor, *, p: int, reduction: str, eps: float, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(loss, statistics [5, N])`` of factors ``[N, ...]``."""
-    dtype = compute_dtype(student, teacher)
-    statistics = torch.empty((5, student.shape[0]), dtype=dtype, device=student.device)
-    return _forward(student, teacher, None, statistics.data_ptr(), p, reduction, eps, weight, dtype), statistics
+    return _forward(student, teacher, None, p, reduction, eps, weight)
 
 
 def ft_loss_forward_with_gradient(
-    student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float, weight: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """``(loss, gradient)`` of factors of up to 32 bits: the student's gradient for an upstream gradient of 1."""
+    student: Tensor,
+    teacher: Tensor,
+    p: int,
+    reduction: str,
+    eps: float,
+    weight: float | Tensor,
+    upstream: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(loss, statistics, gradient)``: the student's gradient that :func:`ft_loss_backward` gives for ``upstream``."""
     gradient = torch.empty_like(student)
-    loss = _forward(student, teacher, _describe(gradient), 0, p, reduction, eps, weight, torch.float32)
-    return loss, gradient
+    return *_forward(student, teacher, _describe(gradient), p, reduction, eps, weight, upstream), gradient
 
 
 def ft_loss_backward(
@@ -108,10 +112,3 @@ def ft_loss_backward(
         torch.get_num_threads(),
     )
     return for_student, for_teacher
-
-
-def scale_rows(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """``gradient[n] *= upstream[n]`` in place; nothing to do where upstream is a 1, as it mostly is."""
-    if upstream.dim():
-        return gradient.mul_(upstream.reshape(-1, *(1,) * (gradient.dim() - 1)))
-    return gradient if upstream.item() == 1 else gradient.mul_(upstream)
