@@ -30,6 +30,7 @@ def run(
 ) -> Tensor:
     """The loss on the chosen backend; see :func:`ftfast.ft_loss`."""
     chosen = _approve(student_factor, teacher_factor, p, reduction, eps, weight, backend)
+    eps = eps if isinstance(eps, float) else float(eps)  # numpy's numbers and integers too
     if chosen != "reference" and (reason := needs_torch_operators(student_factor, teacher_factor)):
         if resolve(backend) != "auto":
             raise RuntimeError(f'backend "{chosen}" cannot run {reason}; use backend="reference".')
