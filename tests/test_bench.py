@@ -413,6 +413,12 @@ def test_out_replaces_a_record_only_when_told(tmp_path: Path, capsys: pytest.Cap
     assert records.load(out).created != made_up_record().created
 
 
+def test_closed_standard_output_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--list"]) == 0
+    assert "python -m bench: warning: standard output is closed" in capsys.readouterr().err
+
+
 def test_list_names_every_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     named = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
