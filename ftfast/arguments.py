@@ -161,6 +161,15 @@ def check_features(
         )
 
 
+def check_parameter(module: str, parameter: Tensor) -> None:
+    """Raises TypeError where a module of a head has parameters of a dtype that nothing is computed with."""
+    if parameter.dtype not in FACTOR_DTYPES:
+        raise TypeError(
+            f"the {module}'s parameters are {parameter.dtype}; it takes float64, float32, bfloat16 or float16, so "
+            "convert them with .to(torch.float32)."
+        )
+
+
 def check_map_dtype(dtype: torch.dtype, parameter: Tensor) -> None:
     """Raises TypeError where features of this dtype meet parameters of another outside autocast."""
     if parameter.dtype != dtype:

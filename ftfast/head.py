@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from ftfast.arguments import Backend, Reduction, check_features, check_map_dtype, check_options
+from ftfast.arguments import Backend, Reduction, check_features, check_map_dtype, check_options, check_parameter
 from ftfast.backends import Options
 from ftfast.loss import FTLoss
 from ftfast.modules import Paraphraser, Translator, convolution_stack
@@ -144,6 +144,8 @@ class FactorTransfer(nn.Module):
             )
         if isinstance(self.translator, Translator) and isinstance(self.paraphraser, Paraphraser):
             parameter = next(self.translator.parameters())
+            check_parameter("translator", parameter)
+            check_parameter("paraphraser", next(self.paraphraser.parameters()))
             check_features(
                 student_features,
                 teacher_features,

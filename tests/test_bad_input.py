@@ -210,3 +210,14 @@ def test_both_or_neither_of_features_and_factor():
         head(student, teacher, teacher_factor=torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match="neither"):
         head(student)
+
+
+@pytest.mark.parametrize("module", ["translator", "paraphraser"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parameters_of_eight_bits_are_refused(module, autocast):
+    head, student, teacher = head_and_features()
+    getattr(head, module).to(torch.float8_e4m3fn)
+    refused = pytest.raises(TypeError, match=f"the {module}'s parameters are torch.float8_e4m3fn")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), refused as raised:
+        head(student, teacher)
+    assert ".to(torch.float32)" in sentence(raised)
