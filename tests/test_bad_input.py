@@ -41,6 +41,14 @@ def test_unknown_options(options, words):
         assert all(word in sentence(error) for word in words)
 
 
+def test_a_student_factor_of_inference_mode_beside_a_trained_teacher():
+    with torch.inference_mode():
+        student = torch.randn(2, 5) * 1
+    with pytest.raises(RuntimeError, match=r"student_factor was made under torch\.inference_mode") as raised:
+        ftfast.ft_loss(student, torch.randn(2, 5).requires_grad_())
+    assert "student_factor.clone()" in sentence(raised)
+
+
 def test_numpys_numbers_are_taken_like_floats():
     student, teacher = torch.randn(2, 5), torch.randn(2, 5)
     for backend in ("native", "reference"):

@@ -103,6 +103,11 @@ def _run_kernels(student: Tensor, teacher: Tensor, options: Options, chosen: str
     assert isinstance(backend, KernelBackend)
     student, teacher = plain(student), plain(teacher)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        if student.is_inference():
+            raise RuntimeError(
+                "student_factor was made under torch.inference_mode and teacher_factor requires a gradient, which "
+                "cannot keep it for backward; pass student_factor.clone()."
+            )
         return FTLossFunction.apply(student, teacher, options, backend)
     return backend.forward(student, teacher, options)[0]
 
