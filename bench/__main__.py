@@ -13,6 +13,7 @@ from bench.harness.registry import discover
 from bench.harness.running import Work, measure, prepare
 from bench.results import compare, plots, visited
 from bench.training import prediction
+from ftfast.cli import open_closed_streams
 
 
 def plot_main(arguments: list[str]) -> int:
@@ -49,6 +50,7 @@ def is_failure(row: Row, peers_named: bool) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 where a candidate has no figure, or exits with 2 for bad input."""
+    open_closed_streams("python -m bench")
     if arguments[:1] and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     benches = discover()

@@ -1,25 +1,26 @@
 // The driver of the attention maps: shares samples, and the pixels of large ones, between threads.
 #include "attention.h"
 
+#include "caches.h"
 #include "share.h"
 
 namespace ftfast {
 namespace {
 
-// Pixels whose sums stay in the first cache while all channels are added to them.
-constexpr int64_t pixels_at_once = 2048;
-
 template <class Kernel>
 void each_part(const AttentionMap& work, bool gradient, Kernel kernel) {
   const int64_t element = work.dtype == DType::float32 ? 4 : 2, sample = work.channels * work.pixels;
+  const int64_t bytes = work.samples * sample * element;
   const int64_t parts = (work.pixels + pixels_at_once - 1) / pixels_at_once;
-  share(work.samples * parts, work.samples * sample * element, work.threads, [&](int64_t i) {
+  share(work.samples * parts, bytes, work.threads, [&](int64_t i) {
     const int64_t n = i / parts, part = i % parts;
     AttentionMap turn = work;
+    turn.past_caches = bytes >= past_caches_bytes;
     turn.features = static_cast<const char*>(work.features) + n * sample * element;
     turn.upstream = work.upstream ? work.upstream + n * work.pixels : nullptr;
     turn.result = static_cast<char*>(work.result) + n * (gradient ? sample * element : work.pixels * 4);
-    kernel(turn, work.pixels * part / parts, work.pixels * (part + 1) / parts);
+    const int64_t rows = gradient && !work.channels_last ? work.channels : work.pixels;
+    kernel(turn, rows * part / parts, rows * (part + 1) / parts);
   });
 }
 

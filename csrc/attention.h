@@ -9,6 +9,8 @@
 namespace ftfast {
 
 constexpr int largest_exponent = 4;
+// Pixels whose sums stay in the first cache while all channels are added to them.
+constexpr int64_t pixels_at_once = 2048;
 
 // Features are [N, C, H * W], or [N, H * W, C] with channels_last; maps are float [N, H * W].
 struct AttentionMap {
@@ -19,6 +21,7 @@ struct AttentionMap {
   int64_t samples = 0, channels = 0, pixels = 0;
   bool channels_last = false;
   int exponent = 2;  // 1 to largest_exponent
+  bool past_caches = false;  // the gradient is too large to stay in cache until somebody reads it
   int threads = 1;
 };
 
@@ -27,7 +30,8 @@ void attention_map(const AttentionMap& work);
 // result = upstream * e / C * f^(e - 1), rounded once
 void attention_gradient(const AttentionMap& work);
 
-// Some pixels of one sample; pointers are at the sample's first number.
+// A part of one sample, whose first number the pointers are at. Of the map: some pixels, at most pixels_at_once. Of the
+// gradient: some rows as they lie in memory, channels of [C, H * W] and pixels of [H * W, C].
 struct AttentionKernels {
   void (*map)(const AttentionMap& work, int64_t first, int64_t last);
   void (*gradient)(const AttentionMap& work, int64_t first, int64_t last);

@@ -93,11 +93,12 @@ Problem problem_of(const py::tuple& shape, const py::object& student, const py::
 
 void forward(const py::tuple& shape, const py::object& student, const py::object& teacher,
              const py::object& student_gradient, uintptr_t loss, uintptr_t statistics, int p, bool mean_of_rows,
-             double eps, double scale, int threads) {
+             double eps, double scale, double upstream, int threads) {
   Problem problem = problem_of(shape, student, teacher, student_gradient, py::none(), threads);
   problem.p = p;
   problem.eps = eps;
   problem.scale = scale;
+  problem.upstream = upstream;
   problem.mean_of_rows = mean_of_rows;
   py::gil_scoped_release release;
   ft_loss_forward(problem, reinterpret_cast<void*>(loss), reinterpret_cast<void*>(statistics));

@@ -16,16 +16,16 @@ struct RowKernels {
   // sums[2]: sum |d| and <sign d, s> for p=1, sum d^2 and <d, s> for p=2
   void (*distances)(const void* s, const void* t, int64_t size, int p, double r, double* sums);
   // out = c * (g - x * k) with g = h * sign d for p=1 and h * d for p=2; x is s, or t for the teacher's side, and out
-  // has its dtype. Both sides see the same d, so that rounding cannot give them unlike signs.
+  // has its dtype. Both sides see the same d, so that rounding cannot give them unlike signs. past_caches: the gradients
+  // are too many to stay in cache until somebody reads them.
   void (*gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
-                   double c);
+                   double c, bool past_caches);
   // gradient of this sample and squares of the next in one walk: reading the one hides behind writing the other.
-  // past_caches: the gradients are too many to stay in cache until somebody reads them.
   void (*gradient_and_next_squares)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h,
                                     double k, double c, const void* next_s, const void* next_t, double* next_sums,
                                     bool past_caches);
   void (*teacher_gradient)(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
-                           double c);  // null for a quantised teacher
+                           double c, bool past_caches);  // null for a quantised teacher
 };
 
 constexpr int max_dims = 8;
@@ -47,12 +47,15 @@ struct Problem {
   int p = 1;
   double eps = 0;
   double scale = 0;  // weight and reduction: d loss / d l_n
+  double upstream = 1;  // that forward writes the student's gradient for
   bool mean_of_rows = true;  // false: reduction "none"
   int threads = 1;
 };
 
-// statistics: [5, N] of float or double: si = 1/max(|s|, eps), ti = 1/max(|t|, eps), <g, a>, -<g, b>, and l. The inner
-// products are 0 where a norm is clamped. May be null. loss: one number, or [N]. Both are of the compute type. With problem.student_gradient, ds is written for an upstream gradient of 1.
+// statistics: [5, N] of float or double: si = 1/max(|s|, eps), ti = 1/max(|t|, eps), <g, a>, -<g, b>, and l, with its
+// sign set where C did not hold the sums, so that backward goes forward's way. The inner products are 0 where a norm is
+// clamped. loss: one number, or [N]. Both are of the compute type. With problem.student_gradient, ds is written too, with
+// the bits that backward gives it for problem.upstream.
 void ft_loss_forward(const Problem& problem, void* loss, void* statistics);
 
 // upstream: one number (stride 0) or [N], of the compute type.

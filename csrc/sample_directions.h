@@ -43,12 +43,12 @@ class Directions {
 
   // factor * (g - a * product), h * (a - b) being g for p=2
   void student_gradient(void* out, DType dtype, double h, double product, double factor) {
-    kernels_.gradient(a_.data(), b_.data(), result_.data(), size_, p_, 1, h, product, factor);
+    kernels_.gradient(a_.data(), b_.data(), result_.data(), size_, p_, 1, h, product, factor, false);
     put(out, dtype);
   }
 
   void teacher_gradient(void* out, DType dtype, double h, double product, double factor) {
-    kernels_.gradient(b_.data(), a_.data(), result_.data(), size_, p_, 1, h, product, factor);
+    kernels_.gradient(b_.data(), a_.data(), result_.data(), size_, p_, 1, h, product, factor, false);
     put(out, dtype);
   }
 

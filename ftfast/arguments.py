@@ -1,5 +1,6 @@
 """What the loss takes, in one place: everything else is refused in a sentence before anything runs."""
 
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -25,14 +26,26 @@ def check_options(*, p: int, reduction: str, eps: float, weight: float | Tensor)
             f'reduction is {reduction!r}; it takes "mean" (divides by N*D for p=1 and by N for p=2), "batchmean" '
             '(divides by N), "sum" or "none".'
         )
-    if not isinstance(eps, (int, float)) or not eps >= 0:
+    if _is_beyond_float(eps):
+        raise ValueError("eps is beyond the range of a float; it takes a number of at least 0, 1e-12 by default.")
+    if not isinstance(eps, Real) or not eps >= 0:
         raise ValueError(f"eps is {eps!r}; it takes a number of at least 0, 1e-12 by default.")
     if isinstance(weight, Tensor):
         if weight.dim() != 0 or weight.is_complex():
             kind = f"{weight.dtype} of shape {tuple(weight.shape)}"
             raise ValueError(f"weight is {kind}; it takes a float or a real 0-d tensor.")
-    elif not isinstance(weight, (int, float)):
+    elif _is_beyond_float(weight):
+        raise ValueError("weight is beyond the range of a float; it takes a float or a real 0-d tensor.")
+    elif not isinstance(weight, Real):
         raise TypeError(f"weight is a {type(weight).__name__}; it takes a float or a 0-d tensor.")
+
+
+def _is_beyond_float(number: object) -> bool:
+    """Whether it is an integer that no float holds."""
+    try:
+        return isinstance(number, int) and float(number) != float(number)
+    except OverflowError:
+        return True
 
 
 def check_factors(student_factor: Tensor, teacher_factor: Tensor, weight: float | Tensor = 1.0) -> None:
@@ -145,6 +158,15 @@ def check_features(
         raise ValueError(
             f"student_features are on {student_features.device} and the translator's parameters on "
             f"{parameter.device}; move the head with .to({str(student_features.device)!r})."
+        )
+
+
+def check_parameter(module: str, parameter: Tensor) -> None:
+    """Raises TypeError where a module of a head has parameters of a dtype that nothing is computed with."""
+    if parameter.dtype not in FACTOR_DTYPES:
+        raise TypeError(
+            f"the {module}'s parameters are {parameter.dtype}; it takes float64, float32, bfloat16 or float16, so "
+            "convert them with .to(torch.float32)."
         )
 
 

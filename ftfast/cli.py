@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: the command's, 2 for bad input, 130 for an interruption.
     """
-    _open_closed_streams()
+    open_closed_streams()
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign for "plus or minus" is no reason to stop
     if argv is None and isinstance(sys.stderr, io.TextIOWrapper):
@@ -150,7 +150,7 @@ def _say(sentence: str, error: BaseException | None = None) -> None:
     print(sentence, file=sys.stderr)
 
 
-def _open_closed_streams() -> None:
+def open_closed_streams(program: str = "ftfast") -> None:
     """Python has None for a standard stream that is closed; what would go there is discarded.
 
     The number of a closed one goes to the next file that is opened, and must not be that of a checkpoint.
@@ -159,7 +159,7 @@ def _open_closed_streams() -> None:
     for name in closed:
         setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     if "stdout" in closed:
-        print("ftfast: warning: standard output is closed, and what would go there is lost.", file=sys.stderr)
+        print(f"{program}: warning: standard output is closed, and what would go there is lost.", file=sys.stderr)
 
 
 def _discard_stdout() -> None:

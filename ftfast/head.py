@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from ftfast.arguments import Backend, Reduction, check_features, check_map_dtype, check_options
+from ftfast.arguments import Backend, Reduction, check_features, check_map_dtype, check_options, check_parameter
 from ftfast.backends import Options
 from ftfast.loss import FTLoss
 from ftfast.modules import Paraphraser, Translator, convolution_stack
@@ -158,6 +158,8 @@ class FactorTransfer(nn.Module):
     def _check(self, student_features: Tensor, teacher_features: Tensor | None, teacher_factor: Tensor | None) -> None:
         if isinstance(self.translator, Translator) and isinstance(self.paraphraser, Paraphraser):
             parameter = next(self.translator.parameters())
+            check_parameter("translator", parameter)
+            check_parameter("paraphraser", next(self.paraphraser.parameters()))
             check_features(
                 student_features,
                 teacher_features,

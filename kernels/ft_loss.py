@@ -304,7 +304,7 @@ def ft_loss_backward(
 class LossPlan:
     """The launches for factors of one kind: p, reduction and eps; the rest is found by what the factors are."""
 
-    writes_gradient = False
+    expected_upstream = None
 
     def __init__(self, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> None:
         self.p, self.reduction, self.eps = p, reduction, eps

@@ -62,6 +62,23 @@ def test_maps_and_their_gradients_are_rounded_once(dtype: torch.dtype, shape: tu
         assert relative(features.grad, wide.grad) < ROUNDED_ONCE[dtype]
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(140, 64, 14, 14), (140, 63, 14, 13), (8, 80, 50, 53)], ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
+def test_samples_of_a_batch_beyond_the_caches_have_the_bits_that_they_have_alone(
+    dtype: torch.dtype, shape: tuple[int, ...], layout: str
+) -> None:
+    """Large gradients are stored past the caches, in aligned registers wherever a sample begins."""
+    features = features_of((2 * shape[0], *shape[1:]), dtype, 11, layout)
+    whole, alone = features.clone().requires_grad_(), features[-3:].clone().requires_grad_()
+    maps, maps_alone = attention_map(whole, 2), attention_map(alone, 2)
+    upstream = torch.randn(maps.shape, generator=torch.Generator().manual_seed(12))
+    maps.backward(upstream)
+    maps_alone.backward(upstream[-3:])
+    assert torch.equal(maps[-3:], maps_alone)
+    assert torch.equal(whole.grad[-3:], alone.grad)
+
+
 def test_both_sides_get_a_gradient_and_channels_and_sizes_may_differ() -> None:
     student = features_of((3, 8, 4, 4), torch.float32, 4).requires_grad_()
     teacher = features_of((3, 20, 8, 8), torch.bfloat16, 5).requires_grad_()

@@ -1,5 +1,6 @@
 """Every mistake that a caller of the loss or the head can make ends in one sentence that says what to do."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,8 @@ def sentence(error):
         ({"p": True}, ["p is True"]),
         ({"eps": -1e-3}, ["eps is -0.001", "at least 0"]),
         ({"eps": float("nan")}, ["eps is nan"]),
+        ({"eps": 10**400}, ["eps is beyond the range of a float", "at least 0"]),
+        ({"weight": 10**400}, ["weight is beyond the range of a float", "0-d"]),
         ({"reduction": "avg"}, ["reduction is 'avg'", "N*D for p=1", "N for p=2", "batchmean"]),
         ({"backend": "cuda"}, ["backend is 'cuda'", "auto", "native"]),
         ({"p": 1.0}, ["p is 1.0"]),
@@ -36,6 +39,23 @@ def test_unknown_options(options, words):
         with pytest.raises(ValueError, match=r"\.$") as error:
             call()
         assert all(word in sentence(error) for word in words)
+
+
+def test_a_student_factor_of_inference_mode_beside_a_trained_teacher():
+    with torch.inference_mode():
+        student = torch.randn(2, 5) * 1
+    with pytest.raises(RuntimeError, match=r"student_factor was made under torch\.inference_mode") as raised:
+        ftfast.ft_loss(student, torch.randn(2, 5).requires_grad_())
+    assert "student_factor.clone()" in sentence(raised)
+
+
+def test_numpys_numbers_are_taken_like_floats():
+    student, teacher = torch.randn(2, 5), torch.randn(2, 5)
+    for backend in ("native", "reference"):
+        for eps, weight in ((np.float32(4.0), np.float32(0.5)), (np.int64(4), 0.5), (4, np.float64(0.5))):
+            found = ftfast.ft_loss(student, teacher, eps=eps, weight=weight, backend=backend)
+            assert torch.equal(found, ftfast.ft_loss(student, teacher, eps=4.0, weight=0.5, backend=backend))
+            assert torch.equal(found, ftfast.FTLoss(eps=eps, weight=weight, backend=backend)(student, teacher))
 
 
 @pytest.mark.parametrize(
@@ -198,3 +218,14 @@ def test_both_or_neither_of_features_and_factor():
         head(student, teacher, teacher_factor=torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match="neither"):
         head(student)
+
+
+@pytest.mark.parametrize("module", ["translator", "paraphraser"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parameters_of_eight_bits_are_refused(module, autocast):
+    head, student, teacher = head_and_features()
+    getattr(head, module).to(torch.float8_e4m3fn)
+    refused = pytest.raises(TypeError, match=f"the {module}'s parameters are torch.float8_e4m3fn")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), refused as raised:
+        head(student, teacher)
+    assert ".to(torch.float32)" in sentence(raised)

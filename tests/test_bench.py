@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -408,6 +409,12 @@ def test_out_replaces_a_record_only_when_told(tmp_path: Path, capsys: pytest.Cap
     assert records.load(out) == made_up_record()
     assert main([*run, "--overwrite"]) == 0
     assert records.load(out).created != made_up_record().created
+
+
+def test_closed_standard_output_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--list"]) == 0
+    assert "python -m bench: warning: standard output is closed" in capsys.readouterr().err
 
 
 def test_list_names_every_bench(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
 """Labels that are shifted look like any others, so classes are compared by name wherever two sides know them."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,9 +87,33 @@ def test_folders_to_train_on_are_not_tested_by_shards(folder: Path, tmp_path: Pa
 
 def test_a_class_without_photographs_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "folder")
-    (tmp_path / "folder" / "val" / ".ipynb_checkpoints").mkdir()
-    with pytest.raises(DataError, match=r"val/\.ipynb_checkpoints holds no photographs; every folder there is a class"):
+    (tmp_path / "folder" / "val" / "bee").mkdir()
+    with pytest.raises(DataError, match=r"val/bee holds no photographs; every folder there is a class"):
         listing.describe(tmp_path / "folder", "folder")
+
+
+def test_loops_of_links_pipes_and_hidden_folders_among_photographs(folder: Path, tmp_path: Path) -> None:
+    """A loop ends, a pipe would be waited for, and what notebooks leave is no class."""
+    home = tmp_path / "folder"
+    shutil.copytree(folder, home)
+    expected = [listing.list_photographs(folder, "folder", part) for part in ("train", "val")]
+    apple = next((home / "train").iterdir())
+    (apple / "again").symlink_to(apple)
+    (apple / "up").symlink_to(home / "train")
+    os.mkfifo(apple / "waiting.jpeg")
+    for hidden in (home / "val" / ".ipynb_checkpoints", apple / ".ipynb_checkpoints"):
+        hidden.mkdir()
+        shutil.copy(next(path for path in apple.iterdir() if path.is_file()), hidden / "copy.jpeg")
+    (apple / "inside").symlink_to(next(path for path in (home / "val").iterdir() if path.name[0] != "."))
+    (apple / "missing.jpeg").symlink_to("nowhere.jpeg")
+    found = [listing.list_photographs(home, "folder", part) for part in ("train", "val")]
+    assert [each.class_names for each in found] == [each.class_names for each in expected]
+    names = [Path(found[0].files.name(place)) for place in range(len(found[0].labels))]
+    assert not [name for name in names if name.is_fifo() or ".ipynb_checkpoints" in name.parts]
+    assert len(set(names)) == len(names)
+    assert (apple / "missing.jpeg") in names  # which is told where it is read
+    assert any(name.parent.name == "inside" for name in names)
+    assert np.array_equal(found[1].labels, expected[1].labels)
 
 
 def test_differences_are_told_however_many_names_there_are() -> None:

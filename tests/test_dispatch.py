@@ -91,7 +91,7 @@ def test_explain_gives_every_backend_a_line_and_a_reason():
 class Plan:
     """Kernels in torch's operators: p = 1, the mean, a student's gradient."""
 
-    writes_gradient = False
+    expected_upstream = None
 
     def __init__(self, student, teacher, p, reduction, eps):
         assert (p, reduction) == (1, "mean")

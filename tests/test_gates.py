@@ -49,18 +49,18 @@ def test_a_wrong_backward_is_seen(monkeypatch, backend, device, p, dtype, wrong)
 
 
 @pytest.mark.parametrize("wrong", [scaled, one_sign_flipped, last_row_skipped])
-@pytest.mark.parametrize("launcher", ["forward_with_gradient", "scale_rows"])
+@pytest.mark.parametrize("launcher", ["forward_with_gradient", "backward"])
 def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, backend, device, launcher, wrong):
-    """float32 on the CPU with a frozen teacher: forward writes the gradient, backward scales it."""
+    """On the CPU with a frozen teacher: forward writes the gradient for an upstream gradient that it expects."""
     if (backend, device) != ("native", "cpu"):
         pytest.skip("this way is the native backend's on the CPU")
     right = getattr(LossPlan, launcher)
 
-    def replaced(*args):
-        if launcher == "scale_rows":
-            return wrong([right(*args)])[0]
-        loss, gradient = right(*args)
-        return loss, wrong([gradient])[0]
+    def replaced(*args, **options):
+        if launcher == "backward":
+            return tuple(wrong(right(*args, **options)))
+        loss, statistics, gradient = right(*args, **options)
+        return loss, statistics, wrong([gradient])[0]
 
     assert check_case(BACKENDS[backend], torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
     monkeypatch.setattr(LossPlan, launcher, replaced)

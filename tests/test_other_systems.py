@@ -146,7 +146,7 @@ def test_closed_streams_are_opened_before_a_checkpoint_gets_their_numbers(monkey
     monkeypatch.setattr(cli, "print", lambda *words, file: said.append(words[0]), raising=False)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
-    cli._open_closed_streams()
+    cli.open_closed_streams()
     opened = (sys.stdout, sys.stderr)
     print("discarded")
     for stream in opened:

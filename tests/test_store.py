@@ -80,9 +80,9 @@ def test_the_fused_head_reads_the_stored_factor_itself(
     read: list[tuple[torch.dtype, int]] = []
     launch = LossPlan.forward_with_gradient
 
-    def noted(plan: LossPlan, student: torch.Tensor, teacher: torch.Tensor, weight: float) -> object:
+    def noted(plan: LossPlan, student: torch.Tensor, teacher: torch.Tensor, *rest: float) -> object:
         read.append((teacher.dtype, teacher.data_ptr()))
-        return launch(plan, student, teacher, weight)
+        return launch(plan, student, teacher, *rest)
 
     monkeypatch.setattr(LossPlan, "forward_with_gradient", noted)
     with torch.autocast("cpu", torch.bfloat16, enabled=maps == torch.bfloat16):

@@ -99,6 +99,10 @@ def within(errors: dict[str, float], limits: dict[str, float]) -> Errors:
     return Errors(not wrong, finite, "; ".join(wrong))
 
 
+# The last one is judged, as the last ones are timed: a loss may have learnt the upstream gradient from those before.
+STEPS = 3
+
+
 class Judge:
     """Holds the float64 loss and gradient of one pair of factors and one formula under a random upstream gradient.
 
@@ -126,10 +130,12 @@ class Judge:
         """Judge ``loss`` on the factors that this judge was built from, in any layout."""
         dtype = student_factor.dtype
         student = student_factor.detach().clone().requires_grad_()
-        value = loss(student, teacher_factor)
-        # A loss of 16 bits takes an upstream gradient of 16 bits.
-        upstream = min(self._upstream, LARGEST_FLOAT16_UPSTREAM) if value.dtype == torch.float16 else self._upstream
-        value.backward(torch.tensor(upstream, dtype=value.dtype, device=value.device))
+        for _ in range(STEPS):
+            student.grad = None
+            value = loss(student, teacher_factor)
+            # A loss of 16 bits takes an upstream gradient of 16 bits.
+            upstream = min(self._upstream, LARGEST_FLOAT16_UPSTREAM) if value.dtype == torch.float16 else self._upstream
+            value.backward(torch.tensor(upstream, dtype=value.dtype, device=value.device))
         if student.grad is None:
             return Gate(False, 0.0, 1.0, 1.0, "it gives the student factor no gradient")
         precision = dtype if rounds_throughout else max(dtype, torch.float32, key=lambda d: torch.finfo(d).bits)

@@ -7,7 +7,7 @@ import torch
 import ftfast
 from bench import peers
 from bench.harness.clocks import clock_for, graph_replay
-from bench.harness.gate import FORWARD, FORWARD_BACKWARD, Candidate, Group
+from bench.harness.gate import FORWARD, FORWARD_BACKWARD, STEPS, Candidate, Group
 from bench.harness.measuring import measure_group
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
@@ -91,7 +91,10 @@ def our_entries(cases: LossCases, layout: str) -> list[Candidate]:
     other_layout = next(name for name in LAYOUTS if name != layout)
     unlike_teacher = cases.teacher.contiguous(memory_format=LAYOUTS[other_layout])
     ours, both = ftfast.FTLoss(), (FORWARD_BACKWARD,)
-    graph = ours(cases.student, cases.teacher).grad_fn
+    for _ in range(STEPS):
+        loss = ours(cases.student, cases.teacher)
+        graph = loss.grad_fn
+        loss.backward()
     details = {
         "backend": ftfast.explain(cases.student, cases.teacher).partition(" ")[0],
         "gradient_in_forward": bool(getattr(graph, "holds_gradient", False)),

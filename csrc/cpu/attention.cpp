@@ -45,6 +45,8 @@ void map_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
   for (; c + 4 <= work.channels; c += 4) {
     const T* from = features + c * row;
     const auto four = [&](int64_t i) {
+      if (work.past_caches)  // else the processor's own prefetching does
+        for (int64_t k = 4; k < 8; ++k) __builtin_prefetch(from + k * row + i);
       const Floats pair = power<exponent>(load(from + i)) + power<exponent>(load(from + row + i));
       const Floats next = power<exponent>(load(from + 2 * row + i)) + power<exponent>(load(from + 3 * row + i));
       return pair + next;
@@ -87,22 +89,49 @@ void map_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
   }
 }
 
-template <class T, int exponent>
-void gradient_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
-  const float scale = float(exponent) / float(work.channels);
-  const int64_t whole = first + (last - first) / float_lanes * float_lanes;
-  for (int64_t c = 0; c < work.channels; ++c) {
-    const T* from = static_cast<const T*>(work.features) + c * work.pixels;
-    T* to = static_cast<T*>(work.result) + c * work.pixels;
-    for (int64_t i = first; i < whole; i += float_lanes)
-      store(to + i, power<exponent - 1>(load(from + i)) * (load(work.upstream + i) * scale));
-    for (int64_t i = whole; i < last; ++i)  // an overlapping store would be slower
-      to[i] = rounded<T>(power<exponent - 1>(number(from[i])) * (work.upstream[i] * scale));
+// to[i] = from[i]^(exponent - 1) * upstream[i % period] * scale, in whole aligned registers but for the ends. Behind its
+// period upstream goes on for a register from its beginning, or count ends there.
+template <class T, int exponent, bool streaming>
+void gradient_of_run(const T* from, T* to, int64_t count, const float* upstream, int64_t period, float scale) {
+  int64_t i = 0, pixel = 0;
+  const auto advance = [&](int64_t by) {
+    pixel += by;
+    if (pixel >= period) pixel -= period;
+  };
+  const auto one = [&] {
+    to[i] = rounded<T>(power<exponent - 1>(number(from[i])) * (upstream[pixel] * scale));
+    ++i;
+    advance(1);
+  };
+  while (i < count && !streams_to(to + i)) one();
+  const int64_t register_further = float_lanes % period;
+  for (; i + float_lanes <= count; i += float_lanes) {
+    put<streaming>(to + i, power<exponent - 1>(load(from + i)) * (load(upstream + pixel) * scale));
+    advance(register_further);
   }
+  while (i < count) one();
 }
 
 template <class T, int exponent>
-void gradient_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
+void gradient_of_rows(const AttentionMap& work, int64_t first, int64_t last) {
+  const float scale = float(exponent) / float(work.channels);
+  const int64_t period = work.pixels, begin = first * period, count = (last - first) * period;
+  const T* from = static_cast<const T*>(work.features) + begin;
+  T* to = static_cast<T*>(work.result) + begin;
+  const auto run = work.past_caches ? gradient_of_run<T, exponent, true> : gradient_of_run<T, exponent, false>;
+  if (period <= pixels_at_once) {
+    float upstream[pixels_at_once + float_lanes];
+    std::memcpy(upstream, work.upstream, sizeof(float) * period);
+    for (int64_t i = 0; i < float_lanes; ++i) upstream[period + i] = upstream[i];
+    run(from, to, count, upstream, period, scale);
+  } else {
+    for (int64_t i = 0; i < count; i += period) run(from + i, to + i, period, work.upstream, period, scale);
+  }
+  if (work.past_caches) fence_streams();
+}
+
+template <class T, int exponent, bool streaming>
+void gradient_of_pixels_by(const AttentionMap& work, int64_t first, int64_t last) {
   const int64_t channels = work.channels;
   const float scale = float(exponent) / float(channels);
   for (int64_t i = first; i < last; ++i) {
@@ -111,9 +140,17 @@ void gradient_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
     const float factor = work.upstream[i] * scale;
     int64_t c = 0;
     for (; c + float_lanes <= channels; c += float_lanes)
-      store(to + c, power<exponent - 1>(load(from + c)) * factor);
+      put<streaming>(to + c, power<exponent - 1>(load(from + c)) * factor);
     for (; c < channels; ++c) to[c] = rounded<T>(power<exponent - 1>(number(from[c])) * factor);
   }
+  if (streaming) fence_streams();
+}
+
+template <class T, int exponent>
+void gradient_of_pixels(const AttentionMap& work, int64_t first, int64_t last) {
+  const bool aligned = work.channels % float_lanes == 0 && streams_to(static_cast<T*>(work.result));
+  if (work.past_caches && aligned) gradient_of_pixels_by<T, exponent, true>(work, first, last);
+  else gradient_of_pixels_by<T, exponent, false>(work, first, last);
 }
 
 template <class T, int exponent>

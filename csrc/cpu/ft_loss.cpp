@@ -136,28 +136,25 @@ struct Row {
         results[u] = subtract_product(g, x, along_s) * whole;
         add_squares(sums, next_s + at, next_t + at, u);
       }
-      for (int u = 0; u < unroll; ++u) {
-        if constexpr (streaming) stream(out + i + u * lanes<C>, results[u]);
-        else store(out + i + u * lanes<C>, results[u]);
-      }
+      for (int u = 0; u < unroll; ++u) put<streaming>(out + i + u * lanes<C>, results[u]);
     });
     if (streaming) fence_streams();
-    gradient_of<false, P, S>(s + stop, t + stop, out + stop, size - stop, r, h, k, c);
+    gradient_of<false, P, false, S>(s + stop, t + stop, out + stop, size - stop, r, h, k, c);
     finish_squares(next_s, next_t, stop, size, sums, next_sums);
   }
 
   static void gradient_and_next_squares(const void* s, const void* t, void* out, int64_t size, int p, double r,
                                         double h, double k, double c, const void* next_s, const void* next_t,
                                         double* next_sums, bool past_caches) {
+    S* to = static_cast<S*>(out);
     auto of = p == 1 ? gradient_and_next_squares_of<1, false> : gradient_and_next_squares_of<2, false>;
-    if constexpr (std::is_same<S, float>::value)
-      if (past_caches && reinterpret_cast<uintptr_t>(out) % vector_bytes == 0)
-        of = p == 1 ? gradient_and_next_squares_of<1, true> : gradient_and_next_squares_of<2, true>;
-    of(static_cast<const S*>(s), static_cast<const T*>(t), static_cast<S*>(out), size, C(r), C(h), C(k), C(c),
+    if (past_caches && streams_to(to))
+      of = p == 1 ? gradient_and_next_squares_of<1, true> : gradient_and_next_squares_of<2, true>;
+    of(static_cast<const S*>(s), static_cast<const T*>(t), to, size, C(r), C(h), C(k), C(c),
        static_cast<const S*>(next_s), static_cast<const T*>(next_t), next_sums);
   }
 
-  template <bool of_teacher, int P, class X>
+  template <bool of_teacher, int P, bool streaming, class X>
   static void gradient_of(const S* s, const T* t, X* out, int64_t size, C r, C h, C k, C c) {
     const Values ratio = Values{} + r, along_d = Values{} + h, along_x = Values{} + k, whole = Values{} + c;
     const auto at = [&](const S* s_at, const T* t_at) {
@@ -169,8 +166,9 @@ struct Row {
     Values results[unroll];
     for (; i + step <= size; i += step) {
       for (int u = 0; u < unroll; ++u) results[u] = at(s + i + u * lanes<C>, t + i + u * lanes<C>);
-      for (int u = 0; u < unroll; ++u) store(out + i + u * lanes<C>, results[u]);
+      for (int u = 0; u < unroll; ++u) put<streaming>(out + i + u * lanes<C>, results[u]);
     }
+    if (streaming) fence_streams();
     for_tail<C>(s, t, i, size, [&](const S* s_tail, const T* t_tail, int64_t first, int valid) {
       X result[lanes<C>];
       store(result, at(s_tail, t_tail));
@@ -180,9 +178,12 @@ struct Row {
 
   template <bool of_teacher, class X>
   static void gradient(const void* s, const void* t, void* out, int64_t size, int p, double r, double h, double k,
-                       double c) {
-    const auto of = p == 1 ? gradient_of<of_teacher, 1, X> : gradient_of<of_teacher, 2, X>;
-    of(static_cast<const S*>(s), static_cast<const T*>(t), static_cast<X*>(out), size, C(r), C(h), C(k), C(c));
+                       double c, bool past_caches) {
+    X* to = static_cast<X*>(out);
+    auto of = p == 1 ? gradient_of<of_teacher, 1, false, X> : gradient_of<of_teacher, 2, false, X>;
+    if (past_caches && streams_to(to))
+      of = p == 1 ? gradient_of<of_teacher, 1, true, X> : gradient_of<of_teacher, 2, true, X>;
+    of(static_cast<const S*>(s), static_cast<const T*>(t), to, size, C(r), C(h), C(k), C(c));
   }
 
   static RowKernels kernels() {

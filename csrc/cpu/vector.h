@@ -65,19 +65,15 @@ inline Floats load(const BFloat16* source) {
 }
 
 #if defined(__AVX512BF16__)
-inline Halves bfloat16_bits(Floats values) { return (Halves)_mm512_cvtneps_pbh((__m512)values); }
+inline Halves to_halves(const BFloat16*, Floats values) { return (Halves)_mm512_cvtneps_pbh((__m512)values); }
 #else
-inline Halves bfloat16_bits(Floats values) {
+inline Halves to_halves(const BFloat16*, Floats values) {
   const Words bits = reinterpret_cast<Words>(values);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words to_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector(values != values ? nan : rounded, Halves);
+  return __builtin_convertvector(values != values ? nan : to_even, Halves);
 }
 #endif
-inline void store(BFloat16* target, Floats values) {
-  const Halves halves = bfloat16_bits(values);
-  std::memcpy(target, &halves, sizeof halves);
-}
 
 inline Floats load(const int8_t* source) {
   return __builtin_convertvector(__builtin_convertvector(load_bytes<Bytes>(source), FloatBits), Floats);
@@ -85,9 +81,8 @@ inline Floats load(const int8_t* source) {
 
 #if defined(__AVX512F__)
 inline Floats load(const Float16* source) { return (Floats)_mm512_cvtph_ps(load_bytes<__m256i>(source)); }
-inline void store(Float16* target, Floats values) {
-  const __m256i halves = _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(target, &halves, sizeof halves);
+inline Halves to_halves(const Float16*, Floats values) {
+  return (Halves)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -97,9 +92,8 @@ inline Floats subtract_product(Floats c, Floats a, Floats b) {
 }
 #elif defined(__AVX2__)
 inline Floats load(const Float16* source) { return (Floats)_mm256_cvtph_ps(load_bytes<__m128i>(source)); }
-inline void store(Float16* target, Floats values) {
-  const __m128i halves = _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(target, &halves, sizeof halves);
+inline Halves to_halves(const Float16*, Floats values) {
+  return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -113,12 +107,19 @@ inline Floats load(const Float16* source) {
   for (int i = 0; i < float_lanes; ++i) values[i] = to_float(source[i]);
   return values;
 }
-inline void store(Float16* target, Floats values) {
-  for (int i = 0; i < float_lanes; ++i) target[i] = to_float16(values[i]);
+inline Halves to_halves(const Float16*, Floats values) {
+  Halves halves;
+  for (int i = 0; i < float_lanes; ++i) halves[i] = to_float16(values[i]).bits;
+  return halves;
 }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats subtract_product(Floats c, Floats a, Floats b) { return c - a * b; }
 #endif
+template <class Half>
+inline void store(Half* target, Floats values) {
+  const Halves halves = to_halves(target, values);
+  std::memcpy(target, &halves, sizeof halves);
+}
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 inline Doubles subtract_product(Doubles c, Doubles a, Doubles b) { return c - a * b; }
@@ -200,19 +201,36 @@ struct DoubleSum<float> {
   double sum() const { return FTFAST_INSTRUCTION_SET::sum(lanes); }
 };
 
-// Past the caches: for results that would not stay there anyway. The target is aligned to whole registers. fence_streams
+// Past the caches: for results that would not stay there anyway. The target is aligned to what is stored. fence_streams
 // comes before another thread may read them.
+template <class T>
+inline void stream(T* target, Floats values) {
 #if defined(__AVX512F__)
-inline void stream(float* target, Floats values) { _mm512_stream_ps(target, (__m512)values); }
+  if constexpr (sizeof(T) == 4) _mm512_stream_ps(reinterpret_cast<float*>(target), (__m512)values);
+  else _mm256_stream_si256(reinterpret_cast<__m256i*>(target), (__m256i)to_halves(target, values));
 #elif defined(__AVX2__)
-inline void stream(float* target, Floats values) { _mm256_stream_ps(target, (__m256)values); }
+  if constexpr (sizeof(T) == 4) _mm256_stream_ps(reinterpret_cast<float*>(target), (__m256)values);
+  else _mm_stream_si128(reinterpret_cast<__m128i*>(target), (__m128i)to_halves(target, values));
 #else
-inline void stream(float* target, Floats values) { store(target, values); }
+  store(target, values);
 #endif
+}
+inline void stream(double* target, Doubles values) { store(target, values); }
+template <bool streaming, class T, class Values>
+inline void put(T* target, Values values) {
+  if constexpr (streaming) stream(target, values);
+  else store(target, values);
+}
 inline void fence_streams() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
+}
+
+// Whether stream() may store whole registers from here on.
+template <class T>
+inline bool streams_to(const T* target) {
+  return reinterpret_cast<uintptr_t>(target) % (float_lanes * sizeof(T)) == 0;
 }
 
 }  // namespace FTFAST_INSTRUCTION_SET

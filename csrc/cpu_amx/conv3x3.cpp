@@ -157,6 +157,7 @@ void pack_weight(const float* from, int64_t output_step, int64_t channel_step, c
       : NearWeight(from, channels, channel_step, outputs, output_step, tap_steps);
   const int64_t output_stride = outputs_are_far ? NearWeight::far_stride : 9;
   const int64_t channel_stride = outputs_are_far ? 9 : NearWeight::far_stride;
+  const BFloat16* const bits = nullptr;  // which kind of 16 bits
   const int64_t halves = outputs / tile_rows;
   for (int64_t half = 0; half < halves; ++half)
     for (int64_t pair = 0; pair < tile_rows; ++pair)
@@ -169,8 +170,8 @@ void pack_weight(const float* from, int64_t output_step, int64_t channel_step, c
         }
         uint16_t* const target = to + (tap * halves + half) * numbers_of_tile + pair * tile_columns;
         for (int64_t k = 0; k < tile_rows; k += float_lanes) {
-          const Words low = __builtin_convertvector(bfloat16_bits(load(first + k)), Words);
-          const Words high = __builtin_convertvector(bfloat16_bits(load(second + k)), Words);
+          const Words low = __builtin_convertvector(to_halves(bits, load(first + k)), Words);
+          const Words high = __builtin_convertvector(to_halves(bits, load(second + k)), Words);
           const Words words = low | high << 16;
           std::memcpy(target + 2 * k, &words, sizeof words);
         }

@@ -23,6 +23,15 @@ class Options(NamedTuple):
     weight: float | Tensor
 
 
+class Written(NamedTuple):
+    """What a forward pass wrote: ``gradient`` has the bits of a backward pass that is given ``upstream``."""
+
+    loss: Tensor
+    statistics: Tensor
+    gradient: Tensor
+    upstream: float
+
+
 class Backend:
     """A way to compute the loss.
 
@@ -47,15 +56,17 @@ class LossPlan(Protocol):
 
     Attributes:
         p, reduction, eps: as it was made for.
-        writes_gradient: whether forward had better write the student's gradient, where that alone is needed. The plan
-            then also has ``forward_with_gradient(student, teacher, weight)``, ``(loss, gradient)`` for an upstream
-            gradient of 1, and ``scale_rows(gradient, upstream)``.
+        expected_upstream: the upstream gradient for which forward had better write the student's gradient, where that
+            alone is needed; None where it had better not. With it the plan also has
+            ``forward_with_gradient(student, teacher, weight, upstream)``, ``(loss, statistics, gradient)``.
     """
 
     p: int
     reduction: str
     eps: float
-    writes_gradient: bool
+
+    @property
+    def expected_upstream(self) -> float | None: ...
 
     def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
         """``(loss, statistics)``: the loss as :func:`ftfast.ft_loss` gives it, and what backward needs beside the
@@ -79,9 +90,11 @@ class KernelBackend(Backend):
 
     Attributes:
         device_types: those that its kernels are written for.
+        expects_upstream: its forward pass may write the gradient for the upstream gradient of the steps before.
     """
 
     device_types: tuple[str, ...] = ()
+    expects_upstream = False
 
     def launchers(self, device: torch.device) -> ModuleType:
         """The module whose ``LossPlan(student, teacher, p, reduction, eps)`` launches the kernels for a device."""

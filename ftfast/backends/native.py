@@ -16,6 +16,7 @@ class Native(KernelBackend):
     name = "native"
     automatic_on = ("cpu", "cuda")
     device_types = ("cpu", "cuda")
+    expects_upstream = True
 
     def supports(self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
         if device.type not in self.device_types:

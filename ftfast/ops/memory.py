@@ -42,18 +42,18 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.saved_layouts = [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in tensors]
 
 
-def saved(ctx: Any) -> tuple[Any, ...]:
-    """What :func:`save` saved, each in the dtype and the order of memory that it had.
+def saved(ctx: Any, last: int = 0) -> tuple[Any, ...]:
+    """What :func:`save` saved, each in the dtype and order of memory that it had; the ``last`` alone, if not 0.
 
     Hooks on saved tensors, as ``torch.autograd.graph.save_on_cpu`` sets them, may hand back others.
     """
-    tensors = ctx.saved_tensors
-    for tensor, layout in zip(tensors, ctx.saved_layouts, strict=True):
+    tensors, layouts = ctx.saved_tensors[-last:], ctx.saved_layouts[-last:]
+    for tensor, layout in zip(tensors, layouts, strict=True):
         if tensor is not None and ((tensor.dtype, tensor.stride()) != layout or not lies_in_memory(tensor)):
             break
     else:
         return tuple(tensors)
-    pairs = zip(tensors, ctx.saved_layouts, strict=True)
+    pairs = zip(tensors, layouts, strict=True)
     return tuple(None if tensor is None else _laid_out(plain(tensor), *layout) for tensor, layout in pairs)
 
 

@@ -86,7 +86,7 @@ class Side:
 class LossPlan:
     """The loss of CUDA factors of one kind, and its gradients; see :class:`ftfast.backends.LossPlan`."""
 
-    writes_gradient = False
+    expected_upstream = None
 
     def __init__(self, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> None:
         shape, self.device = student.shape, student.device

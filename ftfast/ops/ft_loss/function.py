@@ -49,6 +49,7 @@ def run(
     if chosen is None:
         chosen = _choose(student, teacher, Options(p, reduction, eps, weight), backend, reason, kind)
     launchers, plan = chosen
+    eps = eps if type(eps) is float else float(eps)  # numpy's numbers and integers too
     if launchers is None:
         return reference.ft_loss(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
     if plan is None or not lies_in_memory(student) or not lies_in_memory(teacher):
@@ -56,6 +57,11 @@ def run(
         plan = loss_plan(launchers, student, teacher, p, reduction, eps)
     weight, multiplier = (weight, None) if type(weight) is float else separate_weight(weight)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        if student.is_inference():
+            raise RuntimeError(
+                "student_factor was made under torch.inference_mode and teacher_factor requires a gradient, which "
+                "cannot keep it for backward; pass student_factor.clone()."
+            )
         loss = FTLossFunction.apply(student, teacher, weight, plan)
     else:
         loss, _ = plan.forward(student, teacher, weight)
@@ -66,6 +72,7 @@ def _run_compiled(student: Tensor, teacher: Tensor, options: Options, backend: s
     p, reduction, eps, weight = options
     check_options(p=p, reduction=reduction, eps=eps, weight=weight)
     check_factors(student, teacher, weight)
+    eps = float(eps)
     chosen = choose(backend, student, teacher)
     if chosen == "reference" or student.numel() == 0:
         return reference.ft_loss(student, teacher, p=p, reduction=reduction, eps=eps, weight=weight)
@@ -106,6 +113,7 @@ def _choose(
         chosen = REFERENCE
     else:
         launchers = found.launchers(student.device)
+        eps = float(eps)
         chosen = Chosen(launchers, None if kind is None else loss_plan(launchers, student, teacher, p, reduction, eps))
     return _chosen.keep(kind, chosen)
 
@@ -144,46 +152,40 @@ def _intercepts(kind: type[Tensor]) -> bool:
 
 
 class FTLossFunction(torch.autograd.Function):
-    """Saves the factors and O(N) scalars; or, where the backend had better write it, the one gradient."""
+    """Saves the factors and O(N) scalars, and the student's gradient where the backend had better write it."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: float | Tensor, plan: Any) -> Tensor:
         ctx.plan = plan
         needed = ctx.needs_input_grad
-        ctx.holds_gradient = plan.writes_gradient and needed[0] and not needed[1]
+        ctx.written_for = plan.expected_upstream if needed[0] and not needed[1] else None
+        ctx.holds_gradient = ctx.written_for is not None
+        gradient = None
         if ctx.holds_gradient:
-            loss, gradient = plan.forward_with_gradient(student, teacher, weight)
-            save(ctx, gradient)
-            return loss
-        loss, statistics = plan.forward(student, teacher, weight)
+            loss, statistics, gradient = plan.forward_with_gradient(student, teacher, weight, ctx.written_for)
+        else:
+            loss, statistics = plan.forward(student, teacher, weight)
         # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
         ctx.inference_teacher = teacher if teacher.is_inference() else None
         ctx.weight, saved_weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-        save(ctx, student, teacher if ctx.inference_teacher is None else None, statistics, saved_weight)
+        save(ctx, student, teacher if ctx.inference_teacher is None else None, statistics, saved_weight, gradient)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         differentiable = torch.is_grad_enabled()
         batched = is_batched(upstream)
-        if ctx.holds_gradient:
-            if differentiable:
-                raise RuntimeError(
-                    "a second derivative of ft_loss in float32 on the CPU is not kept by the native backend; use "
-                    'backend="reference", or float64 factors.'
-                )
-            (gradient,) = saved(ctx)
-            if batched:
-                rows = upstream.reshape(upstream.shape + (1,) * (gradient.dim() - 1)) if upstream.dim() else upstream
-                return gradient * rows, None, None, None
-            if torch._C._autograd._get_current_graph_task_keep_graph():
-                gradient = gradient.clone()  # the graph may be run again, and whoever receives this may write to it
-            return ctx.plan.scale_rows(gradient, upstream), None, None, None
-        student, teacher, statistics, weight = saved(ctx)
+        reads_memory = not (differentiable or batched)
+        if ctx.holds_gradient and reads_memory and upstream.item() == ctx.written_for:
+            (gradient,) = saved(ctx, last=1)
+            # The graph may be run again, and whoever receives this may write to it.
+            runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
+            return gradient.clone() if runs_again else gradient, None, None, None
+        student, teacher, statistics, weight, _ = saved(ctx)
         teacher = ctx.inference_teacher if teacher is None else teacher
         weight = ctx.weight if weight is None else weight
         needed = ctx.needs_input_grad[:2]
-        if differentiable or batched:
+        if not reads_memory:
             with torch.enable_grad():
                 options = Options(ctx.plan.p, ctx.plan.reduction, ctx.plan.eps, weight)
                 return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)

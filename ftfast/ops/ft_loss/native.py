@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ftfast.extension import extension
+from ftfast.ops.ft_loss.expected_upstream import expected_upstream, note_upstream
 from ftfast.reference import compute_dtype, reduction_divisor
 
 _DTYPE_CODES = {
@@ -28,7 +29,7 @@ def _describe(factor: Tensor) -> Described:
 class LossPlan:
     """The loss of factors of one kind on the CPU, and its gradients; see :class:`ftfast.backends.LossPlan`.
 
-    In float32 the factors are still in cache when the gradient is written in forward, which spares reading them again.
+    The factors are still in cache when the gradient is written in forward, which spares reading them again.
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> None:
@@ -38,14 +39,25 @@ class LossPlan:
         self.mean_of_rows = reduction != "none"
         self.loss_shape = () if self.mean_of_rows else self.shape[:1]
         self.divisor = reduction_divisor(self.shape[0], self.shape[1:].numel(), p=p, reduction=reduction)
-        self.writes_gradient = student.dtype == self.number == torch.float32
+        self.kind = (p, student.shape[1])
+
+    @property
+    def expected_upstream(self) -> float | None:
+        """The number that upstream gradients have been lately; none of losses ``[N]``, which have one a sample."""
+        return expected_upstream(self.kind) if self.mean_of_rows else None
 
     def _scale(self, weight: float | Tensor) -> float:
         return (weight.item() if isinstance(weight, Tensor) else weight) / self.divisor
 
     def _forward(
-        self, student: Tensor, teacher: Tensor, gradient: Described | None, statistics: int, weight: float | Tensor
-    ) -> Tensor:
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        gradient: Described | None,
+        weight: float | Tensor,
+        upstream: float,
+    ) -> tuple[Tensor, Tensor]:
+        statistics = torch.empty((5, self.shape[0]), dtype=self.number, device=self.device)
         loss = torch.empty(self.loss_shape, dtype=self.number, device=self.device)
         extension().ft_loss_forward(
             self.shape,
@@ -53,22 +65,25 @@ class LossPlan:
             _describe(teacher),
             gradient,
             loss.data_ptr(),
-            statistics,
+            statistics.data_ptr(),
             self.p,
             self.mean_of_rows,
             self.eps,
             self._scale(weight),
+            upstream,
             torch.get_num_threads(),
         )
-        return loss
+        return loss, statistics
 
     def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
-        statistics = torch.empty((5, self.shape[0]), dtype=self.number, device=self.device)
-        return self._forward(student, teacher, None, statistics.data_ptr(), weight), statistics
+        return self._forward(student, teacher, None, weight, 1.0)
 
-    def forward_with_gradient(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_gradient(
+        self, student: Tensor, teacher: Tensor, weight: float | Tensor, upstream: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(loss, statistics, gradient)``: the student's gradient as :meth:`backward` gives it for ``upstream``."""
         gradient = torch.empty_like(student)
-        return self._forward(student, teacher, _describe(gradient), 0, weight), gradient
+        return *self._forward(student, teacher, _describe(gradient), weight, upstream), gradient
 
     def backward(
         self,
@@ -79,6 +94,8 @@ class LossPlan:
         weight: float | Tensor,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
+        if self.mean_of_rows and upstream.dim() == 0:
+            note_upstream(self.kind, upstream.item())
         for_student = torch.empty_like(student) if needed[0] else None
         for_teacher = torch.empty_like(teacher) if needed[1] else None
         extension().ft_loss_backward(
@@ -95,9 +112,3 @@ class LossPlan:
             torch.get_num_threads(),
         )
         return for_student, for_teacher
-
-    def scale_rows(self, gradient: Tensor, upstream: Tensor) -> Tensor:
-        """``gradient[n] *= upstream[n]`` in place; nothing to do where upstream is a 1, as it mostly is."""
-        if upstream.dim():
-            return gradient.mul_(upstream.reshape(-1, *(1,) * (gradient.dim() - 1)))
-        return gradient if upstream.item() == 1 else gradient.mul_(upstream)

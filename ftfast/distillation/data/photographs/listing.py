@@ -1,7 +1,7 @@
 """Which photographs there are: files in one folder a class, or tar shards; their labels, and how to read one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,30 +88,63 @@ def _list_either(folder: Path, split: str) -> Photographs:
 
 
 def _list_folders(home: Path, split: str) -> Photographs:
-    from torchvision.datasets import ImageFolder
-
     folder = home / split
     if not folder.is_dir():
         raise DataError(
             f"{shown(str(folder))} is not there; photographs are taken from --data-dir with {TRAIN}/CLASS/*.jpeg and "
             f"{TEST}/CLASS/*.jpeg, or with --loader webdataset from {TRAIN}-*.tar and {TEST}-*.tar."
         )
+    names = sorted(entry.name for entry in os.scandir(folder) if _is_shown_folder(entry))
+    if not names:
+        raise DataError(f"{shown(str(folder))} holds no photographs in one folder a class: it has no folders.")
     endings = tuple(f".{kind}" for kind in KINDS)
-    try:
-        listed = ImageFolder(str(folder), is_valid_file=lambda path: path.lower().endswith(endings), allow_empty=True)
-    except FileNotFoundError:
-        raise DataError(
-            f"{shown(str(folder))} holds no photographs in one folder a class: it has no folders."
-        ) from None
-    labels = np.array(listed.targets, dtype=np.int64)
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(listed.classes)) == 0)
-    if len(empty):
-        raise DataError(
-            f"{shown(str(folder / listed.classes[empty[0]]))} holds no photographs; every folder there is a "
-            f"class and takes {', '.join(endings)}: bring some, or remove it."
-        )
-    paths = [str(Path(path).relative_to(folder)) for path, _ in listed.samples]
-    return Photographs(FolderFiles(folder, paths), labels, len(listed.classes), tuple(listed.classes))
+    resolved = folder.resolve()
+    above = frozenset(map(_identity, (resolved, *resolved.parents)))
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        found = sorted(_folders_below(str(folder / name), above))
+        paths += [os.path.join(at, file) for at, files in found for file in files if file.lower().endswith(endings)]
+        if len(paths) == len(labels):
+            raise DataError(
+                f"{shown(str(folder / name))} holds no photographs; every folder there is a "
+                f"class and takes {', '.join(endings)}: bring some, or remove it."
+            )
+        labels += [label] * (len(paths) - len(labels))
+    beginning = len(os.path.join(folder, ""))
+    return Photographs(
+        FolderFiles(folder, [path[beginning:] for path in paths]),
+        np.array(labels, dtype=np.int64),
+        len(names),
+        tuple(names),
+    )
+
+
+def _is_shown_folder(entry: os.DirEntry[str]) -> bool:
+    """Hidden ones are no class and no part of one: notebooks and file managers leave such."""
+    return not entry.name.startswith(".") and entry.is_dir()
+
+
+def _may_be_read(entry: os.DirEntry[str]) -> bool:
+    """A file, or a link to none, which is missed where it is read; not a pipe, which would be waited for."""
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _folders_below(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with its files in order; links are followed, but not to a folder that they lie in."""
+    here = _identity(folder)
+    if here in above:
+        return
+    entries = list(os.scandir(folder))
+    yield folder, sorted(entry.name for entry in entries if _may_be_read(entry))
+    for entry in entries:
+        if _is_shown_folder(entry):
+            yield from _folders_below(entry.path, above | {here})
 
 
 def list_both(folder: Path, loader: str) -> tuple[Photographs, Photographs]:
