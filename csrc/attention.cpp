@@ -15,7 +15,7 @@ void each_part(const AttentionMap& work, bool gradient, Kernel kernel) {
   share(work.samples * parts, bytes, work.threads, [&](int64_t i) {
     const int64_t n = i / parts, part = i % parts;
     AttentionMap turn = work;
-    turn.past_caches = bytes >= past_caches_bytes;
+    turn.past_caches = work.dtype == DType::float32 && bytes >= past_caches_bytes;
     turn.features = static_cast<const char*>(work.features) + n * sample * element;
     turn.upstream = work.upstream ? work.upstream + n * work.pixels : nullptr;
     turn.result = static_cast<char*>(work.result) + n * (gradient ? sample * element : work.pixels * 4);

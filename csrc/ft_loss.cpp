@@ -46,7 +46,8 @@ void share_samples(const Problem& problem, Body body) {
 }
 
 bool goes_past_caches(const Problem& problem, const Factor& gradient) {
-  return gradient.dense && problem.samples * problem.size * bytes_of(gradient.dtype) >= past_caches_bytes;
+  return gradient.dense && gradient.dtype == DType::float32 &&
+         problem.samples * problem.size * bytes_of(gradient.dtype) >= past_caches_bytes;
 }
 
 bool in_double(const Problem& problem) {

@@ -203,19 +203,15 @@ struct DoubleSum<float> {
 
 // Past the caches: for results that would not stay there anyway. The target is aligned to what is stored. fence_streams
 // comes before another thread may read them.
-template <class T>
-inline void stream(T* target, Floats values) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) _mm512_stream_ps(reinterpret_cast<float*>(target), (__m512)values);
-  else _mm256_stream_si256(reinterpret_cast<__m256i*>(target), (__m256i)to_halves(target, values));
+inline void stream(float* target, Floats values) { _mm512_stream_ps(target, (__m512)values); }
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) _mm256_stream_ps(reinterpret_cast<float*>(target), (__m256)values);
-  else _mm_stream_si128(reinterpret_cast<__m128i*>(target), (__m128i)to_halves(target, values));
-#else
-  store(target, values);
+inline void stream(float* target, Floats values) { _mm256_stream_ps(target, (__m256)values); }
 #endif
+template <class T, class Values>
+inline void stream(T* target, Values values) {
+  store(target, values);
 }
-inline void stream(double* target, Doubles values) { store(target, values); }
 template <bool streaming, class T, class Values>
 inline void put(T* target, Values values) {
   if constexpr (streaming) stream(target, values);
