@@ -176,4 +176,4 @@ def test_a_factor_that_is_freed_before_backward_is_named():
     loss = ftfast.ft_loss(student, teacher)
     teacher.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"\(3, 4\) has no memory behind it"):
-        loss.backward()
+        (7.25 * loss).backward()  # which forward did not write the gradient for

@@ -334,7 +334,7 @@ def test_of_many_processes_two_graphs_have_one_sum_between_them() -> None:
 def test_what_a_capture_prepares_is_not_kept_for_others() -> None:
     """Nothing has computed it yet."""
     tensors = tuple(torch.zeros(2, 2, 3, 3, device=CUDA) for _ in range(3))
-    frozen = stack.Stack(tensors, tuple(torch.zeros(2, device=CUDA) for _ in range(3)), 0.1, held=0)
+    frozen = stack.Stack(tensors, tuple(torch.zeros(2, device=CUDA) for _ in range(3)), 0.1)
     calls: list[int] = []
 
     def prepare() -> Tensor:
@@ -343,9 +343,9 @@ def test_what_a_capture_prepares_is_not_kept_for_others() -> None:
 
     aside, recorded = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(aside), torch.cuda.graph(recorded, stream=aside):
-        stack.prepare_once(frozen, ("test",), prepare)
+        stack.prepare_once(frozen, 0, ("test",), prepare)
     for _ in range(2):
-        stack.prepare_once(frozen, ("test",), prepare)
+        stack.prepare_once(frozen, 0, ("test",), prepare)
     assert len(calls) == 2
 
 
