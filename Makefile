@@ -54,14 +54,14 @@ test-all: $(VENV)/ready-for-tests
 
 # Compiles what every shipped Triton launch becomes, and keeps which sources were found good; minutes.
 machine-code: $(VENV)/ready-for-tests
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --keep-machine-code $(wildcard tests/test_*_resources.py)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --keep-machine-code $(wildcard tests/*/test_*_resources.py)
 
 # What the Triton kernels share with the other backends, and what only they have; the interpreter needs a process of its own.
-LOSS_INTERPRETED := tests/test_ft_loss.py tests/test_ft_loss_triton.py tests/test_gates.py tests/test_hub_kernel.py
-INTERPRETED := $(LOSS_INTERPRETED) tests/test_ft_loss_range.py tests/test_ft_head.py $(filter-out $(LOSS_INTERPRETED),$(wildcard tests/test_*_triton.py))
+LOSS_INTERPRETED := tests/losses/test_ft_loss.py tests/losses/test_ft_loss_triton.py tests/losses/test_gates.py tests/losses/test_hub_kernel.py
+INTERPRETED := $(LOSS_INTERPRETED) tests/losses/test_ft_loss_range.py tests/head/test_ft_head.py $(filter-out $(LOSS_INTERPRETED),$(wildcard tests/*/test_*_triton.py))
 
 test-versions:
-	@$(PYTHON) tests/versions.py
+	@$(PYTHON) tests/project/versions.py
 
 lint: $(VENV)/ready-for-tests
 	@$(BIN)/ruff check .

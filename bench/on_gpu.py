@@ -61,7 +61,7 @@ def parts() -> list[Part]:
     loss = ("ft_loss", "--layouts", "channels_last", *PEERS, "--dtype")
     return [
         Part("build", 150, build, (PYTHON, "setup.py", "--version"), is_bench=False),
-        Part("tests", 100, (*tests, *beside, "tests"), (*tests, "--collect-only", "tests/test_repeats.py"), False),
+        Part("tests", 100, (*tests, *beside, "tests"), (*tests, "--collect-only", "tests/gpu/test_repeats.py"), False),
         Part("host", 40, ("host_time",), ("host_time", *SMALL)),
         Part("loss", 80, (*loss, "bfloat16"), ("ft_loss", *SMALL)),
         Part("head", 80, heads, ("ft_head", *SMALL)),

@@ -14,7 +14,7 @@ from bench.harness.gate import Candidate
 from bench.harness.measuring import QUICK_PLAN
 from bench.harness.registry import Bench, Settings, bench_modules
 from bench.shapes import HEADS, QUICK_HEADS, QUICK_SHAPES, SHAPES
-from tests.fork_server import Popen
+from tests.processes.fork_server import Popen
 
 SETTINGS = Settings(
     device=torch.device("cpu"),

@@ -8,7 +8,7 @@ import torch
 
 from ftfast.backends.triton import interpreting
 from ftfast.dispatch import supports
-from tests.fork_server import Popen
+from tests.processes.fork_server import Popen
 
 CPU = torch.device("cpu")
 GUARD, GUARD_BYTES = 0xA5, 256
