@@ -4,12 +4,13 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from ftfast.distillation.runtime import torchrun
 from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
 from ftfast.distillation.settings import options
-from ftfast.distillation.settings.presets import settings_of
+from ftfast.distillation.settings.presets import for_a_try, settings_of
 from ftfast.distillation.store.header import with_store
 from ftfast.errors import DistillError, SettingsError
 
@@ -18,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command, and one for each setting."""
     parser.add_argument(
         "--output", metavar="FOLDER", help="the run folder [runs/<preset or data>, of a --store with -store behind it]"
+    )
+    parser.add_argument(
+        "--rates", metavar="X,...", help="a run for each of these paraphrase rates, with one teacher, and their table"
+    )
+    parser.add_argument(
+        "--steps", metavar="N", help="a try: N steps of each training, on noise in the shape of the data"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, with the same settings")
     parser.add_argument("--print-settings", action="store_true", help="print the settings as JSON, and run nothing")
@@ -43,37 +50,52 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     settings = settings_of(args.preset, **with_store(options.given_settings(args)))
+    if args.steps is not None:
+        settings = for_a_try(settings, _count("steps", args.steps))
     if args.print_settings:
         print(json.dumps(settings.resolved().to_json(), indent=2))
         return 0
     from rich.console import Console
 
     from ftfast.distillation.phases.report import print_table, write_report
+    from ftfast.distillation.rates import print_rates, run_rates, write_rates
     from ftfast.distillation.run import run as run_distillation
 
     # Beside the run of the teacher, not on it.
     output = Path(args.output or f"runs/{args.preset or settings.data}{'-store' * (settings.store is not None)}")
+    rates = _rates(args.rates) if args.rates is not None else None
+    run = run_distillation if rates is None else partial(run_rates, rates=rates)
     try:
         with signals_interrupt():
-            results = run_distillation(
+            results = run(
                 settings,
-                output,
+                output=output,
                 resume=args.resume,
                 checkpoint_seconds=_seconds(args.checkpoint_seconds),
-                checkpoints_kept=_count(args.checkpoints_kept),
+                checkpoints_kept=_count("checkpoints_kept", args.checkpoints_kept),
             )
     except Interrupted as interruption:
         advice = f"run the same command with --resume to continue {output}"
         raise Interrupted(interruption.number, advice) from None
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, one speaks
         return 0
-    write_report(output, results)
+    write, show, report = (
+        (write_report, print_table, "report.md") if rates is None else (write_rates, print_rates, "rates.md")
+    )
+    write(output, results)
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        print_table(results, Console(soft_wrap=not sys.stdout.isatty()))
-        print(f"Report: {output / 'report.md'}")
+        show(results, Console(soft_wrap=not sys.stdout.isatty()))
+        print(f"Report: {output / report}")
     return 0
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise SettingsError(f"rates is {text!r}; it takes numbers separated by commas.") from None
 
 
 def _seconds(text: str) -> float:
@@ -86,7 +108,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _count(text: str) -> int:
+def _count(name: str, text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise SettingsError(f"checkpoints_kept is {text!r}; it takes a whole number of at least 1.")
+        raise SettingsError(f"{name} is {text!r}; it takes a whole number of at least 1.")
     return int(text)

@@ -16,6 +16,7 @@ from ftfast.distillation.data import datasets
 from ftfast.distillation.data.photographs.readers import translate_reader_errors
 from ftfast.distillation.monitor.progress import Progress
 from ftfast.distillation.monitor.telemetry import SECONDS_BETWEEN_LINES
+from ftfast.distillation.phases.controls import controls_images, prepare_controls
 from ftfast.distillation.phases.paraphraser import paraphraser_images, prepare_paraphraser, read_paraphraser
 from ftfast.distillation.phases.results import collect
 from ftfast.distillation.phases.run_folder import RunFolder, check_run_folder, is_of_one, open_run_folder
@@ -146,16 +147,20 @@ def _run_in(
             checkpoints_kept=kept,
             telemetry_seconds=seconds[1],
         )
+        judged_controls: dict[str, Any] = {}
         if stored is not None:
             teacher_side, teacher_checkpoint, diagnosis = stored_side.stored_teacher_side(setup, stored.store)
         else:
             teacher, teacher_checkpoint = prepare_teacher(setup)
             paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
-            teacher_side = TeacherSide(teacher, paraphraser)
+            controls, judged_controls = prepare_controls(setup, teacher)
+            teacher_side = TeacherSide(teacher, paraphraser, controls)
             _run_doctor(setup, teacher_side)
         trials = select_weights(setup, teacher_side)
         methods = {method: train_students(setup, teacher_side, method, trials[method]) for method in settings.methods}
     results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)
+    if judged_controls:
+        results["controls"] = judged_controls
     if processes.are_many:
         results["hardware"]["processes"] = processes.part.ranks
 
@@ -210,7 +215,7 @@ def _earlier_record(folder: RunFolder) -> dict[str, Any]:
         return {}
     try:
         earlier = json.loads(folder.results.read_text())
-        return {name: earlier[name] for name in ("seconds", "hardware", "software")}
+        return {name: earlier[name] for name in ("seconds", "hardware", "memory", "software")}
     except (ValueError, KeyError, TypeError):
         raise RunFolderError(f"{folder.results} is not as it was written; remove it to have it made anew.") from None
 
@@ -222,6 +227,7 @@ def _planned_images(settings: Settings) -> int:
         images += settings.teacher_epochs * settings.dataset().train_images
         if any_needs(settings.methods, "factors"):
             images += paraphraser_images(settings)
+        images += controls_images(settings)
     for method in settings.methods:
         trials = len(candidates(settings, method))
         images += trials * trial_images(settings) if trials > 1 else 0

@@ -46,7 +46,12 @@ def default_folder() -> Path:
 def check_files(name: str, source: "Source") -> None:
     """Raises DataError where a data set's files are not there and are not to be downloaded; reads nothing."""
     places = DATASETS[name].places
-    if not places or source.download or (name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir()):
+    if (
+        not places
+        or source.download
+        or source.noise_images
+        or (name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir())
+    ):
         return
     folder = source.folder or default_folder()
     if not any((folder / place).exists() for place in places):
@@ -73,11 +78,13 @@ class Source:
         folder: the data folder; None for ``$FTFAST_DATA`` or ``~/.cache/ftfast``.
         download: whether the network may be asked for what is not there.
         augmentation: of the training images.
+        noise_images: so many of noise to train on, and as many to test on, in place of the data; 0 for the data.
     """
 
     folder: Path | None = None
     download: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    noise_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,17 @@ class Dataset:
         """Whether images are read as they are needed; how many and of what size is then for the settings to say."""
         return self.load is None
 
+    def of_noise(self, images: int) -> "Dataset":
+        """One of its shape and classes that shows nothing, of so many images to train on and to test on."""
+        return replace(
+            self,
+            title=f"noise in the shape of {self.title}",
+            train_images=images,
+            test_images=images,
+            load=partial(_load_noise, self.image_shape),
+            places=(),
+        )
+
 
 def _load_digits(_source: Source) -> tuple[Split, Split]:
     """1000 digits to train on, 797 to test."""
@@ -118,6 +136,21 @@ def _load_digits(_source: Source) -> tuple[Split, Split]:
     training = train.pixels.float() / 16
     normalisation = Normalisation(16, *(value.reshape(1, 1, 1) for value in (training.mean(), training.std())))
     return replace(train, normalisation=normalisation), replace(test, normalisation=normalisation)
+
+
+def _load_noise(shape: tuple[int, int, int], source: Source) -> tuple[Split, Split]:
+    """Images of two classes, so that few can be parted in proportion."""
+    generator = torch.Generator().manual_seed(0)
+    normalisation = Normalisation.of(255, (0.5,) * shape[0], (0.29,) * shape[0])
+    train, test = (
+        Split(
+            torch.randint(256, (source.noise_images, *shape), generator=generator, dtype=torch.uint8),
+            torch.arange(source.noise_images) % 2,
+            normalisation=normalisation,
+        )
+        for _ in range(2)
+    )
+    return train, test
 
 
 def _load_torchvision(
@@ -258,6 +291,8 @@ def load(name: str, device: torch.device, source: Source | None = None) -> tuple
         DataError: its files are not there, damaged, or cannot be downloaded.
     """
     dataset, source = DATASETS[name], source or Source()
+    if source.noise_images:
+        dataset = dataset.of_noise(source.noise_images)
     assert dataset.load is not None
     train, test = dataset.load(source)
     if (len(train), len(test)) != (dataset.train_images, dataset.test_images):

@@ -49,11 +49,11 @@ class FrozenTeacher(nn.Module):
             of the first call, at which the copy is then made.
         execution: ``"eager"``; ``"compile"`` for torch.compile, which constant-folds on the CPU; ``"graph"`` for a
             CUDA graph of each input shape.
+        limit: the largest ``error`` that is taken; None for 1e-4, 1e-2 and 5e-2 for float32, float16 and bfloat16.
 
     Attributes:
         device: the model's, where images are to come.
         error: relative L2 distance of the features from the model's own in float32, on ``example``.
-        limit: the largest ``error`` that is taken: 1e-4, 1e-2 and 5e-2 for float32, float16 and bfloat16.
 
     Raises:
         TeacherError: a dtype or execution that is not taken here, an unknown layer, features that are not finite, or
@@ -69,6 +69,7 @@ class FrozenTeacher(nn.Module):
         classifier: bool = False,
         example: Tensor | None = None,
         execution: str = "eager",
+        limit: float | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.dtype, self.classifier = layer, dtype, classifier
@@ -77,7 +78,7 @@ class FrozenTeacher(nn.Module):
         if example is not None:
             self.device = example.device
         _check(model, layer, dtype, self.device, execution)
-        self.limit = LIMITS[dtype]
+        self.limit = LIMITS[dtype] if limit is None else limit
         self._run: Callable[[Tensor], Any] | None = None
         # Hidden from torch: it is no part of this module.
         self._freeze_at = partial(self._freeze, model, execution)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.distillation.data.images import Images
-from ftfast.distillation.data.photographs.listing import LOADERS
 from ftfast.distillation.models.registry import place, seeded
 from ftfast.distillation.phases.setup import Setup
 from ftfast.distillation.runtime import checkpoint
@@ -78,10 +77,13 @@ def train_paraphraser(
     settings: Settings,
     precision: Precision,
     after_step: Callable[[int], None] = lambda _: None,
+    *,
+    penalty: float = 0.0,
 ) -> None:
     """Trains a paraphraser in place on feature maps ``[N, C, H, W]``, section 3.1 of the paper.
 
-    ``after_step`` is called with the size of the batch after every step.
+    ``after_step`` is called with the size of the batch after every step; ``penalty`` as
+    :func:`ftfast.distillation.training.reconstruction.fit` takes it.
 
     The paper's own recipe (SGD at 0.1 for a few epochs) suits large data sets; a small one has too few steps for it.
     """
@@ -99,6 +101,7 @@ def train_paraphraser(
         settings.paraphraser_loss,
         precision.autocast,
         after_step,
+        penalty=penalty,
     )
 
 
@@ -153,9 +156,8 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
             features = teacher_features(teacher, fitted, setup.precision)
             train_paraphraser(paraphraser, features, settings, setup.precision, progress.advance)
         features = teacher_features(teacher, held_out, setup.precision)
-        is_noise = LOADERS[settings.loader].is_noise
         diagnosis, warning = setup.processes.on_first(
-            lambda: diagnose(paraphraser, features, setup.precision, of_noise=is_noise)
+            lambda: diagnose(paraphraser, features, setup.precision, of_noise=settings.is_noise)
         )
         judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": warning}
         setup.keep(path, Checkpoint(paraphraser.state_dict(), {}, {**description, "diagnosis": judged}))

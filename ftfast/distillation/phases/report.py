@@ -35,33 +35,41 @@ def method_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, method in results["methods"].items():
         weights = ", ".join(f"{key} {value:g}" for key, value in method["weights"].items())
-        deviation, gain, rate = method["standard_deviation"], method["gain"], method["images_per_second"]
-        accuracy = f"{method['mean']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+        gain, rate = method["gain"], method["images_per_second"]
+        accuracy = with_error(method["mean"], method["standard_deviation"])
         shown_gain, seeds_up = "", ""
         if gain is not None:
-            error = gain["standard_error"]
-            shown_gain = f"{gain['mean']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+            shown_gain = with_error(gain["mean"], gain["standard_error"], signed=True)
             seeds_up = f"{gain['seeds_up']} of {gain['seeds']}"
         rows.append((name, weights, accuracy, shown_gain, seeds_up, "" if rate is None else f"{rate:,.0f}"))
     return rows
 
 
+def with_error(value: float, error: float | None, *, signed: bool = False) -> str:
+    """A figure and, where there is one, its deviation or error."""
+    return (f"{value:+.2f}" if signed else f"{value:.2f}") + ("" if error is None else f" ± {error:.2f}")
+
+
 def print_table(results: dict[str, Any], console: Console) -> None:
     """The final table on a terminal or into a file."""
     settings = results["settings"]
-    table = Table(
-        title=f"{settings['student']} taught by {settings['teacher']} ({results['teacher']['accuracy']:.2f} %) on "
-        f"{settings['data']}, {settings['seeds']} seed{'s' * (settings['seeds'] > 1)}",
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-        title_justify="left",
+    title = (
+        f"{settings['student']} taught by {settings['teacher']} ({results['teacher']['accuracy']:.2f} %) on "
+        f"{settings['data']}, {settings['seeds']} seed{'s' * (settings['seeds'] > 1)}"
     )
-    for position, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if position < 2 else "right", overflow="fold")
-    for row in method_rows(results):
+    console.print(terminal_table(title, _HEADINGS, method_rows(results), left=(0, 1)))
+
+
+def terminal_table(
+    title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[int, ...] = ()
+) -> Table:
+    """A table for a terminal; columns in ``left`` hold words, the others figures."""
+    table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True, title_justify="left")
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if position in left else "right", no_wrap=position not in left)
+    for row in rows:
         table.add_row(*row)
-    console.print(table)
+    return table
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -83,7 +91,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"({settings['student']}, {settings['student_channels']} channels) learn from {data['student_images']} of "
         f"its images.{damaged}",
         "",
-        *_markdown_table(_HEADINGS, method_rows(results)),
+        *markdown_table(_HEADINGS, method_rows(results)),
         "",
         "Accuracy: of the test images, mean and standard deviation over seeds, at the last epoch. Gain: mean "
         "difference to `none` with the same seed, which gives the same first weights and the same batches, and its "
@@ -96,12 +104,17 @@ def to_markdown(results: dict[str, Any]) -> str:
         *methods,
         "",
         *_paraphraser_section(results["paraphraser"]),
+        *_controls_section(results.get("controls", {})),
         *_weights_section(results),
         "## What it ran on",
         "",
-        *_markdown_table(
+        *markdown_table(
             ("", ""),
-            [(key, str(value)) for part in ("hardware", "software") for key, value in results[part].items()],
+            [
+                (key, str(value))
+                for group in ("hardware", "memory", "software")
+                for key, value in results[group].items()
+            ],
         ),
         "",
         f"Arithmetic in {settings['dtype']}; {results['seconds']:.0f} s for the call that finished the run. "
@@ -112,7 +125,8 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A table's lines."""
     cells = [headings, ("---",) * len(headings), *rows]
     return ["| " + " | ".join(row) + " |" for row in cells]
 
@@ -127,6 +141,23 @@ def _paraphraser_section(diagnosis: dict[str, Any] | None) -> list[str]:
     )
     warning = ["", f"**Warning:** {diagnosis['warning']}"] if diagnosis["warning"] else []
     return ["## Paraphraser", "", text, *warning, ""]
+
+
+def _controls_section(controls: dict[str, Any]) -> list[str]:
+    if not controls:
+        return []
+    rows: list[tuple[str, ...]] = [
+        (name, f"{diagnosis['explained_variance']:.3f}", f"{diagnosis['spread']:.2f}")
+        for name, diagnosis in controls.items()
+    ]
+    return [
+        "## Controls",
+        "",
+        "What stands in the paraphraser's place, judged on the same images.",
+        "",
+        *markdown_table(("control", "explained variance", "spread"), rows),
+        "",
+    ]
 
 
 def _weights_section(results: dict[str, Any]) -> list[str]:
@@ -145,4 +176,4 @@ def _weights_section(results: dict[str, Any]) -> list[str]:
         f"Each of {results['settings']['validation_folds']} parts of the students' training images is kept apart in "
         "turn to judge weights on; test images have no say."
     )
-    return ["## Weights", "", text, "", *_markdown_table(headings, rows), ""]
+    return ["## Weights", "", text, "", *markdown_table(headings, rows), ""]

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -50,7 +52,7 @@ def paired_gain(accuracies: list[float], baseline: list[float]) -> dict[str, Any
 def method_line(students: list[dict[str, Any]]) -> str:
     """Accuracy over seeds in words."""
     mean, deviation = _mean_and_deviation([student["accuracy"] for student in students])
-    spread = "" if deviation is None else f" +- {deviation:.2f}"
+    spread = "" if deviation is None else f" ± {deviation:.2f}"
     return f"{mean:.2f}{spread} % of the test images over {len(students)} seed{'s' * (len(students) > 1)}"
 
 
@@ -78,6 +80,7 @@ def collect(
         "version": VERSION,
         "software": _software(),
         "hardware": _hardware(settings),
+        "memory": _memory(settings),
         "settings": settings.to_json(),
         "data": {
             "title": dataset.title,
@@ -94,6 +97,7 @@ def collect(
             "images_per_second": images_per_second(history),
             "history": [asdict(record) for record in history],
         },
+        "factor_channels": settings.factor_channels(),
         "paraphraser": diagnosis,
         "methods": {
             name: _method_result(name, weights, students, trials[name], baseline)
@@ -148,6 +152,16 @@ def _hardware(settings: Settings) -> dict[str, Any]:
     if settings.device == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name()
     return hardware
+
+
+def _memory(settings: Settings) -> dict[str, int]:
+    """The most that the process has held so far, in MiB."""
+    used = {
+        "host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 2**20)
+    }
+    if settings.device == "cuda":
+        used["gpu_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    return used
 
 
 def _cpu_name() -> str:

@@ -29,6 +29,9 @@ class RunFolder:
         self.paraphraser = path / "paraphraser"
         self.tensorboard = path / "tensorboard"
 
+    def control(self, name: str) -> Path:
+        return self.path / "controls" / name
+
     def student(self, method: str, seed: int) -> Path:
         return self.path / "students" / method / f"seed{seed}"
 

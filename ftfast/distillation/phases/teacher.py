@@ -1,5 +1,6 @@
 """The teacher's phase: trained, read back, or taken from a checkpoint that has to be of the same model; then frozen."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,6 +140,7 @@ def freeze(
         classifier=logits,
         example=example(),
         execution="compile" if precision.device.type == "cuda" and settings.compile == "on" else "eager",
+        limit=math.inf if settings.is_noise else None,  # a teacher of noise has weights of any kind
     )
     return resized(frozen, features, size), frozen.explain()
 

@@ -1,7 +1,7 @@
 """One student: its model, its translator where the method has one, and its training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class TeacherSide:
 
     teacher: nn.Module
     paraphraser: Paraphraser | None
+    controls: dict[str, Any] = field(default_factory=dict)
 
 
 def build_student(settings: Settings, seed: int) -> nn.Module:
@@ -103,6 +104,7 @@ def trainable_of(
             settings.teacher_features().channels,
             teacher_side.paraphraser,
             weights,
+            teacher_side.controls,
             backend="reference" if settings.engine == "plain" else "auto",
         )
         with seeded(seed):

@@ -4,6 +4,7 @@ from ftfast.distillation.data.datasets import DATASETS
 from ftfast.distillation.data.photographs.listing import LOADERS
 from ftfast.distillation.models import registry
 from ftfast.distillation.settings.recipe import Recipe
+from ftfast.distillation.training.controls import CONTROLS
 from ftfast.distillation.training.methods import METHODS, WEIGHTS, any_needs
 from ftfast.errors import SettingsError
 
@@ -26,6 +27,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise SettingsError("learning_rate_schedule is 'steps', and milestones is empty; give --milestones 82,123.")
     _check_photographs(recipe)
     _check_store(recipe)
+    if recipe.noise_images and (DATASETS[recipe.data].is_streamed or recipe.store is not None):
+        raise SettingsError(
+            f"noise_images is {recipe.noise_images}, which stands in for data in memory; leave it out with --store, "
+            "and with --data images take --loader synthetic."
+        )
     if DATASETS[recipe.data].is_streamed and any(len(getattr(recipe, name)) > 1 for name in WEIGHTS):
         raise SettingsError(
             "several values of a weight are given, and with --data images none is chosen; give one of each."
@@ -54,6 +60,12 @@ def _check_photographs(recipe: Recipe) -> None:
             "crop_padding, flip or cutout is given, and photographs are cropped and flipped by their loader; leave "
             "them out."
         )
+    for method in recipe.methods:
+        if (control := METHODS[method].control) is not None and CONTROLS[control].learns:
+            raise SettingsError(
+                f"methods has {method}, whose {control} learns from features that are kept in memory; leave it out "
+                "with --data images."
+            )
     if (
         not recipe.paraphraser_epochs
         and recipe.paraphraser_checkpoint is None

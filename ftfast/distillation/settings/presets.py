@@ -4,6 +4,7 @@ A preset's values are defaults of :class:`ftfast.distillation.settings.run_setti
 overrides them.
 """
 
+import dataclasses
 from typing import Any
 
 from ftfast.distillation.settings.run_settings import Settings
@@ -130,6 +131,41 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet-resnet34-resnet18": {**_IMAGENET, "teacher": "torchvision/resnet34"},
     "imagenet-resnet50-resnet18": {**_IMAGENET, "teacher": "torchvision/resnet50"},
 }
+
+
+def for_a_try(settings: Settings, steps: int) -> Settings:
+    """The same networks, methods and losses for ``steps`` steps of each training on noise: whether all runs here.
+
+    Learning rates are low, since noise makes those of a recipe diverge.
+
+    Raises:
+        SettingsError: more images than a setting takes.
+    """
+    images = steps * settings.batch_size
+    dataset = settings.dataset()
+    weights: dict[str, Any] = {name: (value,) for name, value in settings.weight_grid()[0].items()}
+    noise: dict[str, Any] = {"noise_images": images}
+    if dataset.is_streamed:
+        count = {"train_images": images, "test_images": settings.batch_size}
+        noise = {"loader": "synthetic", "data_dir": None, "classes": settings.classes or 1000, **count}
+    return dataclasses.replace(
+        settings,
+        **noise,
+        **weights,
+        seeds=1,
+        teacher_epochs=1,
+        student_epochs=1,
+        student_images=0,
+        pretrained=False,
+        learning_rate=1e-3,
+        learning_rate_schedule="cosine",
+        milestones=(),
+        paraphraser_learning_rate=1e-3,
+        paraphraser_steps=steps,
+        paraphraser_epochs=min(1, settings.paraphraser_epochs),
+        paraphraser_batch_size=settings.batch_size,
+        paraphraser_held_out=2,
+    )
 
 
 def preset_for(data: str) -> str | None:

@@ -60,6 +60,9 @@ class RecipeFields:
         None,
         "folder of a factor store (ftfast store build) in the teacher's place: images, teacher and paraphraser are its",
     )
+    noise_images: int = setting(
+        0, "a try: train on so many images of noise in the shape of the data's, 0 for the data themselves", least=0
+    )
     methods: tuple[str, ...] = setting(("none", "ft", "kd", "ft+kd"), "methods to compare", choices=tuple(METHODS))
     seeds: int = setting(6, "students of each method; a seed fixes a student's weights and its batches", least=1)
 

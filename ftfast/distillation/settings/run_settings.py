@@ -16,6 +16,7 @@ from ftfast.distillation.data.augment import Augmentation
 from ftfast.distillation.data.datasets import DATASETS, Dataset, Source, described_dataset
 from ftfast.distillation.data.images import steps_of
 from ftfast.distillation.data.photographs import decoding
+from ftfast.distillation.data.photographs.listing import LOADERS
 from ftfast.distillation.models import registry
 from ftfast.distillation.settings import normalisation
 from ftfast.distillation.settings.checks import check_recipe
@@ -55,7 +56,7 @@ class Settings(Recipe):
             )
 
     def _check_folds(self) -> None:
-        fewest = self.dataset().classes * self.validation_folds
+        fewest = (2 if self.is_noise else self.dataset().classes) * self.validation_folds
         images = self._student_images()
         if len(self.weight_grid()) > 1 and images < fewest:
             raise SettingsError(
@@ -65,16 +66,16 @@ class Settings(Recipe):
 
     def _check_image_counts(self) -> None:
         dataset = self.dataset()
-        whole = dataset.train_images
+        whole, fewest = dataset.train_images, 2 if self.is_noise else dataset.classes
         for name in ("student_images", "paraphraser_held_out"):
             if name == "paraphraser_held_out" and self.store is not None:
                 continue  # no paraphraser is trained
             value = self._student_images() if name == "student_images" else getattr(self, name)
             is_all = name == "student_images" and value == whole
-            if not is_all and not dataset.classes <= value <= whole - dataset.classes:
+            if not is_all and not fewest <= value <= whole - fewest:
                 raise SettingsError(
-                    f"{name} is {value}; it takes {dataset.classes} to {whole - dataset.classes}, "
-                    f"so that each of {dataset.classes} classes is on both sides of the cut."
+                    f"{name} is {value}; it takes {fewest} to {whole - fewest}, so that each of {fewest} classes is on "
+                    "both sides of the cut."
                 )
 
     def _student_images(self) -> int:
@@ -83,12 +84,19 @@ class Settings(Recipe):
     def dataset(self) -> Dataset:
         """The data set; of photographs, what is known of them."""
         counts = {"classes": self.classes, "train": self.train_images, "test": self.test_images}
-        return described_dataset(self.data, {"size": self.image_size, **counts})
+        dataset = described_dataset(self.data, {"size": self.image_size, **counts})
+        return dataset.of_noise(self.noise_images) if self.noise_images else dataset
 
     def image_source(self) -> Source:
         """Where the images come from, and how those that are trained on are augmented."""
         folder = None if self.data_dir is None else Path(self.data_dir)
-        return Source(folder, self.download, Augmentation(self.crop_padding, self.flip, self.cutout))
+        augmentation = Augmentation(self.crop_padding, self.flip, self.cutout)
+        return Source(folder, self.download, augmentation, self.noise_images)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the images show nothing."""
+        return self.noise_images > 0 or LOADERS[self.loader].is_noise
 
     def teacher_source(self) -> str | None:
         """Where a teacher comes from that is not trained here: a checkpoint's path, or its library."""
@@ -129,7 +137,11 @@ class Settings(Recipe):
     def factor_size(self) -> int:
         """D, the numbers in one factor."""
         height, width = self.map_size()
-        return max(1, round(self.teacher_features().channels * self.rate)) * height * width
+        return self.factor_channels() * height * width
+
+    def factor_channels(self) -> int:
+        """The channels of a factor."""
+        return max(1, round(self.teacher_features().channels * self.rate))
 
     def weight_grid(self) -> list[dict[str, float]]:
         """The weights that the methods try, by name; each method tries those that it has.

@@ -73,9 +73,9 @@ def diagnose_paraphraser(paraphraser: Paraphraser, features: Tensor) -> Diagnosi
     """
     if len(features) < 2:
         raise ValueError(f"features has {len(features)} images; it takes at least 2, to see whether factors differ.")
-    features = features.to(next(paraphraser.parameters()))
+    features = features.to(next(paraphraser.parameters(), features))
     factors = paraphraser.encode(features)
-    reconstruction = paraphraser.decode(factors.to(features.dtype))
+    reconstruction = paraphraser(features)
     return Diagnosis(_explained_variance(features.float(), reconstruction.float()), _spread(factors.float()))
 
 

@@ -1,15 +1,17 @@
 """The distillation methods: which terms a student's loss has. All compare the same two feature maps."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.arguments import Backend
 from ftfast.distillation.models.registry import Outputs
+from ftfast.distillation.training.controls import CONTROLS
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
 from ftfast.ops.attention import attention_difference
@@ -69,6 +71,7 @@ class Pair:
     Attributes:
         student_channels, teacher_channels: of the two feature maps.
         paraphraser: the teacher's, frozen; None where no method of the run uses factors.
+        controls: what stands in the paraphraser's place for methods that are controls, frozen, by name.
         backend: of the factor transfer loss.
     """
 
@@ -76,6 +79,7 @@ class Pair:
     teacher_channels: int
     paraphraser: Paraphraser | None
     weights: Weights
+    controls: Mapping[str, nn.Module] = field(default_factory=dict)
     backend: Backend = "auto"
 
 
@@ -99,11 +103,38 @@ class Regressor(nn.Module):
         return self.projection(features)
 
 
-def _factor_head(pair: Pair) -> Between:
+class UnnormalisedHead(nn.Module):
+    """``weight`` times the mean absolute difference of the factors themselves: the loss without its normalisation."""
+
+    def __init__(self, paraphraser: Paraphraser, translator: Translator, weight: float) -> None:
+        super().__init__()
+        self.paraphraser = paraphraser.requires_grad_(False).eval()
+        self.translator = translator
+        self.weight = weight
+
+    def forward(
+        self, student_features: Tensor, teacher_features: Tensor | None = None, teacher_factor: Tensor | None = None
+    ) -> Tensor:
+        """The loss of maps ``[N, C, H, W]``, or of the student's and the teacher's factor."""
+        if teacher_factor is None:
+            assert teacher_features is not None
+            with torch.no_grad():
+                teacher_factor = self.paraphraser.encode(teacher_features)
+        return self.weight * F.l1_loss(self.translator(student_features).float(), teacher_factor.float())
+
+
+def _factor_head(pair: Pair, p: int = 1, control: str | None = None) -> Between:
+    paraphraser: Any = pair.paraphraser if control is None else pair.controls[control]
+    translator_of = Translator if control is None else CONTROLS[control].translator
+    translator = translator_of(pair.student_channels, paraphraser.factor_channels)
+    head = FactorTransfer(paraphraser, translator, p=p, weight=pair.weights["beta"], backend=pair.backend)
+    return Between(head.hold_weights(), "translator", translator)
+
+
+def _unnormalised_head(pair: Pair) -> Between:
     assert pair.paraphraser is not None
     translator = Translator(pair.student_channels, pair.paraphraser.factor_channels)
-    head = FactorTransfer(pair.paraphraser, translator, weight=pair.weights["beta"], backend=pair.backend)
-    return Between(head.hold_weights(), "translator", translator)
+    return Between(UnnormalisedHead(pair.paraphraser, translator, pair.weights["beta"]), "translator", translator)
 
 
 def _regressor(pair: Pair) -> Between:
@@ -123,6 +154,7 @@ class Method:
             stands between the two, and weights.
         colour, line: of its curve, as matplotlib takes them.
         between: makes what stands between student and teacher, if anything does.
+        control: of :data:`ftfast.distillation.training.controls.CONTROLS`, what it has in the paraphraser's place.
     """
 
     title: str
@@ -133,6 +165,12 @@ class Method:
     colour: str
     line: Any
     between: Callable[[Pair], Between] | None = None
+    control: str | None = None
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the paraphrase rate decides what its factors are."""
+        return "factors" in self.needs or (self.control is not None and CONTROLS[self.control].has_rate)
 
 
 def any_needs(methods: Iterable[str], *needs: str) -> bool:
@@ -164,6 +202,20 @@ def _factors(student: Outputs, teacher: Taught | None, head: nn.Module | None) -
     return {"factors": head(student.features, teacher.features)}
 
 
+def _as_p1(
+    student: Outputs, teacher: Taught | None, head: nn.Module | None, of_random: Callable[[int], float]
+) -> Terms:
+    """The factors' term in units in which random factors cost what they cost p=1, so that one beta suits both.
+
+    Args:
+        of_random: the size D of a factor to the loss of random ones.
+    """
+    assert isinstance(head, FactorTransfer | UnnormalisedHead)
+    size = math.prod(student.features.shape[2:]) * head.translator.factor_channels
+    term = _factors(student, teacher, head)["factors"]
+    return {"factors": term * (_MEAN_ABSOLUTE * math.sqrt(2 / size) / of_random(size))}
+
+
 def _attention(student: Outputs, teacher: Taught | None, weights: Weights) -> Terms:
     """The mean square of the difference of two unit vectors ``[N, H*W]``, the mean of squares over channels."""
     assert isinstance(teacher, Outputs)
@@ -176,10 +228,30 @@ def _hints(student: Outputs, teacher: Taught | None, regressor: nn.Module | None
     return {"hints": weights["hint"] * F.mse_loss(regressor(student.features).float(), teacher.features.float())}
 
 
+# Of a normal number; the entries of two independent directions differ by one with the variance 2/D.
+_MEAN_ABSOLUTE = math.sqrt(2 / math.pi)
 _FT_SOURCE = "Kim, Park and Kwak, Paraphrasing Complex Network, NeurIPS 2018, section 3"
 _KD_SOURCE = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, section 2"
 _AT_SOURCE = "Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, section 3.1, at the last features"
 _FITNET_SOURCE = "Romero et al., FitNets, ICLR 2015, section 2.2, at the last features and in one stage with the labels"
+
+_CONTROL_SOURCE = f"a control of the ablation; {_FT_SOURCE}"
+
+
+def _control(title: str, control: str, colour: str, line: Any) -> Method:
+    """Factor Transfer's loss and translator, with something else in the paraphraser's place."""
+    return Method(
+        f"factors from {title}, a control",
+        _CONTROL_SOURCE,
+        ("beta",),
+        ("maps",),
+        lambda s, t, y, between, w: {**_labels(s, y), **_factors(s, t, between)},
+        colour,
+        line,
+        lambda pair: _factor_head(pair, control=control),
+        control,
+    )
+
 
 # Okabe and Ito's colours, told apart with every common colour vision; line styles tell them apart without colour.
 METHODS = {
@@ -241,4 +313,31 @@ METHODS = {
         "#56B4E9",
         (0, (1, 2)),
     ),
+    "ft-p2": Method(
+        "Factor Transfer with p=2",
+        _FT_SOURCE,
+        ("beta",),
+        ("factors",),
+        lambda s, t, y, between, w: {**_labels(s, y), **_as_p1(s, t, between, lambda size: math.sqrt(2))},
+        "#882255",
+        (0, (6, 1)),
+        lambda pair: _factor_head(pair, p=2),
+    ),
+    "ft-unnormalised": Method(
+        "Factor Transfer without normalisation, a control",
+        _CONTROL_SOURCE,
+        ("beta",),
+        ("factors",),
+        lambda s, t, y, between, w: {
+            **_labels(s, y),
+            **_as_p1(s, t, between, lambda size: math.sqrt(2) * _MEAN_ABSOLUTE),
+        },
+        "#999933",
+        (0, (4, 2)),
+        _unnormalised_head,
+    ),
+    "ft-untrained": _control("an untrained paraphraser", "untrained", "#999999", (0, (1, 1))),
+    "ft-autoencoder": _control("a plain autoencoder", "autoencoder", "#44AA99", (0, (3, 1))),
+    "ft-regularised": _control("a regularised autoencoder", "regularised", "#117733", (0, (3, 1, 1, 1, 1, 1))),
+    "ft-features": _control("the teacher's features themselves", "features", "#332288", (0, (5, 2, 1, 2))),
 }

@@ -21,6 +21,8 @@ def fit(
     loss: str,
     cast: Callable[[], AbstractContextManager[Any]],
     after_step: Callable[[int], None] = lambda _: None,
+    *,
+    penalty: float = 0.0,
 ) -> None:
     """Trains a paraphraser in place, one step for each batch of feature maps, and leaves it in eval.
 
@@ -29,6 +31,7 @@ def fit(
         loss: one of :data:`DISTANCES`.
         cast: the autocast of its forward; float16 gets a gradient scaler.
         after_step: called with the size of the batch after every step.
+        penalty: what the factors' mean absolute value counts for beside the distance.
     """
     parameter = next(paraphraser.parameters())
     kind = parameter.device.type
@@ -42,7 +45,8 @@ def fit(
         batch = features.to(parameter).contiguous(memory_format=torch.channels_last)
         with cast():
             reconstruction = paraphraser(batch)
-        distance = DISTANCES[loss](reconstruction.to(batch.dtype), batch)
+            size = paraphraser.encode(batch).float().abs().mean() if penalty else 0.0
+        distance = DISTANCES[loss](reconstruction.to(batch.dtype), batch) + penalty * size
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(distance).backward()
         scaler.step(optimiser)
