@@ -16,7 +16,7 @@ from bench.machine_code.compiling import ARCHITECTURES, Launch, Machine, cache_k
 from bench.machine_code.shipped import ShippedLaunch
 from bench.machine_code.shipped.ft_head_layers import run_launchers
 from bench.shapes import HeadShape
-from ftfast.kernels import activation, ft_head_loss, pack_weights
+from ftfast.kernels import activation, copy_weights, ft_head_loss, pack_weights
 
 QUICK = {
     "scaled direction 64 of 128x128->64x8x8 bfloat16",
@@ -46,7 +46,7 @@ def test_shipped_launches(found: ShippedLaunch, architecture: int) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_gradient_at_the_end_for_p_2(dtype: torch.dtype, architecture: int) -> None:
-    with recorded(activation), recorded(ft_head_loss) as launches:
+    with recorded(activation), recorded(copy_weights), recorded(ft_head_loss) as launches:
         run_launchers(HeadShape("", 2, 16, 16, 256, 7, 7), dtype, p=2)
     for launched in launches:
         assert_fits(launched, architecture)
