@@ -300,5 +300,6 @@ def schedule_of(settings: Settings, epochs: int) -> Schedule:
         clip_gradient=settings.clip_gradient,
         accumulate=settings.accumulate,
         ema=settings.ema,
+        optimiser=settings.optimiser,
         warm_up=settings.warm_up,
     )
