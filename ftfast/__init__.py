@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ftfast.diagnosis.doctor import doctor
     from ftfast.dispatch import explain
     from ftfast.distillation.models.frozen_teacher import FrozenTeacher
+    from ftfast.distillation.own_models.distill import Distilled, distill
     from ftfast.distillation.store.own_images import FactorStore, write_factors
     from ftfast.distillation.training.captured_step import capture_step
     from ftfast.distillation.training.diagnosis import diagnose_paraphraser
@@ -35,6 +36,8 @@ _HOMES = {
     "train_paraphraser": "distillation.training.paraphraser",
     "diagnose_paraphraser": "distillation.training.diagnosis",
     "capture_step": "distillation.training.captured_step",
+    "distill": "distillation.own_models.distill",
+    "Distilled": "distillation.own_models.distill",
     "FrozenTeacher": "distillation.models.frozen_teacher",
     "FactorStore": "distillation.store.own_images",
     "write_factors": "distillation.store.own_images",
@@ -50,6 +53,7 @@ _HOMES = {
 
 __all__ = [
     "Backend",
+    "Distilled",
     "FTLoss",
     "FactorStore",
     "FactorTransfer",
@@ -64,6 +68,7 @@ __all__ = [
     "capture_step",
     "convert_state_dict",
     "diagnose_paraphraser",
+    "distill",
     "doctor",
     "explain",
     "ft_loss",

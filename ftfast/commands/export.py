@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ftfast.commands.trained import Trained, read_trained
 from ftfast.distillation.data import class_names
@@ -16,7 +18,11 @@ from ftfast.distillation.data.photographs.decoding import of_photographs
 from ftfast.distillation.runtime import files
 from ftfast.errors import DistillError
 
-SUFFIXES = {".safetensors": "the state_dict", ".pt2": "the program that torch.export makes, for any batch size"}
+SUFFIXES = {
+    ".safetensors": "the state_dict",
+    ".pt2": "the program that torch.export makes, for any batch size",
+    ".onnx": "the same for other runtimes, by the packages of ftfast[onnx]",
+}
 PROGRAM_DESCRIPTION = "ftfast.json"
 EXAMPLES = 4
 # Between the model and what is read back from the file, on the same images.
@@ -55,15 +61,17 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
     Args:
         output: ``.safetensors`` for the state_dict, with the model's description as metadata; ``.pt2`` for the program
             of torch.export, which takes images ``[N, C, H, W]`` of any N, normalised as the data set's are; the
-            description is its extra file :data:`PROGRAM_DESCRIPTION`.
+            description is its extra file :data:`PROGRAM_DESCRIPTION`. ``.onnx`` for the same in one ONNX file, from
+            ``images`` to ``logits``, with the description among its metadata as ``ftfast``.
         overwrite: replace ``output`` where it is there.
 
     Raises:
         CheckpointError: not a whole checkpoint of a teacher or student.
-        ExportError: another suffix, a file that is there, or one that does not give the model's logits.
+        ExportError: another suffix, a file that is there, one that does not give the model's logits, or packages that
+            are missing.
     """
     if output.suffix not in SUFFIXES:
-        raise ExportError(f"output is {output}; it takes a name that ends in {' or '.join(SUFFIXES)}.")
+        raise ExportError(f"output is {output}; it takes a name that ends in {', '.join(SUFFIXES)}.")
     if output.exists() and not overwrite:
         raise ExportError(f"output {output} is there already; give --overwrite or another name.")
     trained = read_trained(folder, torch.device("cpu"))
@@ -73,8 +81,7 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
     images = torch.randn(EXAMPLES, *shape, generator=generator)
     aside = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
-        write = _write_tensors if output.suffix == ".safetensors" else _write_program
-        logits = write(trained, model, images, aside)
+        logits = _WRITERS[output.suffix](trained, model, images, aside)
         with torch.no_grad():
             expected = model(images[:2])
         error = float((logits.detach() - expected).norm() / expected.norm())
@@ -112,12 +119,40 @@ def _described(trained: Trained) -> str:
     return json.dumps(described)
 
 
-def _write_program(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
+def _program(trained: Trained, model: nn.Module, images: Tensor) -> ExportedProgram:
     samples = torch.export.Dim("samples", min=1)
     try:
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: samples},))
+        return torch.export.export(model, (images,), dynamic_shapes=({0: samples},))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(f"torch.export does not take this {trained.title}: {reason}") from None
+
+
+def _write_program(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
+    program = _program(trained, model, images)
     torch.export.save(program, path, extra_files={PROGRAM_DESCRIPTION: _described(trained)})
     return torch.export.load(path).module()(images[:2])
+
+
+def _write_onnx(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch's exporter needs it
+        from onnx.reference import ReferenceEvaluator
+    except ModuleNotFoundError as error:
+        raise ExportError(f"an .onnx file needs the package {error.name}; pip install 'ftfast[onnx]'.") from None
+    program = _program(trained, model, images)
+    with warnings.catch_warnings(action="ignore"):  # torch's remarks on its own registrations
+        made = torch.onnx.export(
+            program, (images,), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        )
+    assert made is not None
+    content = made.model_proto
+    onnx.helper.set_model_props(content, {"ftfast": _described(trained)})
+    onnx.checker.check_model(content)
+    files.write_bytes(path, content.SerializeToString())
+    (logits,) = ReferenceEvaluator(onnx.load(path)).run(None, {"images": images[:2].numpy()})
+    return torch.from_numpy(logits)
+
+
+_WRITERS = {".safetensors": _write_tensors, ".pt2": _write_program, ".onnx": _write_onnx}

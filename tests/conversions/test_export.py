@@ -1,6 +1,7 @@
 """``ftfast export`` and ``ftfast evaluate``: a trained model by itself, and what it is worth."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ftfast.cli import main
+from ftfast.commands import export
 from ftfast.commands.evaluate import evaluate_checkpoint
 from ftfast.commands.export import export_checkpoint
 from ftfast.distillation.data import datasets
@@ -50,6 +52,34 @@ def test_an_exported_program_gives_the_model_s_logits_for_any_batch(
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_an_exported_onnx_file_gives_the_model_s_logits_for_any_batch(
+    trained: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="an .onnx file needs ftfast[onnx]")
+    pytest.importorskip("onnxscript", reason="an .onnx file needs ftfast[onnx]")
+    from onnx.reference import ReferenceEvaluator
+
+    folder, model = trained
+    path = tmp_path / "student.onnx"
+    assert export_checkpoint(folder, path)["bytes"] == path.stat().st_size
+    content = onnx.load(path)
+    assert json.loads({entry.key: entry.value for entry in content.metadata_props}["ftfast"])["data"] == "digits"
+    for samples in (1, 3):
+        images = torch.randn(samples, 1, 8, 8)
+        expected = model(images)
+        (logits,) = ReferenceEvaluator(content).run(["logits"], {"images": images.numpy()})
+        assert (torch.from_numpy(logits) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_an_onnx_file_without_its_packages_is_refused(
+    trained: tuple[Path, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(DistillError, match=r"needs the package onnx; pip install 'ftfast\[onnx\]'\.$"):
+        export_checkpoint(trained[0], tmp_path / "student.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
 def test_exported_tensors_are_the_model_s_and_say_what_they_are(
     trained: tuple[Path, torch.nn.Module], tmp_path: Path
 ) -> None:
@@ -74,15 +104,15 @@ def test_an_existing_file_is_kept_unless_asked(trained: tuple[Path, torch.nn.Mod
 
 
 def test_another_suffix_is_refused(trained: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
-    with pytest.raises(DistillError, match=r"\.safetensors or \.pt2"):
-        export_checkpoint(trained[0], tmp_path / "student.onnx")
+    with pytest.raises(DistillError, match=r"\.safetensors, \.pt2, \.onnx"):
+        export_checkpoint(trained[0], tmp_path / "student.h5")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
 def test_a_wrong_export_leaves_no_file(
     trained: tuple[Path, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftfast.commands.export._write_tensors", lambda *_: torch.zeros(2, 10))
+    monkeypatch.setitem(export._WRITERS, ".safetensors", lambda *_: torch.zeros(2, 10))
     with pytest.raises(DistillError, match="off by"):
         export_checkpoint(trained[0], tmp_path / "student.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]

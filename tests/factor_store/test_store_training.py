@@ -126,8 +126,8 @@ class Computed:
     def __init__(self, images: StoredImages, teacher_side: TeacherSide, settings: Settings) -> None:
         self._images, self._teacher_side, self._precision = images, teacher_side, precision_of(settings)
 
-    def __len__(self) -> int:
-        return len(self._images)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._images, name)
 
     def draw(self, *args: Any, **options: Any) -> Iterator[tuple[Tensor, ...]]:
         for batch in self._images.draw(*args, **options):

@@ -10,6 +10,33 @@ import ftfast
 from ftfast import reference
 
 OPTIONS = {"p": 1, "reduction": "mean", "eps": 1e-12, "weight": 1.0}
+DISTILL = {
+    "method": "ft",
+    "epochs": 20,
+    "beta": None,
+    "weights": None,
+    "rate": 0.5,
+    "paraphraser": None,
+    "resize_features": False,
+    "optimizer": "sgd",
+    "learning_rate": None,
+    "momentum": 0.9,
+    "weight_decay": None,
+    "warm_up": 0.0,
+    "schedule": "cosine",
+    "milestones": (),
+    "gamma": 0.1,
+    "clip_gradient": None,
+    "ema": None,
+    "graph": True,
+    "device": None,
+    "dtype": None,
+    "output": None,
+    "resume": False,
+    "checkpoint_seconds": 30.0,
+    "seed": 0,
+    "progress": True,
+}
 SIGNATURES = {
     ftfast.FTLoss: {**OPTIONS, "backend": "auto"},
     ftfast.ft_loss: {"student_factor": ..., "teacher_factor": ..., **OPTIONS, "backend": "auto"},
@@ -51,6 +78,10 @@ SIGNATURES = {
         "dtype": None,
         "progress": True,
     },
+    ftfast.distill: {
+        **{"teacher": ..., "student": ..., "train": ..., "val": None, "teacher_layer": ..., "student_layer": ...},
+        **DISTILL,
+    },
     ftfast.diagnose_paraphraser: {"paraphraser": ..., "features": ...},
     ftfast.write_factors: {
         **{"path": ..., "teacher": ..., "paraphraser": ..., "loader": ...},
@@ -81,6 +112,7 @@ SIGNATURES = {
     },
 }
 KEYWORD_ONLY = {
+    ftfast.distill: ["teacher_layer", "student_layer", *DISTILL],
     ftfast.ft_loss: [*OPTIONS, "backend"],
     ftfast.Paraphraser: ["factor_channels", "norm", "negative_slope"],
     ftfast.Translator: ["norm", "negative_slope"],
@@ -113,6 +145,7 @@ def test_signature(function):
 def test_names():
     expected = {
         "Backend",
+        "Distilled",
         "FTLoss",
         "FactorStore",
         "FactorTransfer",
@@ -126,6 +159,7 @@ def test_names():
         "capture_step",
         "convert_state_dict",
         "diagnose_paraphraser",
+        "distill",
         "doctor",
         "explain",
         "ft_loss",

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ftfast.distillation.data.datasets import DataError
+from ftfast.distillation.data.images import Images
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.runtime.processes import ALONE, Agreement, Part, Processes
@@ -66,6 +67,7 @@ class Many:
     """The same images, tested on in batches of ten."""
 
     test_batch_size = 10
+    test_steps = Images.test_steps
 
     def __init__(self, split: Any) -> None:
         self._split = split

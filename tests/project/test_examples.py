@@ -14,9 +14,10 @@ NEEDS = {
     "lightning_module.py": ("sklearn", "lightning"),
     "accelerate_loop.py": ("sklearn", "accelerate"),
     "vit_to_vit.py": ("sklearn", "timm"),
+    "vit_student.py": ("sklearn", "timm"),
     "timm_task.py": ("timm", "timm.task"),
 }
-LONG = ("accelerate_loop.py", "cuda_graph.py", "lightning_module.py", "timm_task.py", "vit_to_vit.py")
+LONG = ("accelerate_loop.py", "cuda_graph.py", "lightning_module.py", "timm_task.py", "vit_student.py", "vit_to_vit.py")
 CHANCE = 0.25  # of the fewest labels that an example has
 
 

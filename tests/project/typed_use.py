@@ -18,6 +18,9 @@ def calls_give_tensors(student: Tensor, teacher: Tensor, model: nn.Module) -> No
     assert_type(translator(student), Tensor)
     assert_type(FrozenTeacher(model, "layer4")(student).features, Tensor)
     assert_type(train_paraphraser(teacher, steps=1), Paraphraser)
+    taught = ftfast.distill(model, model, [(student, teacher)], teacher_layer="layer4", student_layer="layer4")
+    assert_type(taught, ftfast.Distilled)
+    assert_type(taught.accuracy, float | None)
 
 
 def options_are_literals(reduction: ftfast.Reduction, backend: ftfast.Backend) -> None:

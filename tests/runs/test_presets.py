@@ -10,7 +10,7 @@ import torch
 from ftfast.cli import main
 from ftfast.distillation.data import datasets
 from ftfast.distillation.settings.presets import PRESETS, preset_for, settings_of
-from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.settings.run_settings import Settings, schedule_of
 from ftfast.errors import SettingsError
 from tests.training.cifar_files import write_cifar
 
@@ -164,3 +164,24 @@ def test_options_of_every_kind(capsys: pytest.CaptureFixture[str], words: list[s
 def test_bad_options_are_one_sentence(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert main(["distill", "--print-settings", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["digits", "images"])
+def test_adamw_has_its_own_defaults_and_what_is_given_stands(preset: str) -> None:
+    plain, adamw = settings_of(preset), settings_of(preset, optimiser="adamw")
+    own = {"optimiser": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05, "decayed": "matrices"}
+    assert adamw == replace(plain, **own)
+    assert plain.optimiser == "sgd"
+    assert settings_of(preset, optimiser="sgd") == plain
+    assert settings_of(preset, optimiser="adamw", learning_rate=2e-4, decayed="all") == replace(
+        adamw, learning_rate=2e-4, decayed="all"
+    )
+    schedule = schedule_of(replace(adamw, warm_up=2.0), 10)
+    assert (schedule.optimiser, schedule.decay_vectors, schedule.momentum) == ("adamw", False, adamw.momentum)
+    assert [schedule.rate(step, 5) for step in (0, 4, 9)] == pytest.approx([1e-3 / 11, 5e-3 / 11, 10e-3 / 11])
+
+
+def test_settings_of_a_run_before_adamw_are_those_of_sgd() -> None:
+    kept = settings_of("digits").to_json()
+    del kept["optimiser"]
+    assert Settings.from_json(kept) == settings_of("digits")

@@ -105,6 +105,27 @@ def test_biases_and_norms_are_spared_where_asked() -> None:
     assert_near(stepped(replace(schedule, decay_vectors=False))[0], expected_step(lambda p: 0.5 * (p.dim() > 1)))
 
 
+@pytest.mark.parametrize("decay_vectors", [False, True])
+def test_adamw_steps_as_torchs_in_float64(decay_vectors: bool) -> None:
+    schedule = replace(PLAIN, optimiser="adamw", momentum=0.8, weight_decay=0.3, decay_vectors=decay_vectors)
+    model, expected = classifier(), classifier().double()
+    step = LearningStep(model, cross_entropy(model), schedule, FLOAT32)
+    groups = [
+        {"params": [it for it in expected.parameters() if it.dim() > 1], "weight_decay": 0.3},
+        {"params": [it for it in expected.parameters() if it.dim() <= 1], "weight_decay": 0.3 * decay_vectors},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.999))
+    images, labels = batch()
+    for rate in (0.01, 0.02, 0.005):
+        step((images, labels), rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        F.cross_entropy(expected(images.double()), labels).backward()
+        optimizer.step()
+    assert_near(model, [it.detach() for it in expected.parameters()], limit=1e-3)
+
+
 def test_float16_gradients_are_scaled_and_come_back_unscaled() -> None:
     model, _ = stepped(replace(PLAIN, clip_gradient=0.01), Precision(CPU, torch.float16))
     assert_near(model, expected_step(largest=0.01), limit=2e-2)

@@ -1,4 +1,4 @@
-"""What a training draws its batches from: small images in memory, files read as they are needed, or a factor store."""
+"""What a training draws its batches from: images in memory, files read as they are needed, a store, or a loader."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,8 +11,16 @@ from ftfast.distillation.data.stratified import stratified_folds, stratified_row
 from ftfast.distillation.runtime.processes import WHOLE, Part
 
 
-class Images(ABC):
-    """Labelled images, of all processes together; batch sizes are those of all processes together too."""
+class Batches(ABC):
+    """Labelled images in batches, of all processes together; batch sizes are those of all processes together too."""
+
+    @abstractmethod
+    def steps(self, batch_size: int) -> int:
+        """How many batches an epoch has."""
+
+    @abstractmethod
+    def test_steps(self, ranks: int) -> int:
+        """How many batches :meth:`in_order` gives the process that has most of them, of so many processes."""
 
     @property
     def test_batch_size(self) -> int:
@@ -20,17 +28,10 @@ class Images(ABC):
         return 250
 
     @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
     def draw(
         self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Every image once, augmented and normalised: images ``[N, C, H, W]`` float32, channels_last, and labels.
-
-        Order and augmentation follow from seed, epoch and step alone, whatever the number of processes, so that a
-        resumed epoch draws what it would have. There are :func:`steps_of` batches of nearly equal size: a last batch
-        of one image would upset batch norms.
+        """An epoch's batches: images ``[N, C, H, W]`` float32, channels_last, and labels.
 
         Args:
             first_step: where to go on in the epoch.
@@ -38,16 +39,12 @@ class Images(ABC):
         """
 
     @abstractmethod
+    def step_size(self, batch_size: int, step: int) -> int | None:
+        """The images of a batch over all processes; None where only the batch itself says it."""
+
+    @abstractmethod
     def in_order(self, batch_size: int, part: Part = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as they are tested, once and in order, with their labels; of several processes, each takes its own."""
-
-    @abstractmethod
-    def row_labels(self) -> np.ndarray:
-        """The label of every image, ``[N]`` int64."""
-
-    @abstractmethod
-    def at(self, rows: np.ndarray) -> Self:
-        """Some of the images, by their numbers among these."""
 
     def damaged(self) -> int:
         """How many files of the pass that is under way, or ended last, this process could not decode."""
@@ -62,6 +59,35 @@ class Images(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Ends what reads ahead; images are drawn anew where they are asked for again."""
+
+
+class Images(Batches):
+    """Batches of known images, each of which can be had by its number.
+
+    :meth:`draw` gives every image once, augmented and normalised. Order and augmentation follow from seed, epoch and
+    step alone, whatever the number of processes, so that a resumed epoch draws what it would have. There are
+    :func:`steps_of` batches of nearly equal size: a last batch of one image would upset batch norms.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def steps(self, batch_size: int) -> int:
+        return steps_of(len(self), batch_size)
+
+    def step_size(self, batch_size: int, step: int) -> int:
+        return size_of(len(self), self.steps(batch_size), step)
+
+    def test_steps(self, ranks: int) -> int:
+        return steps_of(size_of(len(self), ranks, 0), self.test_batch_size)
+
+    @abstractmethod
+    def row_labels(self) -> np.ndarray:
+        """The label of every image, ``[N]`` int64."""
+
+    @abstractmethod
+    def at(self, rows: np.ndarray) -> Self:
+        """Some of the images, by their numbers among these."""
 
     def stratified(self, count: int) -> tuple[Self, Self]:
         """``count`` images with every class in proportion, the same ones at every call, and the rest.

@@ -16,10 +16,8 @@ from ftfast.distillation.data.images import Images
 from ftfast.distillation.data.photographs import listing
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, to_photographs
 from ftfast.distillation.models import registry
-from ftfast.distillation.monitor.gpu_meter import gpu_of, why_there_is_none
-from ftfast.distillation.monitor.log_files import EpochLog
 from ftfast.distillation.monitor.progress import Progress
-from ftfast.distillation.monitor.telemetry import SECONDS_BETWEEN_LINES, RunLog
+from ftfast.distillation.monitor.telemetry import SECONDS_BETWEEN_LINES
 from ftfast.distillation.phases.run_folder import RunFolder
 from ftfast.distillation.runtime.checkpoint import Checkpoint, save
 from ftfast.distillation.runtime.processes import Processes
@@ -27,6 +25,7 @@ from ftfast.distillation.settings.run_settings import DTYPES, Settings
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.watched import train_watched
 
 
 def with_batch_norms(model: nn.Module, settings: Settings) -> nn.Module:
@@ -138,42 +137,18 @@ class Setup:
 
     def train_to_end(self, training: Training, path: Path, description: dict[str, Any]) -> None:
         """Trains to the end, with progress, logs and checkpoints, and leaves the checkpoint at ``path``."""
-        title, progress = str(path.relative_to(self.folder.path)), self.progress
-        device, is_first = self.precision.device, self.processes.is_first
-        gpu = gpu_of(device)
-        if gpu is None and (reason := why_there_is_none(device)):
-            progress.say_once(f"warning: {reason}")
-        training.say = lambda reason: progress.say_once(f"warning: {reason}")
-        epochs = EpochLog(self.folder.tensorboard, title, progress.say_once)
-        training.log = RunLog(
-            self.folder.path if is_first else None,
-            title,
-            device,
-            gpu,
-            self.telemetry_seconds,
-            processes=self.processes,
-            say=progress.say_once,
-            advance=progress.advance,
-            counts=self.counts,
-        )
-
-        def after_epoch(training: Training) -> None:
-            record = training.history[-1]
-            progress.end_epoch(title, training.epochs, record)
-            if is_first:
-                epochs.add_epoch(record)
-
-        resumable.train_to_end(
+        train_watched(
             training,
             path,
             description,
+            root=self.folder.path,
+            device=self.precision.device,
+            progress=self.progress,
             checkpoint_seconds=self.checkpoint_seconds,
-            after_epoch=after_epoch,
-            resumed=lambda _: progress.skip(training.images_done()),
-            processes=self.processes,
-            say=progress.say,
-            paused=training.log.pause,
             kept=self.checkpoints_kept,
+            telemetry_seconds=self.telemetry_seconds,
+            processes=self.processes,
+            counts=self.counts,
         )
 
 

@@ -5,20 +5,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ftfast.distillation.data.augment import Mixing
 from ftfast.distillation.data.images import Images
-from ftfast.distillation.models.registry import place, resized, seeded
+from ftfast.distillation.models.registry import resized
 from ftfast.distillation.models.training_graph import training_forward
-from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.phases.setup import build, with_batch_norms
 from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.settings.run_settings import Settings, schedule_of
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training
-from ftfast.distillation.training.methods import METHODS, Pair, Stored, Taught, Terms, Weights
-from ftfast.distillation.training.step import BesideStudent, Precision
+from ftfast.distillation.training.methods import Pair, Terms, Weights
+from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.taught_student import taught_student
 from ftfast.modules import Paraphraser
 
 
@@ -91,41 +91,23 @@ def student_training(
 def trainable_of(
     settings: Settings, teacher_side: TeacherSide, student: nn.Module, *, method: str, weights: Weights, seed: int
 ) -> tuple[nn.ModuleDict, Callable[..., Terms]]:
-    """What learns, the student as ``model`` and beside it what its method adds, and the terms of its loss.
-
-    The terms take images, labels and, where a factor store stands in for the teacher, what :class:`Stored` holds.
-    """
-    chosen = METHODS[method]
-    trainable = nn.ModuleDict({"model": student})
-    between: nn.Module | None = None
-    if chosen.between is not None:
-        pair = Pair(
-            settings.student_features().channels,
-            settings.teacher_features().channels,
-            teacher_side.paraphraser,
-            weights,
-            teacher_side.controls,
-            backend="reference" if settings.engine == "plain" else "auto",
-        )
-        with seeded(seed):
-            made = chosen.between(pair)
-        between = place(made.module, torch.device(settings.device))
-        trainable[made.name] = made.learns
+    """What learns and the terms of its loss, as :func:`taught_student` gives them."""
     features = settings.student_features()
     forward = training_forward(student, features.layer, compiled=settings.compile == "on", fused=settings.is_fused)
-    forward = resized(forward, features, settings.map_size())
-    both = BesideStudent(teacher_side.teacher, forward)
-
-    def terms(images: Tensor, labels: Tensor, *stored: Tensor) -> Terms:
-        taught: Taught | None = None
-        if chosen.needs and not stored:
-            found, taught = both(images)
-        else:
-            with timed("student"):
-                found = forward(images)
-            if chosen.needs:
-                taught = Stored(*stored)
-        with timed("head"):
-            return chosen.terms(found, taught, labels, between, weights)
-
-    return trainable, terms
+    pair = Pair(
+        features.channels,
+        settings.teacher_features().channels,
+        teacher_side.paraphraser,
+        weights,
+        teacher_side.controls,
+        backend="reference" if settings.engine == "plain" else "auto",
+    )
+    return taught_student(
+        student,
+        resized(forward, features, settings.map_size()),
+        teacher_side.teacher,
+        method=method,
+        pair=pair,
+        device=torch.device(settings.device),
+        seed=seed,
+    )

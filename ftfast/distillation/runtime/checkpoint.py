@@ -58,7 +58,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         FileExistsError: the folder is there already.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    # Copies, since safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in checkpoint.tensors.items()}
     model = save_safetensors(tensors, metadata={"format": "pt"})
     buffer = BytesIO()
     torch.save(checkpoint.state, buffer)

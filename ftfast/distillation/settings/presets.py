@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from ftfast.distillation.settings.run_settings import Settings
+from ftfast.distillation.training.schedule import CUSTOMARY
 from ftfast.errors import SettingsError
 
 # train_teacher.py, train_Paraphraser.py, train_student.py and Models/ of the authors' code, which is for CIFAR-10 and
@@ -190,4 +191,13 @@ def settings_of(preset: str | None = None, **given: Any) -> Settings:
         raise SettingsError(
             f"preset {preset} is for {PRESETS[preset]['data']}, and data is {given['data']!r}; give one of the two."
         )
-    return Settings(**{**PRESETS.get(preset or "", {}), **given})
+    return Settings(**{**PRESETS.get(preset or "", {}), **_of_optimiser(given.get("optimiser")), **given})
+
+
+def _of_optimiser(name: str | None) -> dict[str, Any]:
+    """What an optimiser that is given has in place of the preset's values, which are SGD's."""
+    if name not in CUSTOMARY or name == Settings.optimiser:
+        return {}
+    learning_rate, weight_decay, decays_vectors = CUSTOMARY[name]
+    decayed = "all" if decays_vectors else "matrices"
+    return {"learning_rate": learning_rate, "weight_decay": weight_decay, "decayed": decayed}

@@ -10,6 +10,7 @@ from ftfast.distillation.data.photographs.listing import LOADERS
 from ftfast.distillation.models import registry
 from ftfast.distillation.settings.fields import setting
 from ftfast.distillation.training.methods import METHODS, TEMPERATURE, WEIGHTS
+from ftfast.distillation.training.schedule import CUSTOMARY
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICES = ("auto", "cpu", "cuda")
@@ -19,6 +20,10 @@ OPTIMISERS = ("adam", "sgd")
 RECONSTRUCTION_LOSSES = ("l1", "mse")
 SCHEDULES = ("cosine", "steps")
 PARAPHRASER_SCHEDULES = ("cosine", "constant")
+
+
+def _own(explanation: str, name: str) -> str:
+    return f"{explanation} (default with adamw: {getattr(CUSTOMARY['adamw'], name)})"
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,20 @@ class RecipeFields:
     resize_features: bool = setting(False, "pool the larger of the teacher's and student's feature maps to the smaller")
 
     batch_size: int = setting(32, "images in a batch, of all processes together", least=1)
-    learning_rate: float = setting(0.05, "the first one of SGD", positive=True)
+    optimiser: str = setting(
+        "sgd",
+        "of teacher and students; adamw has its own learning rate, weight decay and decayed",
+        choices=(*CUSTOMARY,),
+    )
+    learning_rate: float = setting(0.05, _own("the first one", "learning_rate"), positive=True)
     learning_rate_schedule: str = setting(
         "cosine", "to 0 along a cosine, or in steps at the milestones", choices=SCHEDULES
     )
     milestones: tuple[int, ...] = setting((), "epochs after which the rate falls", least=1)
     gamma: float = setting(0.1, "what the rate is multiplied by at a milestone", positive=True, most=1)
-    momentum: float = setting(0.9, "of SGD", positive=True, most=0.9999)
+    momentum: float = setting(0.9, "of SGD; the first beta of AdamW", positive=True, most=0.9999)
     nesterov: bool = setting(True, "Nesterov's momentum")
-    weight_decay: float = setting(5e-4, "of SGD", least=0)
+    weight_decay: float = setting(5e-4, _own("of the weights", "weight_decay"), least=0)
     decayed: str = setting("all", "parameters that decay: all, or those but biases and norms", choices=DECAYED)
     clip_gradient: float | None = setting(None, "largest norm of all gradients together", positive=True)
     sync_batch_norm: bool = setting(False, "batch norms see the whole batch, not each GPU's part of it")

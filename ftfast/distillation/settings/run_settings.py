@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from ftfast.distillation.settings import normalisation
 from ftfast.distillation.settings.checks import check_recipe
 from ftfast.distillation.settings.fields import check_fields
 from ftfast.distillation.settings.recipe import DTYPES, Recipe
-from ftfast.distillation.training.methods import METHODS, WEIGHTS, any_needs
+from ftfast.distillation.training.methods import METHODS, WEIGHTS, any_needs, customary
 from ftfast.distillation.training.schedule import Schedule
 from ftfast.errors import SettingsError
 
@@ -163,12 +162,11 @@ class Settings(Recipe):
     def _grid(self, name: str) -> tuple[float, ...]:
         if given := getattr(self, name):
             return given
-        if (grid := WEIGHTS[name].grid) is not None:
-            return grid[1:2] if DATASETS[self.data].is_streamed else grid
-        centre = 500 * math.sqrt(self.factor_size() / 2048)  # the mean form shrinks like 1/sqrt(D); 500 suits CIFAR
+        grid = WEIGHTS[name].grid
+        centre = customary(name, self.factor_size() if grid is None else 0)
         if DATASETS[self.data].is_streamed:
             return (round(centre, 4),)
-        return tuple(round(centre * step, 4) for step in GRID_STEPS)
+        return grid or tuple(round(centre * step, 4) for step in GRID_STEPS)
 
     def resolved(self) -> Self:
         """The same settings with nothing left to the machine, the data or the models.
@@ -314,5 +312,6 @@ def schedule_of(settings: Settings, epochs: int) -> Schedule:
         clip_gradient=settings.clip_gradient,
         accumulate=settings.accumulate,
         ema=settings.ema,
+        optimiser=settings.optimiser,
         warm_up=settings.warm_up,
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ftfast.distillation.data.images import Images, size_of, steps_of
+from ftfast.distillation.data.images import Batches
 from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.runtime.signals import Stopped
 from ftfast.distillation.training.step import Precision
@@ -25,7 +25,7 @@ class Accuracies(NamedTuple):
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[Tensor, Tensor]:
+def logits_of(model: nn.Module, images: Batches, precision: Precision) -> tuple[Tensor, Tensor]:
     """``[N, classes]`` float32 in the images' order, and their labels; the model's mode is left as it was."""
     logits, labels = zip(*_tested(model, images, precision), strict=True)
     images.check_damage_limit(images.damaged())
@@ -35,7 +35,7 @@ def logits_of(model: nn.Module, images: Images, precision: Precision) -> tuple[T
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    images: Images,
+    images: Batches,
     precision: Precision,
     processes: Processes = ALONE,
     stop: Callable[[], bool] = lambda: False,
@@ -52,7 +52,7 @@ def evaluate(
     """
     processes.take_from_first(model.buffers())
     sums = torch.zeros(6, dtype=torch.float64, device=precision.device)
-    questions = steps_of(size_of(len(images), processes.part.ranks, 0), images.test_batch_size)  # the largest part's
+    questions = images.test_steps(processes.part.ranks)
     with closing(_tested(model, images, precision, processes)) as batches:
         for logits, labels in batches:
             questions -= 1
@@ -78,7 +78,7 @@ def _raise_if(stop: Callable[[], bool]) -> None:
 
 
 def _tested(
-    model: nn.Module, images: Images, precision: Precision, processes: Processes = ALONE
+    model: nn.Module, images: Batches, precision: Precision, processes: Processes = ALONE
 ) -> Generator[tuple[Tensor, Tensor]]:
     was_training = model.training
     model.eval()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ftfast.distillation.data.images import Images, size_of, steps_of
+from ftfast.distillation.data.images import Batches
 from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.monitor.telemetry import RunLog
@@ -45,7 +45,7 @@ class Training:
         self,
         trainable: nn.Module,
         terms: Callable[..., Terms],
-        images: Images,
+        images: Batches,
         schedule: Schedule,
         precision: Precision,
         *,
@@ -79,8 +79,9 @@ class Training:
             frozen=frozen,
             say=lambda reason: self.say(reason),
         )
-        self._steps_per_epoch = steps_of(len(images), schedule.batch_size)
+        self._steps_per_epoch = images.steps(schedule.batch_size)
         self._steps_done = 0  # of the epoch that is under way
+        self._drawn = 0  # images in these
         self._seconds = 0.0
         self._damaged = 0  # files of that epoch before a load_state
         self._statistics = None
@@ -129,7 +130,7 @@ class Training:
         start = time.perf_counter()
         if self.log is not None:
             self.log.begin_epoch()
-        count, batch_size = len(self._images), self._schedule.batch_size
+        batch_size = self._schedule.batch_size
         first = epoch * self._steps_per_epoch
         batches = self._images.draw(
             batch_size, seed=self._seed, epoch=epoch, first_step=self._steps_done, part=self._processes.part
@@ -137,7 +138,7 @@ class Training:
         for batch in self._timed(batches):
             self.is_between_steps = False
             step = first + self._steps_done
-            whole = size_of(count, self._steps_per_epoch, self._steps_done)
+            whole = self._images.step_size(batch_size, self._steps_done) or len(batch[0])
             seed = step_seed(self._seed, step, self._processes.part.rank)
             seed_generators(seed, batch[0].device)  # of dropout and the like
             if self._mixing is not None:
@@ -145,6 +146,7 @@ class Training:
             terms = self._step(batch, self._schedule.rate(step, self._steps_per_epoch), whole)
             self._losses.add(terms, whole, step)
             self._steps_done += 1
+            self._drawn += whole
             self.is_between_steps = True
             if self.log is not None:
                 self.log.clock.end_step()
@@ -155,7 +157,7 @@ class Training:
                 self._losses.check_finite(step)
                 self._seconds += time.perf_counter() - start
                 raise Stopped
-        self._losses.check_finite(first + self._steps_per_epoch - 1)
+        self._losses.check_finite(first + self._steps_done - 1)
         if self.log is not None:
             self.log.end_epoch(self)
         self._seconds += time.perf_counter() - start
@@ -163,9 +165,11 @@ class Training:
         self._images.check_damage_limit(damaged)
         judged = self._watch(stop_evaluating)
         accuracy, top5 = (None, None) if judged is None else (judged.accuracy, judged.top5_accuracy)
-        record = Epoch(epoch + 1, self._losses.means(count), accuracy, count, self._seconds, top5, damaged)
+        means = self._losses.means(self._drawn)
+        record = Epoch(epoch + 1, means, accuracy, self._drawn, self._seconds, top5, damaged)
         # Not before: a training that is stopped while it is judged goes on with the epoch's judgement.
-        self._steps_done, self._seconds, self._damaged, self._losses = 0, 0.0, 0, self._loss_record()
+        self._steps_done, self._drawn, self._seconds, self._damaged = 0, 0, 0.0, 0
+        self._losses = self._loss_record()
         return record
 
     def _watch(self, stop: Callable[[], bool]) -> Accuracies | None:
@@ -221,7 +225,7 @@ class Training:
         """
         self._losses.check_finite(self.total_steps_done() - 1)
         under_way = {"steps": self._steps_done, "seconds": self._seconds, "sums": self._losses.totals()}
-        under_way["damaged"] = self._damaged_so_far()
+        under_way |= {"damaged": self._damaged_so_far(), "images": self._drawn}
         return {
             "trainable": self.trainable.state_dict(),
             **self._step.state(),
@@ -238,6 +242,8 @@ class Training:
         under_way = state["epoch_under_way"]
         self._steps_done, self._seconds = under_way["steps"], under_way["seconds"]
         self._damaged = under_way.get("damaged", 0)
+        sizes = (self._images.step_size(self._schedule.batch_size, step) for step in range(self._steps_done))
+        self._drawn = under_way["images"] if "images" in under_way else sum(size or 0 for size in sizes)
         self._losses = self._loss_record(under_way["sums"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
@@ -249,8 +255,7 @@ class Training:
 
     def images_done(self) -> int:
         """Images drawn in all epochs."""
-        count, steps = len(self._images), self._steps_per_epoch
-        return len(self.history) * count + sum(size_of(count, steps, step) for step in range(self._steps_done))
+        return sum(record.images for record in self.history) + self._drawn
 
     def take_losses(self) -> dict[str, Tensor]:
         """What the sums of the loss terms, this process's share of them, have grown by since the last call."""

@@ -64,6 +64,13 @@ WEIGHTS = {
 }
 
 
+def customary(name: str, factor_size: int) -> float:
+    """The value of a weight where none is chosen; that of the factor transfer loss suits factors of so many numbers."""
+    grid = WEIGHTS[name].grid
+    # The mean form shrinks like 1/sqrt(D); 500 suits CIFAR.
+    return 500 * math.sqrt(factor_size / 2048) if grid is None else grid[len(grid) // 2]
+
+
 @dataclass(frozen=True)
 class Pair:
     """What stands between a student and its teacher is built from this.

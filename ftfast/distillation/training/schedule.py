@@ -2,6 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Customary(NamedTuple):
+    """What an optimiser of students is given where nobody says otherwise; see :class:`Schedule`."""
+
+    learning_rate: float
+    weight_decay: float
+    decay_vectors: bool
+
+
+CUSTOMARY = {"sgd": Customary(0.05, 5e-4, True), "adamw": Customary(1e-3, 0.05, False)}
+"""The optimisers of students."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,7 @@ class Schedule:
         clip_gradient: the largest L2 norm of all gradients together; None leaves them.
         accumulate: parts in which a batch goes through the networks, for memory's sake; one step for all of them.
         ema: decay of the average of the weights over steps, which is what is kept in the end; None keeps the last.
-        optimiser: ``"sgd"``, or ``"adam"`` in its customary form.
+        optimiser: ``"sgd"``; ``"adam"`` in its customary form; or ``"adamw"``, whose first beta is the momentum.
         warm_up: epochs over which the rate rises in equal steps to the first one; the cosine falls over the rest.
     """
 

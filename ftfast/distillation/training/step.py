@@ -182,8 +182,12 @@ class LearningStep:
 
 
 def _optimiser(groups: list[dict[str, Any]], schedule: Schedule, device: torch.device) -> torch.optim.Optimizer:
+    is_captured = device.type == "cuda"
     if schedule.optimiser == "adam":
-        return torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True, capturable=device.type == "cuda")
+        return torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True, capturable=is_captured)
+    if schedule.optimiser == "adamw":
+        betas = (schedule.momentum, 0.999)
+        return torch.optim.AdamW(groups, schedule.learning_rate, betas, fused=True, capturable=is_captured)
     return torch.optim.SGD(
         groups,
         lr=schedule.learning_rate,

@@ -1,0 +1,1 @@
+"""A training of models and loaders of one's own, called from Python."""

@@ -1,0 +1,55 @@
+"""A student, what its method puts beside it, and the loss of both."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ftfast.distillation.models.registry import Outputs, place, seeded
+from ftfast.distillation.monitor.step_clock import timed
+from ftfast.distillation.training.methods import METHODS, Pair, Stored, Taught, Terms
+from ftfast.distillation.training.step import BesideStudent
+
+
+def taught_student(
+    student: nn.Module,
+    forward: Callable[[Tensor], Outputs],
+    teacher: Callable[[Tensor], Outputs],
+    *,
+    method: str,
+    pair: Pair,
+    device: torch.device,
+    seed: int,
+) -> tuple[nn.ModuleDict, Callable[..., Terms]]:
+    """What learns, the student as ``model`` and beside it what its method adds, and the terms of its loss.
+
+    The terms take images, labels and, where a factor store stands in for the teacher, what :class:`Stored` holds.
+
+    Args:
+        forward: the student's, in training.
+        teacher: without a graph.
+        seed: of the weights that the method adds.
+    """
+    chosen = METHODS[method]
+    trainable = nn.ModuleDict({"model": student})
+    between: nn.Module | None = None
+    if chosen.between is not None:
+        with seeded(seed):
+            made = chosen.between(pair)
+        between = place(made.module, device)
+        trainable[made.name] = made.learns
+    both = BesideStudent(teacher, forward)
+
+    def terms(images: Tensor, labels: Tensor, *stored: Tensor) -> Terms:
+        taught: Taught | None = None
+        if chosen.needs and not stored:
+            found, taught = both(images)
+        else:
+            with timed("student"):
+                found = forward(images)
+            if chosen.needs:
+                taught = Stored(*stored)
+        with timed("head"):
+            return chosen.terms(found, taught, labels, between, pair.weights)
+
+    return trainable, terms
