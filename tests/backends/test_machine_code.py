@@ -7,7 +7,7 @@ import pytest
 
 from tests import machine_code
 
-RESOURCES = sorted(Path(__file__).parents[2].glob("*/test_*_resources.py"))
+RESOURCES = sorted(Path(__file__).parents[1].glob("*/test_*_resources.py"))
 FILES = [path for path in RESOURCES if machine_code.shipped_file(path).is_file()]
 
 
@@ -23,7 +23,7 @@ def test_every_kernel_that_is_imported_is_in_the_digest(test: Path) -> None:
 
 
 def test_a_changed_helper_of_a_kernel_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    test = Path(__file__).parents[2] / "losses" / "test_ft_loss_resources.py"
+    test = Path(__file__).parents[1] / "losses" / "test_ft_loss_resources.py"
     before = machine_code.digest.__wrapped__(test)
     helper = machine_code.ROOT / "kernels/loss_terms.py"
     read = Path.read_bytes
