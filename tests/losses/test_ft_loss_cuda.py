@@ -359,7 +359,6 @@ def _blocks_of(
     """Blocks of each sample of a right forward on a device with these limits; 0 where it is read in two passes."""
     host = _on_host(library, limits)
     monkeypatch.setattr(kernels, "extension", lambda: host)
-    monkeypatch.setattr(kernels, "_stream", lambda device: 0)
     _assert_same_as_reference(student, teacher)
     blocks: int = host.blocks
     return blocks

@@ -194,7 +194,7 @@ def test_the_library_imports_where_there_is_neither_posix_nor_a_package_beside_t
         "absent = ('fcntl', 'resource', 'numpy', 'safetensors', 'rich', 'torchvision', 'matplotlib', 'tensorboard')\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
         "del os.register_at_fork\n"
-        "import ftfast; extra = ('FactorStore', 'write_factors')\n"
+        "import ftfast; extra = ('Distilled', 'FactorStore', 'distill', 'write_factors')\n"
         "for name in ftfast.__all__:\n"
         "    try: getattr(ftfast, name)\n"
         "    except ModuleNotFoundError as error: assert name in extra and '[distill]' in str(error), error\n"

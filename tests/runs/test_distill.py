@@ -66,7 +66,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.control is None])
 def test_every_method_teaches_the_very_module(method, teacher, paraphraser):
     student = network(8)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}

@@ -270,8 +270,9 @@ def _given_weights(method: str, beta: float | None, weights: Mapping[str, float]
     Raises:
         SettingsError: an unknown method or weight, or a value that it does not take.
     """
-    if method not in METHODS:
-        raise SettingsError(f"method is {method!r}; it takes {', '.join(METHODS)}.")
+    taken = [name for name, each in METHODS.items() if each.control is None]  # controls are trained by a whole run
+    if method not in taken:
+        raise SettingsError(f"method is {method!r}; it takes {', '.join(taken)}.")
     given = dict(weights or {})
     if beta is not None and "beta" in given:
         raise SettingsError(f"beta is {beta} and weights has {given['beta']}; give one of them.")

@@ -113,7 +113,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             [
                 (key, str(value))
                 for group in ("hardware", "memory", "software")
-                for key, value in results[group].items()
+                for key, value in results.get(group, {}).items()
             ],
         ),
         "",

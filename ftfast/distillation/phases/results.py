@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -156,6 +155,8 @@ def _hardware(settings: Settings) -> dict[str, Any]:
 
 def _memory(settings: Settings) -> dict[str, int]:
     """The most that the process has held so far, in MiB."""
+    import resource  # which Windows has not
+
     used = {
         "host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 2**20)
     }
