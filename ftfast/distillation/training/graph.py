@@ -5,13 +5,13 @@ is a tensor, written to in place; where anything else has changed, the step is r
 """
 
 import random
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -199,8 +199,12 @@ def _kind(given: Any) -> Any:
 
 def _drawn_on_the_host() -> Any:
     """What has changed where something was drawn on the CPU."""
-    _, keys, place, *_ = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), place
+    drawn = (bytes(torch.get_rng_state().tolist()), random.getstate())
+    numpy = sys.modules.get("numpy")  # where nobody has imported it, nobody draws from it
+    if numpy is None:
+        return drawn
+    _, keys, place, *_ = numpy.random.get_state()
+    return *drawn, keys.tobytes(), place
 
 
 def _modules(frozen: Iterable[nn.Module]) -> Iterator[nn.Module]:
