@@ -1,4 +1,4 @@
-"""What one of two processes of a training does, for tests/monitor/test_telemetry.py: steps that only its log knows of."""
+"""What one of two processes of a training does for test_telemetry.py beside it: steps that only its log knows of."""
 
 import sys
 import time
