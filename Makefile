@@ -21,7 +21,7 @@ help:
 	@echo "make hub     the loss as Hugging Face's package kernels loads it, in dist/ftfast-loss"
 	@echo "make clean   removes .venv, .venv-*, build products, dist and runs/demo"
 
-$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cpu_bf16/* csrc/cpu_amx/* csrc/cuda/*)
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV); the first time takes a few minutes, most of them for torch."

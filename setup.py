@@ -38,6 +38,8 @@ void launch(float* x) { probe<<<1, 1>>>(x); }
 # pip keeps the wheels that it builds, those without an extension too.
 AGAIN = "install ftfast again with pip's --force-reinstall --no-cache-dir"
 
+# The folders of csrc/ whose files are compiled once, for any processor.
+PORTABLE = ("", "bindings", "conv3x3", "store")
 # Every file of csrc/cpu is compiled once for each of these; csrc/instruction_set.cpp picks one at run time.
 X86_INSTRUCTION_SETS = {
     "baseline": [],
@@ -193,8 +195,8 @@ def write_build_file(folder: Path, target: Path) -> dict[str, object]:
 
         command = f"{shlex.join([*compiler, *flags])} -MMD -MF $out.d $flags -c $in -o $out"
         ninja.rule("cpp", command, depfile="$out.d", deps="gcc")
-        for source in sorted((ROOT / "csrc").glob("*.cpp")):
-            compile_with("cpp", source, f"{source.stem}.o")
+        for source in sorted(path for folder in PORTABLE for path in (ROOT / "csrc" / folder).glob("*.cpp")):
+            compile_with("cpp", source, f"{source.parent.name}.{source.stem}.o")
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for name, extra in instruction_sets.items():
                 compile_with("cpp", source, f"{source.stem}.{name}.o", [f"-DFTFAST_INSTRUCTION_SET={name}", *extra])

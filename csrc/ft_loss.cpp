@@ -13,8 +13,8 @@
 #endif
 
 #include "caches.h"
-#include "row_buffer.h"
-#include "sample_directions.h"
+#include "rows/row_buffer.h"
+#include "rows/sample_directions.h"
 
 namespace ftfast {
 namespace {

@@ -5,12 +5,12 @@
 
 #include "attention.h"
 #include "batch_norm.h"
-#include "conv3x3.h"
-#include "conv3x3_direct.h"
-#include "conv3x3_tiles.h"
+#include "conv3x3/conv3x3.h"
+#include "conv3x3/conv3x3_direct.h"
+#include "conv3x3/conv3x3_tiles.h"
 #include "ft_head.h"
 #include "ft_loss.h"
-#include "tile_permission.h"
+#include "conv3x3/tile_permission.h"
 
 namespace ftfast {
 

@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from ftfast.distillation.models.frozen_teacher import FrozenTeacher
     from ftfast.distillation.own_models.distill import Distilled, distill
     from ftfast.distillation.store.own_images import FactorStore, write_factors
-    from ftfast.distillation.training.captured_step import capture_step
-    from ftfast.distillation.training.diagnosis import diagnose_paraphraser
-    from ftfast.distillation.training.paraphraser import train_paraphraser
-    from ftfast.features import FeatureTap
+    from ftfast.distillation.training.paraphrasing.diagnosis import diagnose_paraphraser
+    from ftfast.distillation.training.paraphrasing.paraphraser import train_paraphraser
+    from ftfast.distillation.training.step.captured_step import capture_step
+    from ftfast.features.tap import FeatureTap
+    from ftfast.features.taps import FactorTransfers, FeatureTaps
     from ftfast.head import FactorTransfer
     from ftfast.loss import FTLoss, ft_loss
     from ftfast.modules import Paraphraser, Translator
-    from ftfast.taps import FactorTransfers, FeatureTaps
 
 _HOMES = {
     "FTLoss": "loss",
     "ft_loss": "loss",
     "FactorTransfer": "head",
-    "FactorTransfers": "taps",
+    "FactorTransfers": "features.taps",
     "Paraphraser": "modules",
     "Translator": "modules",
-    "train_paraphraser": "distillation.training.paraphraser",
-    "diagnose_paraphraser": "distillation.training.diagnosis",
-    "capture_step": "distillation.training.captured_step",
+    "train_paraphraser": "distillation.training.paraphrasing.paraphraser",
+    "diagnose_paraphraser": "distillation.training.paraphrasing.diagnosis",
+    "capture_step": "distillation.training.step.captured_step",
     "distill": "distillation.own_models.distill",
     "Distilled": "distillation.own_models.distill",
     "FrozenTeacher": "distillation.models.frozen_teacher",
     "FactorStore": "distillation.store.own_images",
     "write_factors": "distillation.store.own_images",
-    "FeatureTap": "features",
-    "FeatureTaps": "taps",
+    "FeatureTap": "features.tap",
+    "FeatureTaps": "features.taps",
     "convert_state_dict": "conversion.state_dicts",
     "doctor": "diagnosis.doctor",
     "explain": "dispatch",

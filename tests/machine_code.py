@@ -37,10 +37,18 @@ def shipped_file(test: Path) -> Path:
 def kernels_imported(path: Path) -> Iterator[Path]:
     """The files of kernels/ that a file imports, as ``ftfast.kernels`` or from beside it."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("ftfast.kernels")):
-            module = (node.module or "").removeprefix("ftfast.kernels").strip(".")
-            names = [module] if module else [alias.name for alias in node.names]
-            yield from (found for name in names if (found := ROOT / "kernels" / f"{name}.py").is_file())
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = node.module or ""
+        if node.level:
+            folder = path.parents[node.level - 1]
+        elif module.startswith("ftfast.kernels"):
+            folder, module = ROOT / "kernels", module.removeprefix("ftfast.kernels").removeprefix(".")
+        else:
+            continue
+        place = folder / module.replace(".", "/")
+        candidates = [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
+        yield from (found for found in candidates if found.is_file())
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftfast.distillation.run import run
 from ftfast.distillation.settings.presets import settings_of
-from ftfast.distillation.training import diagnosis
+from ftfast.distillation.training.paraphrasing import diagnosis
 
 
 def main(given: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 // Pixels of attention maps; compiled once for each instruction set.
-#include "../attention.h"
+#include "attention.h"
 
 #include <type_traits>
 

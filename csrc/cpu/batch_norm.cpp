@@ -1,5 +1,5 @@
 // Rows of a batch norm and its gradient; compiled once for each instruction set.
-#include "../batch_norm.h"
+#include "batch_norm.h"
 
 #include <type_traits>
 

@@ -1,6 +1,6 @@
 // Rows of the head's maps and weights; compiled once for each instruction set.
 
-#include "../ft_head.h"
+#include "ft_head.h"
 #include "vector.h"
 
 namespace ftfast {

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "../ft_loss.h"
+#include "ft_loss.h"
 #include "vector.h"
 
 namespace ftfast {

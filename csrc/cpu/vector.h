@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../dtype.h"
+#include "dtype.h"
 
 namespace ftfast {
 namespace FTFAST_INSTRUCTION_SET {

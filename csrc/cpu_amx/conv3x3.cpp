@@ -1,7 +1,7 @@
 // Rows of a 3x3 convolution on matrix tiles; compiled where the compiler has them, and emulated for tests.
-#include "../conv3x3_tiles.h"
+#include "conv3x3/conv3x3_tiles.h"
 
-#include "../cpu/vector.h"
+#include "cpu/vector.h"
 #include "tiles.h"
 
 namespace ftfast {

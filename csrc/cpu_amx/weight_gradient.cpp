@@ -1,8 +1,8 @@
 // The weight gradient of a 3x3 convolution on matrix tiles; compiled where the compiler has them, and emulated for tests.
-#include "../conv3x3_tiles.h"
+#include "conv3x3/conv3x3_tiles.h"
 
-#include "../cpu/vector.h"
-#include "../gather.h"
+#include "cpu/vector.h"
+#include "rows/gather.h"
 #include "tiles.h"
 
 namespace ftfast {

@@ -1,5 +1,5 @@
 // Tiles of a 3x3 convolution's weight gradient with AVX512-BF16's dot products; compiled where the compiler has them.
-#include "../conv3x3.h"
+#include "conv3x3/conv3x3.h"
 
 #include <immintrin.h>
 

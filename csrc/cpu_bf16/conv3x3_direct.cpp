@@ -2,7 +2,7 @@
 //
 // A pair of input channels, once broadcast, is multiplied with the weights of all three taps of its row and added to
 // three neighbouring results: one load for three products, and for six where two blocks of outputs go together.
-#include "../conv3x3_direct.h"
+#include "conv3x3/conv3x3_direct.h"
 
 #include <immintrin.h>
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../dtype.h"
+#include "dtype.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ftfast import kernel_table
 from ftfast.backends import Options
 from ftfast.dispatch import supports
-from ftfast.kernel_table import Work
 from ftfast.modules import Paraphraser, Translator, convolution_stack
+from ftfast.ops import kernel_table
 from ftfast.ops.conv3x3 import native as conv3x3_native
 from ftfast.ops.ft_head import function as ft_head
 from ftfast.ops.ft_head.operands import Plan
 from ftfast.ops.ft_head.stack import Stack
+from ftfast.ops.kernel_table import Work
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Two kernels for one result may differ by this much, relative to it; TF32 rounds float32 operands.

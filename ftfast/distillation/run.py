@@ -30,7 +30,7 @@ from ftfast.distillation.runtime.processes import Processes, joined, translate_d
 from ftfast.distillation.settings.run_settings import DTYPES, Settings, schedule_of
 from ftfast.distillation.store import teacher_side as stored_side
 from ftfast.distillation.training.methods import METHODS, any_needs
-from ftfast.distillation.training.step import LearningStep
+from ftfast.distillation.training.step.step import LearningStep
 from ftfast.errors import RunFolderError, SettingsError
 
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ftfast import kernel_table
 from ftfast.cli import main
 from ftfast.commands import tune
 from ftfast.extension import load_extension
+from ftfast.ops import kernel_table
 from ftfast.ops.conv3x3 import native as conv3x3_native
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
 from bench.harness.power import Energy, Watch, measure_energy
 from ftfast.distillation.monitor.gpu_meter import Gpu, gpu_of
-from tests.runs.fake_nvml import FakeNvml
+from tests.monitor.fake_nvml import FakeNvml
 
 CUDA = torch.device("cuda", 0)
 # The second device of the machine, and the only one that CUDA_VISIBLE_DEVICES leaves.

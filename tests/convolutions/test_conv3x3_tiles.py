@@ -43,12 +43,12 @@ pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extensi
 
 CPU = torch.device("cpu")
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-COMPILED = ("cpu_amx/conv3x3.cpp", "cpu_amx/weight_gradient.cpp", "conv3x3_tiles.cpp", "conv3x3_tiles_gradient.cpp")
-COMPILED += ("tile_permission.cpp",)
+COMPILED = ("cpu_amx/conv3x3.cpp", "cpu_amx/weight_gradient.cpp", "conv3x3/conv3x3_tiles.cpp")
+COMPILED += ("conv3x3/conv3x3_tiles_gradient.cpp", "conv3x3/tile_permission.cpp")
 # The kernels as the extension has them, but for the tiles.
 HOST_PROGRAM = """
-#include "conv3x3_tiles.h"
-#include "tile_permission.h"
+#include "conv3x3/conv3x3_tiles.h"
+#include "conv3x3/tile_permission.h"
 
 namespace ftfast {
 namespace emulated {

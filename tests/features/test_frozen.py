@@ -13,7 +13,7 @@ from ftfast.distillation.models import frozen_capture, frozen_teacher, inference
 from ftfast.distillation.models.frozen_teacher import FrozenTeacher, TeacherError
 from ftfast.distillation.models.training_graph import training_forward
 from ftfast.distillation.phases.teacher import Teacher
-from ftfast.layer_graph import layer_graph
+from ftfast.features.layer_graph import layer_graph
 
 
 def settled(model: nn.Module, *size: int) -> nn.Module:

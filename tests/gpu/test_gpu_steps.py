@@ -20,7 +20,7 @@ from ftfast.distillation.store.shard_files import quantise
 from ftfast.distillation.store.stored_images import StoredImages
 from ftfast.distillation.training.methods import Terms
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.step import BesideStudent, LearningStep, Precision
+from ftfast.distillation.training.step.step import BesideStudent, LearningStep, Precision
 from tests.stand_in_gpu.running import Counts, contents, counted
 
 pytestmark = pytest.mark.stand_in_gpu

@@ -30,12 +30,12 @@ from ftfast.distillation.monitor import step_clock
 from ftfast.distillation.monitor.step_clock import StepClock
 from ftfast.distillation.runtime.processes import Part, Processes
 from ftfast.distillation.settings.run_settings import Settings
-from ftfast.distillation.training import graph
-from ftfast.distillation.training.average import Average
 from ftfast.distillation.training.loop import Stopped, Training, seed_generators
 from ftfast.distillation.training.losses import LossRecord
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.step import LearningStep, Precision
+from ftfast.distillation.training.step import graph
+from ftfast.distillation.training.step.average import Average
+from ftfast.distillation.training.step.step import LearningStep, Precision
 from ftfast.errors import SettingsError
 from ftfast.ops.ft_head import stack
 

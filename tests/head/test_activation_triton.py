@@ -17,7 +17,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 activation = pytest.importorskip("ftfast.kernels.activation")
-packing = pytest.importorskip("ftfast.kernels.pack_weights")
+packing = pytest.importorskip("ftfast.kernels.ft_head.pack_weights")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

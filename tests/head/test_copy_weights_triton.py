@@ -7,7 +7,7 @@ from ftfast.backends.triton import interpreting
 
 if not (interpreting() or torch.cuda.is_available()):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
-kernels = pytest.importorskip("ftfast.kernels.copy_weights")
+kernels = pytest.importorskip("ftfast.kernels.ft_head.copy_weights")
 
 DEVICE = "cpu" if interpreting() else "cuda"
 SHAPES = [(8, 6, 3, 3), (40, 33, 3, 3), (1, 1, 3, 3), (3, 70, 3, 3)]

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from bench.machine_code.compiling import ARCHITECTURES, compile_launch
 from bench.machine_code.shipped.ft_head_small import HEADS, launches_of, refusal
-from ftfast.kernels import ft_head_small_shape
+from ftfast.kernels.ft_head import ft_head_small_shape
 
 CPU = torch.device("cpu")
 

@@ -23,12 +23,12 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("Triton's kernels run on a GPU, or with TRITON_INTERPRET=1", allow_module_level=True)
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-forward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small")
-backward_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_backward")
-weight_kernels = pytest.importorskip("ftfast.kernels.ft_head_small_weights")
-shape_rules = pytest.importorskip("ftfast.kernels.ft_head_small_shape")
+forward_kernels = pytest.importorskip("ftfast.kernels.ft_head.ft_head_small")
+backward_kernels = pytest.importorskip("ftfast.kernels.ft_head.ft_head_small_backward")
+weight_kernels = pytest.importorskip("ftfast.kernels.ft_head.ft_head_small_weights")
+shape_rules = pytest.importorskip("ftfast.kernels.ft_head.ft_head_small_shape")
 devices = pytest.importorskip("ftfast.kernels.device")
-packing = pytest.importorskip("ftfast.kernels.pack_weights")
+packing = pytest.importorskip("ftfast.kernels.ft_head.pack_weights")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

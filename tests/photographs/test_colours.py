@@ -20,7 +20,7 @@ from ftfast.distillation.settings.presets import settings_of
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.store import header
 from ftfast.distillation.training.evaluate import evaluate
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import SettingsError
 from tests.photographs.photograph_folder import make_folder, make_shards
 from tests.photographs.test_streamed import on_device

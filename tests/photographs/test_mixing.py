@@ -18,7 +18,7 @@ from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training.loop import Training, step_seed
 from ftfast.distillation.training.methods import Weights
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 
 CLASSES = 5
 

@@ -15,7 +15,7 @@ from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.methods import Terms
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32)
 

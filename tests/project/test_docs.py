@@ -18,7 +18,7 @@ from tests.processes.launching import python
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "migration").glob("*.md")])
+PAGES = sorted(path for folder in ("", "reference", "migration") for path in (DOCS / folder).glob("*.md"))
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
 
 
@@ -31,7 +31,7 @@ def shown(page):
 
 
 def test_every_public_name_is_on_the_api_page():
-    assert shown("api.md") == {f"ftfast.{name}" for name in ftfast.__all__ if name != "__version__"}
+    assert shown("reference/api.md") == {f"ftfast.{name}" for name in ftfast.__all__ if name != "__version__"}
 
 
 def test_every_peer_is_on_the_compat_page():
@@ -39,7 +39,7 @@ def test_every_peer_is_on_the_compat_page():
     modules = [path for path in folder.glob("*.py") if path.stem != "__init__"]
     modules += [path / "__init__.py" for path in folder.iterdir() if (path / "__init__.py").is_file()]
     public = {path.parent.name if path.stem == "__init__" else path.stem for path in modules if names_all(path)}
-    assert shown("api_compat.md") == {f"ftfast.compat.{name}" for name in public}
+    assert shown("reference/api_compat.md") == {f"ftfast.compat.{name}" for name in public}
     assert public <= {page.stem for page in PAGES if page.parent.name == "migration"}
 
 
@@ -126,6 +126,6 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
         assert not re.findall(r"<link[^>]*rel=[\"']?stylesheet[^>]*href=[\"']?(?:https?:)?//[^>]*>", text), page
         assert ":class:" not in text
         assert ":func:" not in text
-    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    api = (tmp_path / "site" / "reference" / "api" / "index.html").read_text()
     assert 'id="ftfast.FTLoss.forward"' in api
     assert "FTLoss(\n    p: int" in re.sub("<[^>]+>", "", api)  # a long signature wraps where ruff is installed

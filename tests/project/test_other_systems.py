@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import ftfast
-from ftfast import cli, dispatch, extension, kernel_table
+from ftfast import cli, dispatch, extension
 from ftfast.cli import main
 from ftfast.diagnosis import check
 from ftfast.distillation.data import datasets
 from ftfast.distillation.data.photographs import shard_index
 from ftfast.distillation.monitor import plots
 from ftfast.distillation.runtime import files
+from ftfast.ops import kernel_table
 from ftfast.user_folder import user_folder
 from tests.project import versions
 

@@ -104,7 +104,7 @@ def build_wheel(checkout, source=".", **environment):
 def python_sources():
     """The package's files by the names that a wheel gives them."""
     sources = {f"ftfast/{path.relative_to(ROOT / 'ftfast')}" for path in (ROOT / "ftfast").rglob("*.py")}
-    return sources | {f"ftfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    return sources | {f"ftfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
 
 
 IMPORT_ALL = (

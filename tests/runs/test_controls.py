@@ -15,7 +15,7 @@ from ftfast.distillation.phases.report import write_report
 from ftfast.distillation.run import run
 from ftfast.distillation.training.controls import CONTROLS, Features
 from ftfast.distillation.training.methods import METHODS, Pair, Weights
-from ftfast.distillation.training.reconstruction import fit
+from ftfast.distillation.training.paraphrasing.reconstruction import fit
 from ftfast.errors import SettingsError
 from tests.runs.test_distill_run import SMALL_FIXED
 

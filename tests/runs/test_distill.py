@@ -120,7 +120,7 @@ def test_it_is_the_loop_that_one_would_write(teacher, paraphraser):
 
 
 def test_the_paraphraser_is_trained_where_none_is_given_and_beta_follows_the_factor(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("ftfast.distillation.training.paraphraser.STEPS", 20)
+    monkeypatch.setattr("ftfast.distillation.training.paraphrasing.paraphraser.STEPS", 20)
     with warnings.catch_warnings(action="ignore"):
         found = ftfast.distill(
             *(teacher, network(8), loader()), **QUICK, epochs=1, rate=0.25, ema=0.9, output=tmp_path / "run"

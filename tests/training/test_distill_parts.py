@@ -36,7 +36,7 @@ from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.losses import DivergedError
 from ftfast.distillation.training.methods import METHODS, Regressor, Weights
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import ParaphraserError, SettingsError
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.losses import DivergedError, LossRecord
 from ftfast.distillation.training.methods import Terms
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.step import BesideStudent, LearningStep, Precision
+from ftfast.distillation.training.step.step import BesideStudent, LearningStep, Precision
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, torch.float32)

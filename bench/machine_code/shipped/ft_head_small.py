@@ -6,8 +6,8 @@ import torch
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, recorded, replaced
 from bench.machine_code.shipped import ShippedLaunch
-from ftfast.kernels import ft_head_small, ft_head_small_backward, ft_head_small_shape, ft_head_small_weights
-from ftfast.kernels.pack_weights import padded_channels
+from ftfast.kernels.ft_head import ft_head_small, ft_head_small_backward, ft_head_small_shape, ft_head_small_weights
+from ftfast.kernels.ft_head.pack_weights import padded_channels
 
 # The student's channels, the teacher's, the factor's, side of the map, dtype
 HEADS = [

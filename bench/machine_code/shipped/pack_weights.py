@@ -6,7 +6,7 @@ import torch
 
 from bench.machine_code.compiling import recorded
 from bench.machine_code.shipped import ShippedLaunch
-from ftfast.kernels import pack_weights
+from ftfast.kernels.ft_head import pack_weights
 
 
 def shipped_launches() -> Iterator[ShippedLaunch]:

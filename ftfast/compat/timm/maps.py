@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ftfast.feature_maps import feature_map
+from ftfast.features.feature_maps import feature_map
 
 __all__ = ["check_forward_features", "check_sizes", "feature_map", "input_size_of", "shape_of_map"]
 USUAL_INPUT_SIZE = (3, 224, 224)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ftfast.compat.timm.teacher import TeacherMaps
 from ftfast.conversion.stand_ins import load_torch
 from ftfast.conversion.state_dicts import convert_state_dict
-from ftfast.distillation.training import paraphraser as training
+from ftfast.distillation.training.paraphrasing import paraphraser as training
 from ftfast.errors import shown
 from ftfast.modules import Paraphraser
 

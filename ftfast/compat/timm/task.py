@@ -20,7 +20,7 @@ from ftfast.compat.timm.maps import check_sizes, input_size_of, shape_of_map
 from ftfast.compat.timm.paraphrasing import fill, is_first, resolve_paraphraser, share
 from ftfast.compat.timm.teacher import TeacherMaps, TeacherNormalisation, frozen_teacher
 from ftfast.compat.timm.trainable import FactorTransferTrainableModule, StudentTap
-from ftfast.distillation.training.paraphraser import train_paraphraser
+from ftfast.distillation.training.paraphrasing.paraphraser import train_paraphraser
 from ftfast.errors import shown
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator

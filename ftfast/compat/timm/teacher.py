@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ftfast.compat.timm.library import DistillationTeacher
 from ftfast.compat.timm.maps import check_forward_features, feature_map
-from ftfast.features import FeatureTap
+from ftfast.features.tap import FeatureTap
 
 USUAL_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ftfast.compat.timm.library import group_parameters, unwrap_model
 from ftfast.compat.timm.maps import check_forward_features, feature_map
-from ftfast.features import FeatureTap
+from ftfast.features.tap import FeatureTap
 from ftfast.head import FactorTransfer
 
 

@@ -13,8 +13,8 @@ from ftfast.distillation.models import inference_graph
 from ftfast.distillation.models.frozen_capture import Captured
 from ftfast.distillation.models.registry import Outputs
 from ftfast.errors import DistillError
-from ftfast.features import FeatureTap
-from ftfast.layer_graph import layer_graph
+from ftfast.features.layer_graph import layer_graph
+from ftfast.features.tap import FeatureTap
 from ftfast.ops.fingerprint import fingerprint
 
 EXECUTIONS = ("eager", "compile", "graph")

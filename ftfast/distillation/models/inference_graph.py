@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ftfast.layer_graph import drop_needless_copies
+from ftfast.features.layer_graph import drop_needless_copies
 from ftfast.ops.conv3x3 import direct
 from ftfast.ops.conv3x3.direct import PackedWeight
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ftfast.distillation.models import libraries
 from ftfast.distillation.models.cifar import SHORTCUTS, VGG, VGG_STAGES, ResNet, WideResNet
 from ftfast.errors import SettingsError
-from ftfast.features import FeatureTap
+from ftfast.features.tap import FeatureTap
 
 
 class Outputs(NamedTuple):

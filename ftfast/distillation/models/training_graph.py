@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from ftfast.distillation.models import inference_graph
 from ftfast.distillation.models.registry import Outputs
-from ftfast.features import FeatureTap
-from ftfast.layer_graph import layer_graph
+from ftfast.features.layer_graph import layer_graph
+from ftfast.features.tap import FeatureTap
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ftfast.distillation.models.registry import Outputs, resize
 from ftfast.distillation.training.methods import any_needs
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import SettingsError
-from ftfast.feature_maps import feature_map
-from ftfast.features import FeatureTap
-from ftfast.layer_outputs import check_layer
+from ftfast.features.feature_maps import feature_map
+from ftfast.features.layer_outputs import check_layer
+from ftfast.features.tap import FeatureTap
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training.controls import CONTROLS
-from ftfast.distillation.training.diagnosis import diagnose_paraphraser
 from ftfast.distillation.training.methods import METHODS
+from ftfast.distillation.training.paraphrasing.diagnosis import diagnose_paraphraser
 
 
 def controls_of(settings: Settings) -> list[str]:

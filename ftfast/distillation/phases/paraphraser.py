@@ -17,13 +17,13 @@ from ftfast.distillation.phases.setup import Setup
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.settings.run_settings import Settings
-from ftfast.distillation.training.diagnosis import Diagnosis, diagnose_paraphraser
-from ftfast.distillation.training.feature_batches import draw
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.methods import Terms, any_needs
-from ftfast.distillation.training.reconstruction import DISTANCES, fit
+from ftfast.distillation.training.paraphrasing.diagnosis import Diagnosis, diagnose_paraphraser
+from ftfast.distillation.training.paraphrasing.feature_batches import draw
+from ftfast.distillation.training.paraphrasing.reconstruction import DISTANCES, fit
 from ftfast.distillation.training.schedule import Schedule, cosine
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import IN_A_NEW_RUN, CheckpointError, ParaphraserError, shown
 from ftfast.modules import Paraphraser
 
@@ -83,7 +83,7 @@ def train_paraphraser(
     """Trains a paraphraser in place on feature maps ``[N, C, H, W]``, section 3.1 of the paper.
 
     ``after_step`` is called with the size of the batch after every step; ``penalty`` as
-    :func:`ftfast.distillation.training.reconstruction.fit` takes it.
+    :func:`ftfast.distillation.training.paraphrasing.reconstruction.fit` takes it.
 
     The paper's own recipe (SGD at 0.1 for a few epochs) suits large data sets; a small one has too few steps for it.
     """

@@ -24,7 +24,7 @@ from ftfast.distillation.runtime.processes import Processes
 from ftfast.distillation.settings.run_settings import DTYPES, Settings
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.loop import Training
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.watched import train_watched
 
 

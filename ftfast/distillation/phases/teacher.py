@@ -24,7 +24,7 @@ from ftfast.distillation.settings.run_settings import Settings, schedule_of
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.methods import METHODS, any_needs
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import CheckpointError, shown
 
 

@@ -17,7 +17,7 @@ from ftfast.distillation.settings.run_settings import Settings, schedule_of
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.methods import Pair, Terms, Weights
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.taught_student import taught_student
 from ftfast.modules import Paraphraser
 

@@ -21,7 +21,7 @@ from ftfast.distillation.store.header import Header
 from ftfast.distillation.store.read import LOGITS_DTYPE
 from ftfast.distillation.store.shard_files import DTYPES, FACTORS, LABELS, LOGITS, VIEWS, quantise
 from ftfast.distillation.store.teacher_side import factors_of
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import StoreError
 
 

@@ -25,7 +25,7 @@ from ftfast.distillation.store.shard_files import (
     read_whole,
     shard_path,
 )
-from ftfast.distillation.training.feature_batches import images_of, maps_of, taken_by
+from ftfast.distillation.training.paraphrasing.feature_batches import images_of, maps_of, taken_by
 from ftfast.errors import StoreError
 from ftfast.modules import Paraphraser
 

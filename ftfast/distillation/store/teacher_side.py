@@ -25,7 +25,7 @@ from ftfast.distillation.store.header import Header
 from ftfast.distillation.store.read import PARAPHRASER, TEACHER, Store
 from ftfast.distillation.store.stored_images import StoredImages
 from ftfast.distillation.training.methods import any_needs
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import DistillError, StoreError
 from ftfast.modules import Paraphraser
 

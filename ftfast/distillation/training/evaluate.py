@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ftfast.distillation.data.images import Batches
 from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.runtime.signals import Stopped
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 
 # An accuracy of the five likeliest classes is told of where there are this many.
 LEAST_CLASSES_FOR_TOP5 = 100

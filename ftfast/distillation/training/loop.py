@@ -15,12 +15,12 @@ from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.runtime.signals import Stopped
-from ftfast.distillation.training.average import Average
 from ftfast.distillation.training.evaluate import Accuracies
 from ftfast.distillation.training.losses import LossRecord
 from ftfast.distillation.training.methods import Terms
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.step import LearningStep, Precision, RunningStatistics
+from ftfast.distillation.training.step.average import Average
+from ftfast.distillation.training.step.step import LearningStep, Precision, RunningStatistics
 
 
 class Training:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ftfast.distillation.models.registry import Outputs, place, seeded
 from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.training.methods import METHODS, Pair, Stored, Taught, Terms
-from ftfast.distillation.training.step import BesideStudent
+from ftfast.distillation.training.step.step import BesideStudent
 
 
 def taught_student(

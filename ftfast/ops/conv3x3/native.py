@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.extension import extension, load_extension
-from ftfast.kernel_table import Work, choose_kernel
 from ftfast.ops.conv3x3 import direct
 from ftfast.ops.conv3x3.direct import PackedWeight
+from ftfast.ops.kernel_table import Work, choose_kernel
 from ftfast.ops.maps import as_map
 from ftfast.ops.memory import plain
 

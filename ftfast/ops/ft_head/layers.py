@@ -15,8 +15,8 @@ from torch import Tensor
 from ftfast.backends import KernelBackend
 from ftfast.dispatch import BACKENDS, supports
 from ftfast.kernels import activation
-from ftfast.kernels.copy_weights import cast_weights, scaled_like
-from ftfast.kernels.ft_head_loss import scaled_direction
+from ftfast.kernels.ft_head.copy_weights import cast_weights, scaled_like
+from ftfast.kernels.ft_head.ft_head_loss import scaled_direction
 from ftfast.ops.ft_head.operands import Head
 from ftfast.ops.ft_head.stack import Stack, prepare_once
 from ftfast.ops.ft_loss.plans import loss_plan

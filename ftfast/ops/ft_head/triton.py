@@ -6,14 +6,14 @@ Maps go to the kernels as ``[N, H, W, C]``, which is a view of a channels_last t
 import torch
 from torch import Tensor
 
-from ftfast.kernel_table import Work, choose_kernel
-from ftfast.kernels import ft_head_small, ft_head_small_backward
-from ftfast.kernels.ft_head_small_shape import small_head_fits
-from ftfast.kernels.pack_weights import PackedWeight, pack_weights
+from ftfast.kernels.ft_head import ft_head_small, ft_head_small_backward
+from ftfast.kernels.ft_head.ft_head_small_shape import small_head_fits
+from ftfast.kernels.ft_head.pack_weights import PackedWeight, pack_weights
 from ftfast.ops.ft_head import layers as ft_head_layers
 from ftfast.ops.ft_head.layers import like_parameter, nhwc
 from ftfast.ops.ft_head.operands import Head
 from ftfast.ops.ft_head.stack import Stack, prepare_once
+from ftfast.ops.kernel_table import Work, choose_kernel
 from ftfast.ops.maps import rounds_to_tf32
 
 SINGLE_PASS, LAYERS = "single pass", "layers"

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from ftfast.layer_graph import cut_model
+from ftfast.features.layer_graph import cut_model
 
 
 class _Kept(NamedTuple):

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import device_guard
-from .launch import ceil_div, launch, power_of_2
-from .loss_numbers import reduction_scale, split_weight
-from .loss_terms import loss_factor, reciprocal_distance
+from ftfast.kernels.device import device_guard
+from ftfast.kernels.launch import ceil_div, launch, power_of_2
+from ftfast.kernels.loss_numbers import reduction_scale, split_weight
+from ftfast.kernels.loss_terms import loss_factor, reciprocal_distance
 
 # A program of scaled_direction: so many pixels of so many channels.
 SCALED_ROWS = 64

@@ -3,8 +3,9 @@
 import torch
 import triton
 
-from .device import capability
-from .launch import power_of_2
+from ftfast.kernels.device import capability
+from ftfast.kernels.launch import power_of_2
+
 from .pack_weights import padded_channels
 
 TAPS = 9

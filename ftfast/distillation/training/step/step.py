@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.monitor.step_clock import is_timed, timed
 from ftfast.distillation.runtime.processes import ALONE, Processes, translate_distributed_errors
-from ftfast.distillation.training.average import Average
-from ftfast.distillation.training.gradients import FlatGradients, data_parallel
-from ftfast.distillation.training.graph import StepGraph
 from ftfast.distillation.training.methods import Terms
 from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step.average import Average
+from ftfast.distillation.training.step.gradients import FlatGradients, data_parallel
+from ftfast.distillation.training.step.graph import StepGraph
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 // The 3x3 convolutions' part of ftfast._C: what this processor cannot run is absent.
 #include <pybind11/pybind11.h>
 
-#include "conv3x3.h"
-#include "conv3x3_direct.h"
-#include "conv3x3_tiles.h"
-#include "tile_permission.h"
+#include "conv3x3/conv3x3.h"
+#include "conv3x3/conv3x3_direct.h"
+#include "conv3x3/conv3x3_tiles.h"
+#include "conv3x3/tile_permission.h"
 
 namespace py = pybind11;
 

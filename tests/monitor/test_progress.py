@@ -17,7 +17,7 @@ from ftfast.distillation.run import run
 from ftfast.distillation.runtime.signals import Interrupted
 from ftfast.distillation.settings.presets import settings_of
 from ftfast.distillation.training.evaluate import evaluate
-from ftfast.distillation.training.step import Precision
+from ftfast.distillation.training.step.step import Precision
 
 STUDENT_IMAGES, STUDENT_EPOCHS, SEEDS = 100, 3, 2
 SETTINGS = settings_of(

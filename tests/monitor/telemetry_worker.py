@@ -1,4 +1,4 @@
-"""What one of two processes of a training does, for tests/runs/test_telemetry.py: steps that only its log knows of."""
+"""What one of two processes of a training does for test_telemetry.py beside it: steps that only its log knows of."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from ftfast.distillation.monitor.gpu_meter import Gpu
 from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.runtime.processes import Processes, joined
-from tests.runs.fake_nvml import FakeNvml
+from tests.monitor.fake_nvml import FakeNvml
 
 STEPS, IMAGES = 120, 8
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftfast.features.layer_outputs import LayerOutputs
 from ftfast.head import FactorTransfer
-from ftfast.layer_outputs import LayerOutputs
 
 Maps = Mapping[str, Tensor] | Sequence[Tensor]
 

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import device_guard
-from .launch import ceil_div, launch
+from ftfast.kernels.device import device_guard
+from ftfast.kernels.launch import ceil_div, launch
 
 TILE = 32
 WEIGHTS_PER_LAUNCH = 3

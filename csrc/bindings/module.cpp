@@ -7,10 +7,10 @@
 
 #include "attention.h"
 #include "batch_norm.h"
-#include "fingerprint.h"
+#include "store/fingerprint.h"
 #include "ft_head.h"
 #include "ft_loss.h"
-#include "read_rows.h"
+#include "store/read_rows.h"
 
 namespace py = pybind11;
 

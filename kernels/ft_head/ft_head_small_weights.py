@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import arrival_counters, device_guard
+from ftfast.kernels.device import arrival_counters, device_guard
+from ftfast.kernels.image_tiles import multiply_accumulate
+from ftfast.kernels.launch import ceil_div, launch
+
 from .ft_head_small_shape import TAPS, rows_for, stages_for
-from .image_tiles import multiply_accumulate
-from .launch import ceil_div, launch
 from .pack_weights import padded_channels
 
 # The widest tile of a weight, shares of the images, and the programs of the bias gradients.

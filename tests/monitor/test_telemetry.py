@@ -23,8 +23,8 @@ from ftfast.distillation.phases.run_folder import open_run_folder
 from ftfast.distillation.run import run
 from ftfast.distillation.settings.presets import settings_of
 from ftfast.distillation.settings.run_settings import Settings
+from tests.monitor.fake_nvml import FakeNvml
 from tests.processes.launching import finished, torchrun
-from tests.runs.fake_nvml import FakeNvml
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("telemetry_worker.py")

@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import device_guard
+from ftfast.kernels.device import device_guard
+from ftfast.kernels.image_tiles import convolve_image, load_image, store_image
+from ftfast.kernels.launch import launch
+from ftfast.kernels.loss_numbers import split_weight
+from ftfast.kernels.loss_terms import loss_factor
+
 from .ft_head_loss import direction_scale, largest_factor
 from .ft_head_small import WIDEST_BLOCK, Kept
 from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
 from .ft_head_small_weights import weight_gradients
-from .image_tiles import convolve_image, load_image, store_image
-from .launch import launch
-from .loss_numbers import split_weight
-from .loss_terms import loss_factor
 from .pack_weights import padded_channels
 
 NORMS_BLOCK = 512

@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import arrival_counters, device_guard
+from ftfast.kernels.device import arrival_counters, device_guard
+from ftfast.kernels.image_tiles import layer_of_image, load_image, store_image
+from ftfast.kernels.launch import launch
+from ftfast.kernels.loss_numbers import norm_floor, reduction_scale, split_weight
+from ftfast.kernels.loss_terms import finish_loss, reciprocal_distance, reciprocal_norm, square_root, terms_of
+
 from .ft_head_loss import direction_of
 from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
-from .image_tiles import layer_of_image, load_image, store_image
-from .launch import launch
-from .loss_numbers import norm_floor, reduction_scale, split_weight
-from .loss_terms import finish_loss, reciprocal_distance, reciprocal_norm, square_root, terms_of
 from .pack_weights import padded_channels
 
 FOLD_BLOCK = 512

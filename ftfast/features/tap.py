@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ftfast.layer_outputs import LayerOutputs
+from ftfast.features.layer_outputs import LayerOutputs
 
 
 class FeatureTap(LayerOutputs):

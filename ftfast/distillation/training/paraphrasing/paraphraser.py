@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.distillation.models.registry import place, seeded
-from ftfast.distillation.training.diagnosis import diagnose_paraphraser
-from ftfast.distillation.training.feature_batches import autocast, device_of, of_features, of_images
-from ftfast.distillation.training.reconstruction import DISTANCES, fit
+from ftfast.distillation.training.paraphrasing.diagnosis import diagnose_paraphraser
+from ftfast.distillation.training.paraphrasing.feature_batches import autocast, device_of, of_features, of_images
+from ftfast.distillation.training.paraphrasing.reconstruction import DISTANCES, fit
 from ftfast.distillation.training.schedule import cosine
 from ftfast.errors import ParaphraserError
 from ftfast.modules import Paraphraser

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftfast.distillation.training.graph import StepGraph
+from ftfast.distillation.training.step.graph import StepGraph
 
 
 def _warn(reason: str) -> None:

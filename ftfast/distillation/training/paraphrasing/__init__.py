@@ -1,0 +1,1 @@
+"""How a paraphraser learns from a teacher's feature maps, and what it is judged by."""
