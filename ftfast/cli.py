@@ -23,7 +23,7 @@ COMMANDS = {
     "features": ("a model's layers with the shapes of what they give", "ftfast.commands.features"),
     "convert": (
         "a paraphraser's or translator's checkpoint under another project's names",
-        "ftfast.conversion.command",
+        "ftfast.commands.convert",
     ),
     "export": ("a trained student by itself, as safetensors or a program of torch.export", "ftfast.commands.export"),
 }

@@ -7,6 +7,7 @@ takes the first on this device that can and says so once where that is not the f
 import logging
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,6 +80,27 @@ def chosen_with(
         if has and supports(name, device, student_factor.dtype, teacher_factor.dtype).ok:
             return name
     return ""
+
+
+def kernels_for(
+    operation: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", *, unasked: bool = False
+) -> ModuleType | None:
+    """The module that computes an operation of :attr:`KernelBackend.modules`; None where no backend does.
+
+    Under "auto" that of the first backend on this device that has one.
+
+    Args:
+        unasked: under "auto" also of those that run only when asked for, after the others.
+    """
+    requested = resolve(backend)
+    names = [*_automatic(device), *(BACKENDS if unasked else ())] if requested == "auto" else [requested]
+    for name in names:
+        found = BACKENDS[name]
+        if not isinstance(found, KernelBackend) or operation not in found.modules:
+            continue
+        if supports(name, device, dtype, dtype).ok and (kernels := found.kernels(operation, device)) is not None:
+            return kernels
+    return None
 
 
 def _choose(requested: str, device: torch.device, student: torch.dtype, teacher: torch.dtype) -> str:

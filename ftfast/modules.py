@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ftfast.ops.conv3x3.function import conv3x3_leaky_relu, takes
+from ftfast.ops.conv3x3.function import conv3x3_leaky_relu
 from ftfast.ops.ft_head.stack import BatchNorm, Stack
 
 NORMS = (None, "batch")
@@ -65,8 +65,9 @@ def _run_layers(x: Tensor, layers: nn.ModuleList, norm: nn.ModuleList | None, ne
             _refuse_sharded(layer.weight, x)
             transposed = isinstance(layer, nn.ConvTranspose2d)
             bias = layer.bias if norm is None and _keeps_size(layer) else None
-            if bias is not None and takes(x, layer.weight, negative_slope, transposed=transposed):
-                x = conv3x3_leaky_relu(x, layer.weight, bias, negative_slope, transposed=transposed)
+            fused = conv3x3_leaky_relu(x, layer.weight, bias, negative_slope, transposed=transposed)
+            if fused is not None:
+                x = fused
                 continue
         x = layer(x)
         if norm is not None:

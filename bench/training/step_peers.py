@@ -20,8 +20,8 @@ from ftfast.distillation.phases.setup import precision_of
 from ftfast.distillation.phases.trainable import TeacherSide, trainable_of
 from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.settings.run_settings import Settings, schedule_of
-from ftfast.distillation.training.methods import Weights
 from ftfast.distillation.training.step.step import LearningStep
+from ftfast.distillation.training.terms import Weights
 
 BETA = 500.0
 RESIDUAL_SCALE = 0.2

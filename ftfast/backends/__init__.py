@@ -1,6 +1,8 @@
 """What a backend of the loss is. Each has a file of its own here and one line in ``ftfast.dispatch.BACKENDS``."""
 
-from types import ModuleType
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -91,10 +93,13 @@ class KernelBackend(Backend):
     Attributes:
         device_types: those that its kernels are written for.
         expects_upstream: its forward pass may write the gradient for the upstream gradient of the steps before.
+        modules: what else it computes, and the module that does: ``"attention"`` as ftfast.ops.attention_native,
+            ``"conv3x3"`` as ftfast.ops.conv3x3.native, ``"crop_resize"`` as ftfast.kernels.crop_resize.
     """
 
     device_types: tuple[str, ...] = ()
     expects_upstream = False
+    modules: Mapping[str, str] = MappingProxyType({})
 
     def launchers(self, device: torch.device) -> ModuleType:
         """The module whose ``LossPlan(student, teacher, p, reduction, eps)`` launches the kernels for a device."""
@@ -103,6 +108,10 @@ class KernelBackend(Backend):
     def head_kernels(self, device: torch.device) -> ModuleType | None:
         """The module that computes whole heads on a device, as ftfast.ops.ft_head.native does; None without one."""
         return None
+
+    def kernels(self, operation: str, device: torch.device) -> ModuleType | None:
+        """The module of :attr:`modules` that computes on a device; None without one."""
+        return import_module(self.modules[operation]) if operation in self.modules else None
 
     def place(self, device: torch.device) -> str:
         """What runs the kernels, in a word."""

@@ -1,7 +1,7 @@
 """C++ kernels on the CPU, and CUDA C++ on GPUs where nvcc was there at the build."""
 
 from functools import cache
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import torch
 
@@ -17,6 +17,7 @@ class Native(KernelBackend):
     automatic_on = ("cpu", "cuda")
     device_types = ("cpu", "cuda")
     expects_upstream = True
+    modules = MappingProxyType({"attention": "ftfast.ops.attention_native", "conv3x3": "ftfast.ops.conv3x3.native"})
 
     def supports(self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
         if device.type not in self.device_types:
@@ -42,6 +43,9 @@ class Native(KernelBackend):
         from ftfast.ops.ft_head import native as ft_head_native
 
         return ft_head_native
+
+    def kernels(self, operation: str, device: torch.device) -> ModuleType | None:
+        return super().kernels(operation, device) if device.type == "cpu" else None
 
 
 def _cuda_supports(found: ModuleType, device: torch.device) -> Support:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from functools import cache
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import torch
 
@@ -22,6 +22,7 @@ class Triton(KernelBackend):
     name = "triton"
     automatic_on = ("cuda",)
     device_types = ("cuda",)
+    modules = MappingProxyType({"attention": "ftfast.kernels.attention", "crop_resize": "ftfast.kernels.crop_resize"})
 
     def supports(self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
         if importlib.util.find_spec("triton") is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ftfast.errors import shown
 from ftfast.modules import _check_channels, _is_watched
-from ftfast.ops.conv3x3.function import conv3x3_leaky_relu, takes
+from ftfast.ops.conv3x3.function import conv3x3_leaky_relu
 
 NEGATIVE_SLOPE = 0.1
 # A state dict has dozens of keys, and a sentence has room for a few.
@@ -116,10 +116,8 @@ def convolve(x: Tensor, layer: nn.Module, activation: nn.LeakyReLU) -> Tensor | 
     by_default = layer.kernel_size == (3, 3) and layer.stride == layer.padding == layer.dilation == (1, 1)
     if not by_default or layer.groups != 1 or layer.padding_mode != "zeros" or layer.output_padding not in ((0, 0), 0):
         return None
-    weight, bias, transposed = layer.weight, layer.bias, isinstance(layer, nn.ConvTranspose2d)
-    if bias is None or not takes(x, weight, activation.negative_slope, transposed=transposed):
-        return None
-    return conv3x3_leaky_relu(x, weight, bias, activation.negative_slope, transposed=transposed)
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    return conv3x3_leaky_relu(x, layer.weight, layer.bias, activation.negative_slope, transposed=transposed)
 
 
 def _has_hooks(layer: nn.Module) -> bool:

@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast import reference
-from ftfast.backends.triton import interpreting
-from ftfast.dispatch import resolve, supports
-from ftfast.ops import attention_native
+from ftfast.dispatch import kernels_for, resolve
 from ftfast.ops.ft_loss.function import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
 from ftfast.ops.memory import is_batched, plain, save, saved
@@ -80,16 +78,7 @@ def _kernels(features: Tensor, exponent: float, backend: str) -> ModuleType | No
     """Whose kernels compute this map; None for torch's operators."""
     if torch.compiler.is_compiling() or exponent not in range(1, _LARGEST_EXPONENT + 1) or features.numel() == 0:
         return None
-    own = "native" if features.device.type == "cpu" and not (backend == "triton" and interpreting()) else "triton"
-    if backend not in ("auto", own) or features.dtype not in _DTYPES:
-        return None
-    if not supports(own, features.device, features.dtype, features.dtype).ok:
-        return None
-    if own == "native":
-        return attention_native
-    from ftfast.kernels import attention
-
-    return attention
+    return kernels_for("attention", features.device, features.dtype, backend) if features.dtype in _DTYPES else None
 
 
 class AttentionMapFunction(torch.autograd.Function):

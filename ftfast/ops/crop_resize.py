@@ -1,13 +1,13 @@
 """A batch of photographs of unlike size, cut, resized, mirrored and normalised by one launch."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ftfast.backends import Support
-from ftfast.dispatch import resolve, supports
+from ftfast.dispatch import kernels_for
 from ftfast.ops.memory import plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,11 +36,13 @@ class Window(NamedTuple):
     flip: bool
 
 
-def can_crop(device: torch.device) -> Support:
-    """Whether :func:`crop_resize` runs on a device, and why not."""
-    if (wanted := resolve("auto")) not in ("auto", "triton"):
-        return Support(False, f"FTFAST_BACKEND is {wanted}, and the kernel is Triton's")
-    return supports("triton", device, torch.float32, torch.float32)
+def can_crop(device: torch.device) -> bool:
+    """Whether :func:`crop_resize` runs on a device."""
+    return _kernels(device) is not None
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    return kernels_for("crop_resize", device, torch.float32, unasked=True)
 
 
 def crop_resize(
@@ -69,16 +71,14 @@ def crop_resize(
     Raises:
         TypeError: photographs that are no uint8, or another dtype of the result.
         ValueError: other shapes, too large ones, unlike devices, or a window beyond its photograph or grid.
-        RuntimeError: a device that the kernel does not run on, with the reason.
+        RuntimeError: a device that no backend has a kernel for.
     """
     _check(photographs, windows, size, dtype)
     if not photographs:
         return torch.empty((0, 3, size, size), dtype=dtype).contiguous(memory_format=torch.channels_last)
     device = photographs[0].device
-    if not (support := can_crop(device)).ok:
-        raise RuntimeError(f"crop_resize cannot run on {device}: {support.reason}.")
-    from ftfast.kernels import crop_resize as kernels
-
+    if (kernels := _kernels(device)) is None:
+        raise RuntimeError(f"crop_resize has no kernel on {device}; ftfast info tells why each backend does not run.")
     photographs = [plain(photograph) for photograph in photographs]  # copies live until the launch
     rows = [
         (photograph.data_ptr(), *photograph.stride(), *(int(value) for value in window))

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,8 @@ import ftfast
 from ftfast import dispatch
 from ftfast.backends import KernelBackend, Support, native
 from ftfast.extension import load_extension
+from ftfast.ops.attention import attention_map
+from ftfast.ops.crop_resize import Window, can_crop, crop_resize
 from ftfast.ops.ft_loss import function as op
 from ftfast.ops.ft_loss import plans
 from ftfast.ops.remembered import Remembered
@@ -121,6 +124,28 @@ class Toy(KernelBackend):
         launchers = ModuleType("plain")
         launchers.LossPlan = Plan
         return launchers
+
+
+def test_a_backend_names_its_kernels_for_other_operations(monkeypatch, no_extension):
+    """Attention maps, convolutions and crops ask the registry for them, and no backend by its name."""
+    kernels, called = ModuleType("toy_kernels"), []
+    kernels.attention_map = lambda features, exponent: called.append("attention") or features.mean(1).flatten(1)
+    kernels.layer = lambda x, *rest, transposed: called.append("conv3x3") or x
+    kernels.crop_resize = lambda table, *rest: called.append("crop_resize") or table
+    monkeypatch.setitem(sys.modules, "toy_kernels", kernels)
+    toy = Toy()
+    toy.modules = dict.fromkeys(("attention", "conv3x3", "crop_resize"), "toy_kernels")
+    monkeypatch.setitem(dispatch.BACKENDS, "toy", toy)
+    maps = torch.randn(2, 16, 4, 4)
+    attention_map(maps, 2)
+    ftfast.Translator(16, 16)(maps)
+    crop_resize([torch.zeros(3, 8, 8, dtype=torch.uint8)], [Window(0, 0, 8, 8, 4, 4, 0, 0, False)], 4)
+    assert called == ["attention", *["conv3x3"] * 3, "crop_resize"]
+    monkeypatch.setenv("FTFAST_BACKEND", "reference")
+    attention_map(maps, 2)
+    ftfast.Translator(16, 16)(maps)
+    assert not can_crop(maps.device)
+    assert len(called) == 5
 
 
 @pytest.mark.parametrize("asked", ["toy", "auto"])

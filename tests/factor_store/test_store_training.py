@@ -38,7 +38,7 @@ from ftfast.distillation.store.teacher_side import (
     stored_images,
 )
 from ftfast.distillation.training.loop import Training
-from ftfast.distillation.training.methods import Weights
+from ftfast.distillation.training.terms import Weights
 from ftfast.errors import SettingsError, StoreError
 from tests.factor_store.store_folder import REQUEST, SMALL, contents, make_run, make_store
 from tests.processes.launching import finished, results_of, torchrun

@@ -16,9 +16,9 @@ from ftfast.distillation.phases.trainable import TeacherSide, student_training
 from ftfast.distillation.settings.presets import settings_of
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training.loop import Training, step_seed
-from ftfast.distillation.training.methods import Weights
 from ftfast.distillation.training.schedule import Schedule
 from ftfast.distillation.training.step.step import Precision
+from ftfast.distillation.training.terms import Weights
 
 CLASSES = 5
 

@@ -67,12 +67,12 @@ def test_python_blocks_run_one_after_another(page):
 def test_a_method_that_is_added_as_the_page_says_is_distilled_and_reported(tmp_path):
     (code,) = blocks(DOCS / "extending.md", "python")
     assert len(code.splitlines()) <= 20
-    words = "--data digits --methods none,energy --seeds 1 --teacher-epochs 1 --student-epochs 1 --student-images 60"
-    words += f" --energy 1,2 --device cpu --output {tmp_path / 'run'}"
+    words = "--data digits --methods none,energy+kd --seeds 1 --teacher-epochs 1 --student-epochs 1 --student-images 60"
+    words += f" --energy 1,2 --alpha 0.7 --device cpu --output {tmp_path / 'run'}"
     script = f"{code}\nfrom ftfast.cli import main\nraise SystemExit(main(['distill', *{words.split()!r}]))"
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
-    assert "energy of maps" in (tmp_path / "run" / "report.md").read_text()
+    assert "energy of maps and soft labels" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "migration"], ids=lambda it: it.stem)

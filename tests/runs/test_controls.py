@@ -14,8 +14,9 @@ from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.phases.report import write_report
 from ftfast.distillation.run import run
 from ftfast.distillation.training.controls import CONTROLS, Features
-from ftfast.distillation.training.methods import METHODS, Pair, Weights
+from ftfast.distillation.training.methods import METHODS
 from ftfast.distillation.training.paraphrasing.reconstruction import fit
+from ftfast.distillation.training.terms import Pair, Weights
 from ftfast.errors import SettingsError
 from tests.runs.test_distill_run import SMALL_FIXED
 
@@ -52,8 +53,9 @@ def by_hand(name: str, student: Tensor, teacher: Tensor) -> Tensor:
 @pytest.mark.parametrize("sides", [(4, 4), (5, 7), (1, 1)])
 def test_a_control_has_its_formula_and_teaches_the_translator_alone(name: str, sides: tuple[int, int]) -> None:
     pair, method = small_pair(), METHODS[name]
-    assert method.between is not None
-    module, place, translator = method.between(pair)
+    made = method.between(pair)
+    assert made is not None
+    module, place, translator = made
     module.double()
     student, teacher = outputs(8, *sides), outputs(12, *sides)
     terms = method.terms(student, teacher, torch.arange(6) % 5, module, pair.weights)
@@ -74,10 +76,10 @@ def test_one_beta_suits_every_distance(name: str) -> None:
     torch.manual_seed(1)
     factors = Outputs(torch.randn(6, 5), torch.randn(6, 32, 8, 8)), Outputs(torch.randn(6, 5), torch.randn(6, 32, 8, 8))
     method = METHODS[name]
-    assert method.between is not None
-    head = method.between(Pair(32, 32, Features(32, 1.0), Weights(beta=1.0))).module  # type: ignore[arg-type]
-    head.translator = Features(32, 1.0)
-    term = method.terms(*factors, torch.arange(6) % 5, head, Weights(beta=1.0))["factors"]
+    made = method.between(Pair(32, 32, Features(32, 1.0), Weights(beta=1.0)))  # type: ignore[arg-type]
+    assert made is not None
+    made.module.translator = Features(32, 1.0)
+    term = method.terms(*factors, torch.arange(6) % 5, made.module, Weights(beta=1.0))["factors"]
     assert float(term.detach()) == pytest.approx(2 / math.sqrt(math.pi * 32 * 8 * 8), rel=0.03)
 
 

@@ -34,9 +34,10 @@ from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.losses import DivergedError
-from ftfast.distillation.training.methods import METHODS, Regressor, Weights
+from ftfast.distillation.training.methods import METHODS
 from ftfast.distillation.training.schedule import Schedule
 from ftfast.distillation.training.step.step import Precision
+from ftfast.distillation.training.terms import Regressor, Weights
 from ftfast.errors import ParaphraserError, SettingsError
 
 CPU = torch.device("cpu")

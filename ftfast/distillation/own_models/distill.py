@@ -29,11 +29,12 @@ from ftfast.distillation.training import resumable
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training, seed_generators
 from ftfast.distillation.training.losses import DivergedError
-from ftfast.distillation.training.methods import METHODS, WEIGHTS, Pair, Weights, any_needs, customary
+from ftfast.distillation.training.methods import METHODS, any_needs
 from ftfast.distillation.training.paraphrasing.paraphraser import train_paraphraser
 from ftfast.distillation.training.schedule import CUSTOMARY, Schedule
 from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.taught_student import taught_student
+from ftfast.distillation.training.terms import WEIGHTS, Pair, Weights, customary
 from ftfast.distillation.training.watched import train_watched
 from ftfast.errors import SettingsError
 from ftfast.features.tap import FeatureTap

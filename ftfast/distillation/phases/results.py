@@ -18,8 +18,9 @@ from ftfast.distillation.monitor.epochs import Epoch, images_per_second
 from ftfast.distillation.phases.selection import Trial
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.settings.run_settings import Settings
-from ftfast.distillation.training.methods import METHODS, Weights
+from ftfast.distillation.training.methods import METHODS
 from ftfast.distillation.training.resumable import history_of
+from ftfast.distillation.training.terms import Weights
 
 FORMAT = "ftfast-results"
 VERSION = 1

@@ -13,8 +13,9 @@ from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.losses import DivergedError
-from ftfast.distillation.training.methods import METHODS, Weights
+from ftfast.distillation.training.methods import METHODS
 from ftfast.distillation.training.step.step import Precision
+from ftfast.distillation.training.terms import Weights
 
 # Selection draws students of its own, so that no final student was already seen by the choice.
 FIRST_SEED = 10_000

@@ -14,7 +14,8 @@ from ftfast.distillation.phases.trainable import TeacherSide, student_descriptio
 from ftfast.distillation.runtime import files
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training import resumable
-from ftfast.distillation.training.methods import METHODS, Weights
+from ftfast.distillation.training.methods import METHODS
+from ftfast.distillation.training.terms import Weights
 from ftfast.errors import IN_A_NEW_RUN, DistillError, RunFolderError
 
 

@@ -16,9 +16,10 @@ from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.settings.run_settings import Settings, schedule_of
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training
-from ftfast.distillation.training.methods import Pair, Terms, Weights
+from ftfast.distillation.training.methods import Terms
 from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.taught_student import taught_student
+from ftfast.distillation.training.terms import Pair, Weights
 from ftfast.modules import Paraphraser
 
 

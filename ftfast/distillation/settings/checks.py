@@ -5,7 +5,8 @@ from ftfast.distillation.data.photographs.listing import LOADERS
 from ftfast.distillation.models import registry
 from ftfast.distillation.settings.recipe import Recipe
 from ftfast.distillation.training.controls import CONTROLS
-from ftfast.distillation.training.methods import METHODS, WEIGHTS, any_needs
+from ftfast.distillation.training.methods import METHODS, any_needs
+from ftfast.distillation.training.terms import WEIGHTS
 from ftfast.errors import SettingsError
 
 PHOTOGRAPH_FIELDS = (

@@ -9,8 +9,9 @@ from ftfast.distillation.data.datasets import DATASETS
 from ftfast.distillation.data.photographs.listing import LOADERS
 from ftfast.distillation.models import registry
 from ftfast.distillation.settings.fields import setting
-from ftfast.distillation.training.methods import METHODS, TEMPERATURE, WEIGHTS
+from ftfast.distillation.training.methods import METHODS
 from ftfast.distillation.training.schedule import CUSTOMARY
+from ftfast.distillation.training.terms import TEMPERATURE, WEIGHTS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICES = ("auto", "cpu", "cuda")

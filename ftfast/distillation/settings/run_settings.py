@@ -21,8 +21,9 @@ from ftfast.distillation.settings import normalisation
 from ftfast.distillation.settings.checks import check_recipe
 from ftfast.distillation.settings.fields import check_fields
 from ftfast.distillation.settings.recipe import DTYPES, Recipe
-from ftfast.distillation.training.methods import METHODS, WEIGHTS, any_needs, customary
+from ftfast.distillation.training.methods import METHODS, any_needs
 from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.terms import WEIGHTS, customary
 from ftfast.errors import SettingsError
 
 __all__ = ["DTYPES", "HINTS", "Settings"]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ftfast.distillation.models.registry import Outputs, place, seeded
 from ftfast.distillation.monitor.step_clock import timed
-from ftfast.distillation.training.methods import METHODS, Pair, Stored, Taught, Terms
+from ftfast.distillation.training.methods import METHODS, Terms
 from ftfast.distillation.training.step.step import BesideStudent
+from ftfast.distillation.training.terms import Pair, Stored, Taught
 
 
 def taught_student(
@@ -32,11 +33,10 @@ def taught_student(
     """
     chosen = METHODS[method]
     trainable = nn.ModuleDict({"model": student})
-    between: nn.Module | None = None
-    if chosen.between is not None:
-        with seeded(seed):
-            made = chosen.between(pair)
-        between = place(made.module, device)
+    with seeded(seed):
+        made = chosen.between(pair)
+    between = None if made is None else place(made.module, device)
+    if made is not None:
         trainable[made.name] = made.learns
     both = BesideStudent(teacher, forward)
 

@@ -132,7 +132,7 @@ def cut_batch(
     Where our kernel runs that is one launch; else torchvision's, several for each photograph.
     """
     device = decoded[0].device
-    if can_crop(device).ok:
+    if can_crop(device):
         windows = [
             crops.middle_of(pixels.shape[1], pixels.shape[2], size) if box is None else crops.window_of(box, size)
             for pixels, box in zip(decoded, boxes, strict=True)
