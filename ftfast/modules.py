@@ -4,10 +4,10 @@ Section 3.1 of the paper; channels and activations as in the authors' code (Mode
 convolutions with stride 1 and padding 1, LeakyReLU(0.1) after every one of them, the last included.
 """
 
+import weakref
 from itertools import pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -86,29 +86,33 @@ _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "
 
 
 class _Inspected(NamedTuple):
-    state: tuple[Any, ...]
-    parameters: list[nn.Parameter]  # held, since the state has their ids
+    network: "weakref.ref[Paraphraser | Translator]"
+    state: list[Any]
     stack: "Stack | str"
 
 
-_inspected: WeakKeyDictionary[nn.Module, _Inspected] = WeakKeyDictionary()
+# By the network's id.
+_inspected: dict[int, _Inspected] = {}
 
 
-def _inspected_state(network: nn.Module) -> tuple[Any, ...] | None:
+def _inspected_state(network: nn.Module) -> list[Any] | None:
     """What changes whenever the network's stack does; None where that is not told by what is quick to read."""
     own = network.__dict__
-    if type(network) not in (Paraphraser, Translator) or own["_modules"].get("norm") is not None:
+    modules = own["_modules"]
+    if network.__class__ not in _OWN or modules.get("norm") is not None:
         return None
-    watched = any(_HOOKS(own)) or bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
-    state: list[Any] = [own["negative_slope"], watched]
-    for layer in own["_modules"]["encoder"]._modules.values():
+    hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks, *_HOOKS(own)]
+    state: list[Any] = [own["negative_slope"]]
+    for layer in modules["encoder"].__dict__["_modules"].values():
         if layer.__class__ is not nn.Conv2d:
             return None
         of_layer = layer.__dict__
         parameters = of_layer["_parameters"]
-        ids = id(parameters.get("weight")), id(parameters.get("bias"))
-        state += (*ids, _SIZES(of_layer), any(_HOOKS(of_layer)))
-    return tuple(state)
+        hooks += _HOOKS(of_layer)
+        # What compares with each other by its elements is compared by its id; the stack holds the parameters.
+        state += (id(parameters.get("weight")), id(parameters.get("bias")), _SIZES(of_layer))
+    state.append(any(hooks))
+    return state
 
 
 def convolution_stack(network: "Paraphraser | Translator") -> Stack | str:
@@ -119,12 +123,14 @@ def convolution_stack(network: "Paraphraser | Translator") -> Stack | str:
     if torch.compiler.is_compiling():
         return _inspect(network)
     state = _inspected_state(network)
-    found = _inspected.get(network)
-    if found is not None and found.state == state:
+    found = _inspected.get(id(network))
+    if found is not None and found.state == state and found.network() is network:
         return found.stack
     stack = _inspect(network)
-    if state is not None:
-        _inspected[network] = _Inspected(state, list(network.encoder.parameters()), stack)
+    if state is not None and isinstance(stack, Stack):
+        place = id(network)
+        of_network = weakref.ref(network, lambda _: _inspected.pop(place, None))
+        _inspected[place] = _Inspected(of_network, state, stack)
     return stack
 
 
@@ -250,3 +256,6 @@ class Translator(nn.Module):
     if TYPE_CHECKING:  # torch's own says that a call gives anything
 
         def __call__(self, features: Tensor) -> Tensor: ...
+
+
+_OWN = (Paraphraser, Translator)

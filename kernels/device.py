@@ -52,7 +52,7 @@ def arrival_counters(device: torch.device, count: int = 1) -> Tensor:
     A launch under graph capture gets one of its own, zeroed by a node of the graph: graphs captured on one stream may
     be replayed side by side.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device, current_stream(device), count)
     counters = _counters.get(key)

@@ -1,8 +1,5 @@
 """Feature maps as the kernels take them: the dtype that torch would convolve them in, and channels_last."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -27,19 +24,28 @@ def rounds_to_tf32() -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-@contextmanager
-def no_autocast(device_type: str) -> Iterator[None]:
-    """Keeps autocast out; backward may be called under another one than forward."""
-    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
-        torch.set_autocast_enabled(device_type, False)  # autocast's own context costs more than a launch
-        try:
-            yield
-        finally:
-            torch.set_autocast_enabled(device_type, True)
-    else:
-        yield
+class no_autocast:
+    """Keeps autocast out; backward may be called under another one than forward.
+
+    Autocast's own context costs more than a launch, and a generator's half of one.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._is_on = has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+    def __enter__(self) -> None:
+        if self._is_on:
+            torch.set_autocast_enabled(self._device_type, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_on:
+            torch.set_autocast_enabled(self._device_type, True)
 
 
 def as_map(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Features in the compute dtype and channels_last; the same tensor where they are so already."""
-    return plain(features).to(dtype).contiguous(memory_format=torch.channels_last)
+    features = plain(features)
+    if features.dtype != dtype:
+        features = features.to(dtype)
+    return features.contiguous(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """Tensors on their way to kernels that read memory: what lies there has to be what torch would compute with."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,12 @@ from torch import Tensor
 def lies_in_memory(tensor: Tensor) -> bool:
     """Whether a tensor's memory holds its numbers: not their negatives, as behind ``z.conj().imag``, nor nothing."""
     return not tensor.is_neg() and bool(tensor.data_ptr() or not tensor.numel())
+
+
+def all_lie_in_memory(tensors: Iterable[Tensor]) -> bool:
+    """Whether :func:`lies_in_memory` holds for tensors with elements."""
+    tensors = tuple(tensors)
+    return all(map(Tensor.data_ptr, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -12,35 +12,22 @@ Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor T
 # mypy: disallow-incomplete-defs=False
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ftfast.kernels.device import arrival_counters, device_guard
 from ftfast.kernels.image_tiles import layer_of_image, load_image, store_image
-from ftfast.kernels.launch import launch
-from ftfast.kernels.loss_numbers import norm_floor, reduction_scale, split_weight
+from ftfast.kernels.launch import PlannedLaunch
+from ftfast.kernels.layout import Place
 from ftfast.kernels.loss_terms import finish_loss, reciprocal_distance, reciprocal_norm, square_root, terms_of
 
 from .ft_head_loss import direction_of
-from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
+from .ft_head_small_shape import HeadShape, rows_for, stages_for, warps_for
 from .pack_weights import padded_channels
 
 FOLD_BLOCK = 512
 WIDEST_BLOCK = 64
-
-
-class Kept(NamedTuple):
-    """What backward needs: two maps and the direction, ``[N, H, W, C]``, and the reciprocal norms ``[N]``."""
-
-    a1: Tensor
-    a2: Tensor
-    direction: Tensor
-    inverse_norm: Tensor
 
 
 @triton.jit
@@ -170,22 +157,22 @@ def _small_head_forward_kernel(
         )  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
-def _constants(
-    device: torch.device,
-    channels: tuple[int, int, int],
-    pixels: int,
-    sides: int,
-    p: int,
-    per_sample: bool,
-    weighted: bool,
-) -> dict[str, Any]:
-    student_channels, teacher_channels, factor_channels = channels
+def forward_launch(
+    shape: HeadShape, places: Sequence[Place], *, p: int, per_sample: bool, weighted: bool
+) -> PlannedLaunch:
+    """The whole forward of a head that :func:`~ftfast.kernels.ft_head_small_shape.small_head_fits`, in one launch.
+
+    Args:
+        places: of the kernel's pointers, in their order.
+        weighted: whether the weight is a tensor.
+    """
+    channels = (shape.student, shape.teacher or 1, shape.factor)
     padded = [padded_channels(count) for count in channels]
-    return {
-        "STUDENT_CHANNELS": student_channels,
-        "TEACHER_CHANNELS": teacher_channels,
-        "FACTOR_CHANNELS": factor_channels,
+    sides = 1 if shape.teacher is None else 2
+    constants = {
+        "STUDENT_CHANNELS": channels[0],
+        "TEACHER_CHANNELS": channels[1],
+        "FACTOR_CHANNELS": channels[2],
         "STUDENT_PADDED": padded[0],
         "TEACHER_PADDED": padded[1],
         "FACTOR_PADDED": padded[2],
@@ -196,109 +183,11 @@ def _constants(
         "P": p,
         "PER_SAMPLE": per_sample,
         "WEIGHTED": weighted,
-        "ROWS": rows_for(pixels),
+        "ROWS": rows_for(shape.pixels),
         "FOLD": FOLD_BLOCK,
         "INPUT_PRECISION": "tf32",
-        "num_warps": warps_for(student_channels, teacher_channels),
-        "num_stages": stages_for(device, student_channels, teacher_channels),
+        "num_warps": warps_for(*channels[:2]),
+        "num_stages": stages_for(shape.device, *channels[:2]),
         "enable_fp_fusion": False,
     }
-
-
-def small_head_forward(
-    student: Tensor,
-    teacher: Tensor | None,
-    teacher_factor: Tensor | None,
-    student_weights: list[Tensor],
-    student_biases: list[Tensor],
-    teacher_weights: list[Tensor],
-    teacher_biases: list[Tensor],
-    *,
-    p: int,
-    reduction: str,
-    eps: float,
-    weight: float | Tensor,
-    student_slope: float,
-    teacher_slope: float,
-) -> tuple[Tensor, Kept]:
-    """The whole forward of a head that :func:`~ftfast.kernels.ft_head_small_shape.small_head_fits`, in one launch.
-
-    Args:
-        student: ``[N, H, W, Cs]`` contiguous, float32, bfloat16 or float16, none of its sizes 0, on a GPU (on the CPU
-            in Triton's interpreter). Nothing is checked here.
-        teacher: ``[N, H, W, Ct]`` contiguous, in the student's dtype; or None.
-        teacher_factor: ``[N, H, W, K]`` contiguous, also int8 or float8_e4m3fn, where the teacher is None.
-        student_weights, teacher_weights: three each, packed forward in the student's dtype; the teacher's empty where
-            its factor is given.
-        student_biases, teacher_biases: three each, float32.
-        p, reduction, eps, weight: as :func:`ftfast.ft_loss`.
-        student_slope, teacher_slope: of the LeakyReLUs.
-
-    Returns:
-        The loss, float32, 0-d or ``[N]``, and what backward needs.
-    """
-    samples, height, width, student_channels = student.shape
-    device, dtype = student.device, student.dtype
-    factor_channels = student_biases[2].shape[0]
-    factor_shape = (samples, height, width, factor_channels)
-    student_factor = torch.empty(factor_shape, dtype=torch.float32, device=device)
-    sides = 1 if teacher is None else 2
-    if teacher is None:
-        teacher, scratch, teacher_channels = student, student, 1
-        teacher_weights, teacher_biases = student_weights, student_biases
-    else:
-        teacher_channels = teacher.shape[3]
-        teacher_factor = torch.empty(factor_shape, dtype=dtype, device=device)
-        scratch = torch.empty((samples, height, width, teacher_channels + factor_channels), dtype=dtype, device=device)
-    assert teacher_factor is not None
-    per_sample = reduction == "none"
-    loss = torch.empty((samples,) if per_sample else (), dtype=torch.float32, device=device)
-    norms_and_distances = torch.empty((2, samples), dtype=torch.float32, device=device)
-    kept = Kept(
-        torch.empty_like(student),
-        torch.empty(factor_shape, dtype=dtype, device=device),
-        torch.empty(factor_shape, dtype=dtype, device=device),
-        norms_and_distances[0],
-    )
-    factor, weight_tensor = split_weight(weight, device)
-    with device_guard(device):
-        launch(
-            _small_head_forward_kernel,
-            samples * sides,
-            (
-                student,
-                teacher,
-                student_factor,
-                teacher_factor,
-                scratch,
-                *student_weights,
-                *student_biases,
-                *teacher_weights,
-                *teacher_biases,
-                *kept,
-                norms_and_distances[1],
-                loss,
-                arrival_counters(device, samples + 1),
-                loss if weight_tensor is None else weight_tensor,
-            ),
-            (
-                height,
-                width,
-                samples,
-                TAPS,
-                norm_floor(eps, torch.float32),
-                reduction_scale(samples, height * width * factor_channels, p, reduction) * factor,
-                student_slope,
-                teacher_slope,
-            ),
-            _constants(
-                device,
-                (student_channels, teacher_channels, factor_channels),
-                height * width,
-                sides,
-                p,
-                per_sample,
-                weight_tensor is not None,
-            ),
-        )
-    return loss, kept
+    return PlannedLaunch(_small_head_forward_kernel, shape.samples * sides, places, constants)

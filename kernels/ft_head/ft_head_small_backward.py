@@ -10,21 +10,19 @@ weights' gradients, in ft_head_small_weights.py, take what it leaves.
 # mypy: disallow-incomplete-defs=False
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ftfast.kernels.device import device_guard
 from ftfast.kernels.image_tiles import convolve_image, load_image, store_image
-from ftfast.kernels.launch import launch
-from ftfast.kernels.loss_numbers import split_weight
+from ftfast.kernels.launch import PlannedLaunch
+from ftfast.kernels.layout import Place
 from ftfast.kernels.loss_terms import loss_factor
 
-from .ft_head_loss import direction_scale, largest_factor
-from .ft_head_small import WIDEST_BLOCK, Kept
-from .ft_head_small_shape import TAPS, rows_for, stages_for, warps_for
-from .ft_head_small_weights import weight_gradients
+from .ft_head_loss import largest_factor
+from .ft_head_small import WIDEST_BLOCK
+from .ft_head_small_shape import HeadShape, rows_for, stages_for, warps_for
 from .pack_weights import padded_channels
 
 NORMS_BLOCK = 512
@@ -125,87 +123,31 @@ def _small_head_input_gradients_kernel(
         store_image(dx, gradient * left, pixels, STUDENT_CHANNELS, STUDENT_PADDED, ROWS)
 
 
-def small_head_backward(
-    student: Tensor,
-    kept: Kept,
-    student_weights_backward: list[Tensor],
-    upstream: Tensor,
-    *,
-    p: int,
-    reduction: str,
-    weight: float | Tensor,
-    negative_slope: float,
-    need_student_gradient: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """The gradients of :func:`~ftfast.kernels.ft_head_small.small_head_forward`, in two launches.
+def input_gradients_launch(
+    shape: HeadShape, places: Sequence[Place], *, needs_input: bool, weighted: bool
+) -> PlannedLaunch:
+    """The gradients of all maps of a head in a single pass, in one launch.
 
     Args:
-        student: as forward got it.
-        kept: as forward returned it; nothing of it is written to.
-        student_weights_backward: three, packed backward in the student's dtype.
-        upstream: the gradient of the loss, 0-d, or ``[N]`` with any stride for "none".
-        p, reduction, weight: as forward got them.
-        negative_slope: the student's.
-        need_student_gradient: whether the gradient of the features is wanted.
-
-    Returns:
-        ``[N, H, W, Cs]`` in the student's dtype, or None; three weights' gradients ``[K, C, 3, 3]`` and three biases',
-        float32.
+        places: of the kernel's pointers, in their order.
+        needs_input: whether the gradient of the features is wanted.
+        weighted: whether the weight is a tensor.
     """
-    samples, height, width, student_channels = student.shape
-    factor_channels = kept.a2.shape[3]
-    device = student.device
-    dz1, dz2 = torch.empty_like(student), torch.empty_like(kept.a2)
-    dx = torch.empty_like(student) if need_student_gradient else None
-    partials = torch.empty((samples, student_channels + 2 * factor_channels), dtype=torch.float32, device=device)
-    factors = torch.empty(samples, dtype=torch.float32, device=device)
-    final = torch.empty((), dtype=torch.float32, device=device)
-    padded_student, padded_factor = padded_channels(student_channels), padded_channels(factor_channels)
-    factor, weight_tensor = split_weight(weight, device)
-    with device_guard(device):
-        launch(
-            _small_head_input_gradients_kernel,
-            samples,
-            (
-                kept.direction,
-                kept.inverse_norm,
-                upstream,
-                final if weight_tensor is None else weight_tensor,
-                *student_weights_backward,
-                kept.a1,
-                kept.a2,
-                dz1,
-                dz2,
-                dz1 if dx is None else dx,
-                partials,
-                factors,
-                final,
-            ),
-            (
-                height,
-                width,
-                samples,
-                TAPS,
-                upstream.stride(0) if upstream.ndim else 0,
-                direction_scale(samples, height * width * factor_channels, p, reduction) * factor,
-                negative_slope,
-            ),
-            {
-                "STUDENT_CHANNELS": student_channels,
-                "FACTOR_CHANNELS": factor_channels,
-                "STUDENT_PADDED": padded_student,
-                "FACTOR_PADDED": padded_factor,
-                "STUDENT_BLOCK": min(padded_student, WIDEST_BLOCK),
-                "FACTOR_BLOCK": min(padded_factor, WIDEST_BLOCK),
-                "ROWS": rows_for(height * width),
-                "NEEDS_INPUT": need_student_gradient,
-                "WEIGHTED": weight_tensor is not None,
-                "NORMS": NORMS_BLOCK,
-                "INPUT_PRECISION": "tf32",
-                "num_warps": warps_for(student_channels, factor_channels),
-                "num_stages": stages_for(device, student_channels, factor_channels),
-                "enable_fp_fusion": False,
-            },
-        )
-    maps, gradients = (student, kept.a1, kept.a2), (dz1, dz2, kept.direction)
-    return dx, *weight_gradients(maps, gradients, factors, partials, final)
+    padded = [padded_channels(count) for count in (shape.student, shape.factor)]
+    constants = {
+        "STUDENT_CHANNELS": shape.student,
+        "FACTOR_CHANNELS": shape.factor,
+        "STUDENT_PADDED": padded[0],
+        "FACTOR_PADDED": padded[1],
+        "STUDENT_BLOCK": min(padded[0], WIDEST_BLOCK),
+        "FACTOR_BLOCK": min(padded[1], WIDEST_BLOCK),
+        "ROWS": rows_for(shape.pixels),
+        "NEEDS_INPUT": needs_input,
+        "WEIGHTED": weighted,
+        "NORMS": NORMS_BLOCK,
+        "INPUT_PRECISION": "tf32",
+        "num_warps": warps_for(shape.student, shape.factor),
+        "num_stages": stages_for(shape.device, shape.student, shape.factor),
+        "enable_fp_fusion": False,
+    }
+    return PlannedLaunch(_small_head_input_gradients_kernel, shape.samples, places, constants)

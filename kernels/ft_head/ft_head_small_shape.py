@@ -1,5 +1,7 @@
 """How a program of the single-pass head is shaped, and which heads are too large for one program an image and side."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 
@@ -8,12 +10,34 @@ from ftfast.kernels.launch import power_of_2
 
 from .pack_weights import padded_channels
 
-TAPS = 9
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 # What one program can hold of an image without a spill: pixels, numbers of 16 bits of a map and of a factor.
 MOST_PIXELS = 64
 MOST_MAP = 64 * 256
 MOST_FACTOR = 64 * 128
+
+
+class HeadShape(NamedTuple):
+    """Sizes of a head: maps are ``[samples, height, width, channels]`` in ``dtype``; no teacher where its factor is
+    known.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    samples: int
+    height: int
+    width: int
+    student: int
+    teacher: int | None
+    factor: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    def map(self, channels: int) -> tuple[int, int, int, int]:
+        """The shape of a map of so many channels."""
+        return self.samples, self.height, self.width, channels
 
 
 def small_head_fits(

@@ -9,17 +9,18 @@ last adds up the shares in a fixed order.
 # mypy: disallow-incomplete-defs=False
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ftfast.kernels.device import arrival_counters, device_guard
 from ftfast.kernels.image_tiles import multiply_accumulate
-from ftfast.kernels.launch import ceil_div, launch
+from ftfast.kernels.launch import PlannedLaunch, ceil_div
+from ftfast.kernels.layout import Layout, Place
 
-from .ft_head_small_shape import TAPS, rows_for, stages_for
-from .pack_weights import padded_channels
+from .ft_head_small_shape import HeadShape, rows_for, stages_for
+from .pack_weights import TAPS, padded_channels
 
 # The widest tile of a weight, shares of the images, and the programs of the bias gradients.
 WIDEST_TILE = 64
@@ -49,6 +50,7 @@ def _weight_tile(
     ROWS: tl.constexpr,
     SHARES: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One share of one tile ``[BC, BK]`` of a layer's ``gradient [K, C, 3, 3]``; tiles count taps first."""
@@ -86,7 +88,11 @@ def _weight_tile(
             total += tl.load(shares + other * (BC * BK) + offsets, cache_modifier=".cg")
         total *= tl.load(final)
         mask = (channel < CHANNELS)[:, None] & (output < OUTPUTS)[None, :]
-        places = output.to(tl.int64)[None, :] * (CHANNELS * 9) + channel[:, None] * 9 + tap
+        places = output.to(tl.int64)[None, :] * (CHANNELS * 9)
+        if CHANNELS_LAST:
+            places += tap * CHANNELS + channel[:, None]
+        else:
+            places += channel[:, None] * 9 + tap
         tl.store(gradient + places, total, mask=mask)
         tl.store(counters + tile, 0)
 
@@ -106,7 +112,7 @@ def _small_head_weight_gradients_kernel(
     shares1,
     shares2,
     counters,
-    gradient0,  # [Cs, Cs, 3, 3]
+    gradient0,  # [Cs, Cs, 3, 3], contiguous or channels_last all three
     gradient1,  # [K, Cs, 3, 3]
     gradient2,  # [K, K, 3, 3]
     biases,  # [Cs + 2 K]
@@ -124,6 +130,7 @@ def _small_head_weight_gradients_kernel(
     SHARES: tl.constexpr,
     BIAS_COLUMNS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(0) // SHARES
@@ -131,19 +138,20 @@ def _small_head_weight_gradients_kernel(
     if tile < tiles0:
         _weight_tile(
             x, dz1, factors, shares0, counters, final, gradient0, tile, share, height, width, samples,
-            STUDENT_CHANNELS, STUDENT_CHANNELS, STUDENT_TILE, STUDENT_TILE, ROWS, SHARES, False, INPUT_PRECISION,
+            STUDENT_CHANNELS, STUDENT_CHANNELS, STUDENT_TILE, STUDENT_TILE, ROWS, SHARES, False, CHANNELS_LAST,
+            INPUT_PRECISION,
         )  # fmt: skip
     elif tile < tiles0 + tiles1:
         _weight_tile(
             a1, dz2, factors, shares1, counters + tiles0, final, gradient1, tile - tiles0, share, height, width,
             samples, STUDENT_CHANNELS, FACTOR_CHANNELS, STUDENT_TILE, FACTOR_TILE, ROWS, SHARES, False,
-            INPUT_PRECISION,
+            CHANNELS_LAST, INPUT_PRECISION,
         )  # fmt: skip
     elif tile < tiles0 + tiles1 + tiles2:
         _weight_tile(
             a2, direction, factors, shares2, counters + tiles0 + tiles1, final, gradient2, tile - tiles0 - tiles1,
             share, height, width, samples, FACTOR_CHANNELS, FACTOR_CHANNELS, FACTOR_TILE, FACTOR_TILE, ROWS, SHARES,
-            True, INPUT_PRECISION,
+            True, CHANNELS_LAST, INPUT_PRECISION,
         )  # fmt: skip
     elif share == 0:
         CHANNELS: tl.constexpr = STUDENT_CHANNELS + 2 * FACTOR_CHANNELS
@@ -157,72 +165,48 @@ def _small_head_weight_gradients_kernel(
         tl.store(biases + column, tl.sum(total, 0) * tl.load(final), mask=column < CHANNELS)
 
 
-def weight_gradients(
-    maps: tuple[Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
-    factors: Tensor,
-    partials: Tensor,
-    final: Tensor,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of the student's three layers.
+class WeightGradients:
+    """The gradients of the student's three layers, ``[K, C, 3, 3]`` and ``[K]``, in one launch.
 
     Args:
-        maps: what the convolutions read, ``[N, H, W, C]`` contiguous, in one dtype.
-        gradients: of their results, the last one not yet multiplied with its image's factor.
-        factors: float32 ``[N]``.
-        partials: float32 ``[N, Cs + 2 K]``: the sums of the gradients over the pixels of an image, layer by layer.
-        final: 0-d float32, multiplies all results.
+        scratch: gets places for the shares of the images.
+        channels_last: whether the results are.
 
-    Returns:
-        Three ``[K, C, 3, 3]`` and three ``[K]``, float32.
+    Attributes:
+        shares: these places.
+        counters: how many programs of which the last one to arrive goes on.
     """
-    samples, height, width, student_channels = maps[0].shape
-    factor_channels, device = maps[2].shape[3], final.device
-    widths = (student_channels, factor_channels, factor_channels)
-    tile_of = {count: min(padded_channels(count), WIDEST_TILE) for count in widths}
-    layers = ((student_channels, student_channels), (student_channels, factor_channels), (factor_channels,) * 2)
-    tiles = [TAPS * ceil_div(a, tile_of[a]) * ceil_div(b, tile_of[b]) for a, b in layers]
-    shares = [
-        torch.empty((count, SHARES, tile_of[a], tile_of[b]), dtype=torch.float32, device=device)
-        for count, (a, b) in zip(tiles, layers, strict=True)
-    ]
-    results = [torch.empty((b, a, 3, 3), dtype=torch.float32, device=device) for a, b in layers]
-    biases = torch.empty(sum(widths), dtype=torch.float32, device=device)
-    programs = (sum(tiles) + ceil_div(sum(widths), BIAS_COLUMNS)) * SHARES
-    with device_guard(device):
-        launch(
-            _small_head_weight_gradients_kernel,
-            programs,
-            (
-                *maps,
-                *gradients,
-                factors,
-                partials,
-                final,
-                *shares,
-                arrival_counters(device, sum(tiles)),
-                *results,
-                biases,
-            ),
-            (
-                height,
-                width,
-                samples,
-                *tiles,
-            ),
-            {
-                "STUDENT_CHANNELS": student_channels,
-                "FACTOR_CHANNELS": factor_channels,
-                "ROWS": rows_for(height * width),
-                "STUDENT_TILE": tile_of[student_channels],
-                "FACTOR_TILE": tile_of[factor_channels],
-                "SHARES": SHARES,
-                "BIAS_COLUMNS": BIAS_COLUMNS,
-                "BIAS_ROWS": BIAS_ROWS,
-                "INPUT_PRECISION": "tf32",
-                "num_warps": 4,
-                "num_stages": stages_for(device, student_channels, factor_channels),
-                "enable_fp_fusion": False,
-            },
-        )
-    return results, list(biases.split(list(widths)))
+
+    def __init__(self, shape: HeadShape, scratch: Layout, *, channels_last: bool) -> None:
+        self._shape, self._channels_last = shape, channels_last
+        layers = ((shape.student, shape.student), (shape.student, shape.factor), (shape.factor, shape.factor))
+        self._tile_of = {count: min(padded_channels(count), WIDEST_TILE) for count in (shape.student, shape.factor)}
+        tile_of = self._tile_of
+        self._tiles = [TAPS * ceil_div(a, tile_of[a]) * ceil_div(b, tile_of[b]) for a, b in layers]
+        self.shares = [
+            scratch.add((count, SHARES, tile_of[a], tile_of[b]), torch.float32)
+            for count, (a, b) in zip(self._tiles, layers, strict=True)
+        ]
+        self.counters = sum(self._tiles)
+        self.numbers = (shape.height, shape.width, shape.samples, *self._tiles)
+
+    def launch(self, places: Sequence[Place]) -> PlannedLaunch:
+        """Places of the kernel's pointers, in their order; its numbers are :attr:`numbers`."""
+        shape, widths = self._shape, self._shape.student + 2 * self._shape.factor
+        constants = {
+            "STUDENT_CHANNELS": shape.student,
+            "FACTOR_CHANNELS": shape.factor,
+            "STUDENT_TILE": self._tile_of[shape.student],
+            "FACTOR_TILE": self._tile_of[shape.factor],
+            "ROWS": rows_for(shape.pixels),
+            "SHARES": SHARES,
+            "BIAS_COLUMNS": BIAS_COLUMNS,
+            "BIAS_ROWS": BIAS_ROWS,
+            "CHANNELS_LAST": self._channels_last,
+            "INPUT_PRECISION": "tf32",
+            "num_warps": 4,
+            "num_stages": stages_for(shape.device, shape.student, shape.factor),
+            "enable_fp_fusion": False,
+        }
+        programs = (self.counters + ceil_div(widths, BIAS_COLUMNS)) * SHARES
+        return PlannedLaunch(_small_head_weight_gradients_kernel, programs, places, constants)

@@ -13,16 +13,16 @@ they read past a map's last channel meets no other tap's weights.
 # (a kernel's parameters carry Triton's annotations, and only where Triton needs one)
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftfast.kernels.device import device_guard
-from ftfast.kernels.launch import ceil_div, launch
+from ftfast.kernels.launch import PlannedLaunch, ceil_div
+from ftfast.kernels.layout import Layout, Piece, Place
 
+TAPS = 9
 TILE = 32
 WEIGHTS_PER_LAUNCH = 3
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -33,13 +33,6 @@ _NUMBERS = [
     for place in range(WEIGHTS_PER_LAUNCH)
     for what in ("outputs", "inputs", "stride_k", "stride_c", "stride_y", "stride_x", "first_tile")
 ]
-
-
-class PackedWeight(NamedTuple):
-    """A weight as the kernels read it: ``forward [9 * Cp, Kp]``, ``backward [9 * Kp, Cp]`` or None."""
-
-    forward: Tensor
-    backward: Tensor | None
 
 
 def padded_channels(count: int) -> int:
@@ -173,50 +166,56 @@ def _pack_weights_kernel(
         )
 
 
-def _allocate(weight: Tensor, dtype: torch.dtype, backward: bool) -> PackedWeight:
-    outputs, inputs = (padded_channels(count) for count in weight.shape[:2])
-    return PackedWeight(
-        torch.empty((9 * inputs, outputs), dtype=dtype, device=weight.device),
-        torch.empty((9 * outputs, inputs), dtype=dtype, device=weight.device) if backward else None,
-    )
-
-
 def _tiles(weight: Tensor) -> int:
     outputs, inputs = (ceil_div(padded_channels(count), TILE) for count in weight.shape[:2])
     return outputs * inputs
 
 
-def pack_weights(weights: Sequence[Tensor], dtype: torch.dtype, *, backward: bool) -> list[PackedWeight]:
-    """Cast and pack weights of 3x3 convolutions, three a launch.
+def packed_pieces(channels: Sequence[tuple[int, int]], dtype: torch.dtype, layout: Layout) -> list[Piece]:
+    """Places for weights of so many outputs and inputs each, packed forward."""
+    padded = [(padded_channels(outputs), padded_channels(inputs)) for outputs, inputs in channels]
+    return [layout.add((TAPS * inputs, outputs), dtype) for outputs, inputs in padded]
+
+
+class Packing:
+    """How weights of one kind are cast and packed, three a launch.
 
     Args:
         weights: each ``[K, C, 3, 3]``, float32, bfloat16 or float16 (one dtype for all), any strides, on one GPU (on
             the CPU in Triton's interpreter). Nothing is checked here.
         dtype: of the packed weights, float32, bfloat16 or float16.
-        backward: also pack what the input gradient reads.
-
-    Returns:
-        One :class:`PackedWeight` for each weight, contiguous.
+        forward: gets a place for each.
+        backward: gets another for each, of what the input gradient reads; None where that is not packed.
     """
-    packed = [_allocate(weight, dtype, backward) for weight in weights]
-    for first in range(0, len(weights), WEIGHTS_PER_LAUNCH):
-        pointers: list[Tensor] = []
-        numbers: list[int] = []
-        programs = 0
-        for place in range(first, first + WEIGHTS_PER_LAUNCH):
-            # Where fewer are left the last one stands in, with no program of its own.
-            place_or_last = min(place, len(weights) - 1)
-            weight, result = weights[place_or_last], packed[place_or_last]
-            pointers += [weight, result.forward, result.forward if result.backward is None else result.backward]
-            numbers += [*weight.shape[:2], *weight.stride(), programs]
-            if place < len(weights):
-                programs += _tiles(weight)
-        with device_guard(weights[first].device):
-            launch(
-                _pack_weights_kernel,
-                programs,
-                (*pointers,),
-                (*numbers,),
-                {"BACKWARD": backward, "TILE": TILE, **OPTIONS},
-            )
-    return packed
+
+    def __init__(
+        self, weights: Sequence[Tensor], dtype: torch.dtype, forward: Layout, backward: Layout | None = None
+    ) -> None:
+        channels = [(weight.shape[0], weight.shape[1]) for weight in weights]
+        self.forward = packed_pieces(channels, dtype, forward)
+        self.backward: list[Piece] = []
+        if backward is not None:
+            self.backward = packed_pieces([(inputs, outputs) for outputs, inputs in channels], dtype, backward)
+        constants = {"BACKWARD": backward is not None, "TILE": TILE, **OPTIONS}
+        self._launches: list[tuple[PlannedLaunch, tuple[int, ...]]] = []
+        for first in range(0, len(weights), WEIGHTS_PER_LAUNCH):
+            places: list[Place] = []
+            numbers: list[int] = []
+            programs = 0
+            for place in range(first, first + WEIGHTS_PER_LAUNCH):
+                # Where fewer are left the last one stands in, with no program of its own.
+                place_or_last = min(place, len(weights) - 1)
+                weight = weights[place_or_last]
+                packed = Place(len(weights), self.forward[place_or_last])
+                turned = Place(len(weights) + 1, self.backward[place_or_last]) if self.backward else packed
+                places += [Place(place_or_last), packed, turned]
+                numbers += [*weight.shape[:2], *weight.stride(), programs]
+                if place < len(weights):
+                    programs += _tiles(weight)
+            launch = PlannedLaunch(_pack_weights_kernel, programs, places, constants)
+            self._launches.append((launch, tuple(numbers)))
+
+    def __call__(self, weights: Sequence[Tensor], forward: Tensor, backward: Tensor, stream: int) -> None:
+        """Pack weights of that kind into memory of the two layouts, the second unused where there is none."""
+        for launch, numbers in self._launches:
+            launch((*weights, forward, backward), numbers, stream)

@@ -19,6 +19,9 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 activation = pytest.importorskip("ftfast.kernels.activation")
 packing = pytest.importorskip("ftfast.kernels.ft_head.pack_weights")
 
+from ftfast.kernels.device import current_stream  # noqa: E402
+from ftfast.kernels.layout import Layout  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
@@ -50,6 +53,15 @@ def unpacked(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return cube[:, :, :rows, :columns]
 
 
+def pack(weights: list[Tensor], dtype: torch.dtype, *, backward: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """Packed forward, and backward."""
+    places = Layout(), Layout()
+    packed = packing.Packing(weights, dtype, places[0], places[1] if backward else None)
+    memory = [place.empty(DEVICE) for place in places]
+    packed(weights, *memory, current_stream(DEVICE))
+    return [piece.of(memory[0]) for piece in packed.forward], [piece.of(memory[1]) for piece in packed.backward]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_packing_takes_any_strides(count: int, dtype: torch.dtype) -> None:
@@ -59,19 +71,18 @@ def test_packing_takes_any_strides(count: int, dtype: torch.dtype) -> None:
         normal(3, 3, 17, 16, dtype=dtype).float().permute(3, 2, 1, 0),
         normal(66, 8, 5, 6, dtype=dtype).float()[::2, :, 1:4, ::2],
     ][:count]
-    for weight, packed in zip(weights, packing.pack_weights(weights, dtype, backward=True), strict=True):
+    for weight, *packed in zip(weights, *pack(weights, dtype), strict=True):
         outputs, inputs = weight.shape[:2]
-        assert packed.forward.dtype == dtype
-        assert torch.equal(unpacked(packed.forward, inputs, outputs).float(), weight.permute(2, 3, 1, 0))
-        assert packed.backward is not None
-        assert torch.equal(unpacked(packed.backward, outputs, inputs).float(), weight.flip(2, 3).permute(2, 3, 0, 1))
+        assert packed[0].dtype == dtype
+        assert torch.equal(unpacked(packed[0], inputs, outputs).float(), weight.permute(2, 3, 1, 0))
+        assert torch.equal(unpacked(packed[1], outputs, inputs).float(), weight.flip(2, 3).permute(2, 3, 0, 1))
 
 
 def test_packing_for_forward_alone() -> None:
     weight = normal(8, 4, 3, 3, dtype=torch.float16)
-    alone, both = (packing.pack_weights([weight], torch.float16, backward=backward)[0] for backward in (False, True))
-    assert alone.backward is None
-    assert torch.equal(alone.forward, both.forward)
+    (alone, none), (both, _) = (pack([weight], torch.float16, backward=backward) for backward in (False, True))
+    assert not none
+    assert torch.equal(alone[0], both[0])
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDED_ERROR))

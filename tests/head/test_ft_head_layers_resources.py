@@ -15,6 +15,7 @@ from bench.machine_code import shipped
 from bench.machine_code.compiling import ARCHITECTURES, Launch, Machine, cache_key, compile_launch, recorded
 from bench.machine_code.shipped import ShippedLaunch
 from bench.machine_code.shipped.ft_head_layers import run_launchers
+from bench.machine_code.shipped.pack_weights import pack_for_head
 from bench.shapes import HeadShape
 from ftfast.kernels import activation
 from ftfast.kernels.ft_head import copy_weights, ft_head_loss, pack_weights
@@ -107,7 +108,7 @@ def test_packing_of_three_weights_is_one_launch(backward: bool) -> None:
         return [torch.empty(size, 2 * size, 3, 3) for size in sizes]
 
     with recorded(pack_weights) as launches:
-        pack_weights.pack_weights(weights(32, 64, 24), torch.bfloat16, backward=backward)
-        pack_weights.pack_weights(weights(512, 3), torch.bfloat16, backward=backward)
+        for given in (weights(32, 64, 24), weights(512, 3)):
+            pack_for_head(given, torch.bfloat16, backward=backward)
     assert len(launches) == 2
     assert cache_key(launches[0]) == cache_key(launches[1])

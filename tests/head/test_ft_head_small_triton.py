@@ -7,7 +7,7 @@ line.
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ weight_kernels = pytest.importorskip("ftfast.kernels.ft_head.ft_head_small_weigh
 shape_rules = pytest.importorskip("ftfast.kernels.ft_head.ft_head_small_shape")
 devices = pytest.importorskip("ftfast.kernels.device")
 packing = pytest.importorskip("ftfast.kernels.ft_head.pack_weights")
+plans = pytest.importorskip("ftfast.kernels.ft_head.ft_head_small_plan")
+layouts = pytest.importorskip("ftfast.kernels.layout")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -43,6 +45,34 @@ ALLOWANCE = {torch.float16: 2.5, torch.bfloat16: 3.0 if INTERPRETED else 1.5}
 NAMES = ("loss", "dx", "dW0", "dW1", "dW2", "db0", "db1", "db2")
 
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def pieces_lie_apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is between the pieces of an allocation stays as it was, or the test fails."""
+    add, empty = layouts.Layout.add, layouts.Layout.empty
+    pieces: dict[Any, list[Any]] = {}
+    made: list[tuple[Any, Tensor]] = []
+
+    def add_apart(layout: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        piece = add(layout, shape, dtype)
+        layout.bytes += layouts.ALIGNMENT
+        pieces.setdefault(layout, []).append(piece)
+        return piece
+
+    def remember(layout: Any, device: torch.device) -> Tensor:
+        memory: Tensor = empty(layout, device)
+        made.append((layout, memory))
+        return memory
+
+    monkeypatch.setattr(layouts.Layout, "add", add_apart)
+    monkeypatch.setattr(layouts.Layout, "empty", remember)
+    yield
+    for layout, memory in made[-8:]:
+        between = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
+        for offset, shape, dtype in pieces.get(layout, ()):
+            between[offset : offset + math.prod(shape) * dtype.itemsize] = False
+        assert bool((memory[between] == 255).all()), "a kernel wrote beyond its piece of an allocation"
 
 
 class Shape(NamedTuple):
@@ -113,6 +143,13 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32) -> Head:
     )
 
 
+class Computed(NamedTuple):
+    """What backward takes of a forward pass."""
+
+    plan: Any
+    memory: Tensor
+
+
 def forward(
     head: Head,
     *,
@@ -121,49 +158,41 @@ def forward(
     weight: float | Tensor = 1.0,
     eps: float = EPS,
     teacher_factor: Tensor | None = None,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Computed]:
     known = teacher_factor is not None
-    pack = [packing.pack_weights([weight for weight, _ in layers], head.dtype, backward=False) for layers in head[2:]]
-    loss, kept = forward_kernels.small_head_forward(
-        head.student,
-        None if known else head.teacher,
-        teacher_factor,
-        [packed.forward for packed in pack[0]],
-        [bias for _, bias in head.student_layers],
-        [] if known else [packed.forward for packed in pack[1]],
-        [] if known else [bias for _, bias in head.teacher_layers],
+    weights, biases = ([part for part, _ in head.student_layers], [part for _, part in head.student_layers])
+    frozen = plans.Frozen(*([part[place] for part in head.teacher_layers] for place in (0, 1)))
+    samples, height, width, student = head.student.shape
+    factor = len(biases[2])
+    teacher = None if known else head.teacher.shape[3]
+    plan = plans.SmallHeadPlan(
+        shape_rules.HeadShape(DEVICE, head.dtype, samples, height, width, student, teacher, factor),
+        weights,
+        () if known else frozen.weights,
         p=p,
         reduction=reduction,
         eps=eps,
-        weight=weight,
-        student_slope=STUDENT_SLOPE,
-        teacher_slope=TEACHER_SLOPE,
+        slopes=(STUDENT_SLOPE, TEACHER_SLOPE),
+        weighted=isinstance(weight, Tensor) and weight.device.type == DEVICE.type,
+        keeps=True,
     )
-    return loss, kept
+    other = head.teacher if teacher_factor is None else teacher_factor
+    loss, memory = plan.forward(head.student, other, weights, biases, None if known else frozen, weight)
+    return loss, Computed(plan, memory)
 
 
 def backward(
     head: Head,
-    kept: Any,
+    kept: Computed,
     upstream: Tensor,
     *,
-    p: int = 1,
-    reduction: str = "mean",
     weight: float | Tensor = 1.0,
     need_student_gradient: bool = True,
 ) -> list[Tensor | None]:
     """dx, three dW and three db."""
-    packed = packing.pack_weights([weight for weight, _ in head.student_layers], head.dtype, backward=True)
-    dx, weights, biases = backward_kernels.small_head_backward(
-        head.student,
-        kept,
-        [layer.backward for layer in packed],
-        upstream,
-        p=p,
-        reduction=reduction,
-        weight=weight,
-        negative_slope=STUDENT_SLOPE,
-        need_student_gradient=need_student_gradient,
+    weights_of_student = [weight for weight, _ in head.student_layers]
+    dx, weights, biases = kept.plan.backward(
+        head.student, kept.memory, upstream, weights_of_student, weight, needs_input=need_student_gradient
     )
     return [dx, *weights, *biases]
 
@@ -234,8 +263,7 @@ def assert_agrees(head: Head, *, upstream: Tensor | None = None, **options: Any)
         upstream = upstream_of(head, reduction)
     loss, kept = forward(head, **options)
     assert loss.dtype == torch.float32
-    for_backward = {name: value for name, value in options.items() if name in ("p", "reduction", "weight")}
-    found = [loss, *backward(head, kept, upstream, **for_backward)]
+    found = [loss, *backward(head, kept, upstream, weight=options.get("weight", 1.0))]
     truth = expected(head, upstream, **options)
     bounds = [FLOAT32_ERROR[p]] * len(truth)
     if head.dtype.itemsize == 2:
@@ -328,7 +356,7 @@ def test_a_student_factor_of_zeros_gives_what_torch_gives(dtype: torch.dtype, p:
     upstream = torch.tensor(0.5, device=DEVICE)
     loss, kept = forward(head, p=p)
     truth = expected(head, upstream, p=p)
-    found = [loss, *backward(head, kept, upstream, p=p)]
+    found = [loss, *backward(head, kept, upstream)]
     for name, got, wanted in zip(NAMES, found, truth, strict=True):
         assert got is not None
         assert bool(got.isfinite().all()), name
@@ -341,7 +369,8 @@ def test_a_student_factor_of_zeros_gives_what_torch_gives(dtype: torch.dtype, p:
 @pytest.mark.parametrize("p", [1, 2])
 def test_clamped_norms(p: int) -> None:
     head = make(SMALL)
-    norms = forward(head)[1].inverse_norm.reciprocal()
+    _, kept = forward(head)
+    norms = kept.plan.inverse_norm.of(kept.memory).reciprocal()
     for eps in (float(norms.mean()), 100.0 * float(norms.max())):
         assert_agrees(head, p=p, eps=eps)
 
@@ -352,7 +381,7 @@ def test_a_nan_comes_through(side: str, value: float) -> None:
     getattr(head, side)[1, 2, 1, 3] = value
     loss, kept = forward(head, reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
-    dx, *parameters = backward(head, kept, torch.ones_like(loss), reduction="none")
+    dx, *parameters = backward(head, kept, torch.ones_like(loss))
     assert dx is not None
     assert bool(dx[1].isnan().any())
     assert bool(dx[::2].isfinite().all())
@@ -384,12 +413,12 @@ def test_two_runs_are_bit_equal_and_what_is_kept_stays_as_it_is() -> None:
     head = make(SMALL if INTERPRETED else SMALL._replace(samples=7), torch.float16)
     upstream = upstream_of(head, "mean")
     loss, kept = forward(head)
-    copies = [tensor.clone() for tensor in kept]
+    copy = kept.memory.clone()
     first = backward(head, kept, upstream)
-    assert all(torch.equal(tensor, copy) for tensor, copy in zip(kept, copies, strict=True))
+    assert torch.equal(kept.memory, copy)
     again, kept_again = forward(head)
     assert torch.equal(loss, again)
-    assert all(torch.equal(tensor, copy) for tensor, copy in zip(kept_again, copies, strict=True))
+    assert torch.equal(kept_again.memory, copy)
     for _ in range(2):
         second = backward(head, kept, upstream)
         assert all(one is not None and torch.equal(one, two) for one, two in zip(first, second, strict=True))
@@ -404,7 +433,7 @@ def test_a_thousand_runs_are_bit_equal() -> None:
     for _ in range(1000):
         again, kept_again = forward(head)
         assert torch.equal(loss, again)
-        assert all(torch.equal(one, two) for one, two in zip(kept, kept_again, strict=True))
+        assert torch.equal(kept.memory, kept_again.memory)
         second = backward(head, kept, upstream)
         assert all(one is not None and torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
@@ -419,7 +448,7 @@ def test_whatever_side_and_image_ends_last_the_bits_are_the_same(monkeypatch: py
 
     def results() -> list[Tensor]:
         loss, kept = forward(head)
-        return [loss, *kept, *(gradient for gradient in backward(head, kept, upstream) if gradient is not None)]
+        return [loss, kept.memory, *(gradient for gradient in backward(head, kept, upstream) if gradient is not None)]
 
     expected_bits = results()
     in_order = interpreter_builder.set_grid_idx
@@ -469,35 +498,13 @@ def _count(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[str]:
     return launches
 
 
-def test_a_step_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_takes_five_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     head = make(SMALL)
-    teacher = packing.pack_weights([weight for weight, _ in head.teacher_layers], head.dtype, backward=False)
     launches = _count(monkeypatch, packing, forward_kernels, backward_kernels, weight_kernels)
-    student = packing.pack_weights([weight for weight, _ in head.student_layers], head.dtype, backward=True)
-    options: dict[str, Any] = {"p": 1, "reduction": "mean", "weight": 1.0}
-    loss, kept = forward_kernels.small_head_forward(
-        head.student,
-        head.teacher,
-        None,
-        [packed.forward for packed in student],
-        [bias for _, bias in head.student_layers],
-        [packed.forward for packed in teacher],
-        [bias for _, bias in head.teacher_layers],
-        eps=EPS,
-        student_slope=STUDENT_SLOPE,
-        teacher_slope=TEACHER_SLOPE,
-        **options,
-    )
-    backward_kernels.small_head_backward(
-        head.student,
-        kept,
-        [packed.backward for packed in student],
-        torch.ones_like(loss),
-        negative_slope=STUDENT_SLOPE,
-        need_student_gradient=True,
-        **options,
-    )
+    loss, kept = forward(head)
+    backward(head, kept, torch.ones_like(loss))
     assert launches == [
+        "_pack_weights_kernel",
         "_pack_weights_kernel",
         "_small_head_forward_kernel",
         "_small_head_input_gradients_kernel",

@@ -6,8 +6,15 @@ import torch
 
 from bench.machine_code.compiling import ARCHITECTURES, Launch, recorded, replaced
 from bench.machine_code.shipped import ShippedLaunch
-from ftfast.kernels.ft_head import ft_head_small, ft_head_small_backward, ft_head_small_shape, ft_head_small_weights
-from ftfast.kernels.ft_head.pack_weights import padded_channels
+from ftfast.kernels.ft_head import (
+    ft_head_small,
+    ft_head_small_backward,
+    ft_head_small_shape,
+    ft_head_small_weights,
+    pack_weights,
+)
+from ftfast.kernels.ft_head.ft_head_small_plan import Frozen, SmallHeadPlan
+from ftfast.kernels.ft_head.ft_head_small_shape import HeadShape
 
 # The student's channels, the teacher's, the factor's, side of the map, dtype
 HEADS = [
@@ -34,47 +41,36 @@ def launches_of(
 
 
 def _launches_of(student: int, teacher: int, factor: int, side: int, dtype: torch.dtype, p: int) -> list[Launch]:
-    padded = {count: padded_channels(count) for count in (student, teacher, factor)}
-
     def maps(channels: int) -> torch.Tensor:
         return torch.empty((SAMPLES, side, side, channels), dtype=dtype)
 
-    def weights(channels: int, transposed: bool = False) -> list[torch.Tensor]:
-        layers = ((channels, channels), (channels, factor), (factor, factor))
-        pairs = [(padded[b], padded[a]) if transposed else (padded[a], padded[b]) for a, b in layers]
-        return [torch.empty((9 * rows, columns), dtype=dtype) for rows, columns in pairs]
+    def layers(channels: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        pairs = ((channels, channels), (channels, factor), (factor, factor))
+        weights = [torch.empty(b, a, 3, 3).to(memory_format=torch.channels_last) for a, b in pairs]
+        return weights, [torch.empty(b) for _, b in pairs]
 
-    def biases(channels: int) -> list[torch.Tensor]:
-        return [torch.empty(count) for count in (channels, factor, factor)]
-
-    with recorded(ft_head_small) as forward:
-        loss, kept = ft_head_small.small_head_forward(
-            maps(student),
-            maps(teacher),
-            None,
-            weights(student),
-            biases(student),
-            weights(teacher),
-            biases(teacher),
+    shape = HeadShape(torch.device("cpu"), dtype, SAMPLES, side, side, student, teacher, factor)
+    weights, biases = layers(student)
+    frozen = Frozen(*layers(teacher))
+    with (
+        recorded(pack_weights),
+        recorded(ft_head_small) as forward,
+        recorded(ft_head_small_backward) as inputs,
+        recorded(ft_head_small_weights) as weight_gradients,
+    ):
+        plan = SmallHeadPlan(
+            shape,
+            weights,
+            frozen.weights,
+            p=p,
+            reduction="mean",
             eps=1e-12,
-            student_slope=0.1,
-            teacher_slope=0.1,
-            p=p,
-            reduction="mean",
-            weight=1.0,
+            slopes=(0.1, 0.1),
+            weighted=False,
+            keeps=True,
         )
-    with recorded(ft_head_small_backward) as inputs, recorded(ft_head_small_weights) as weight_gradients:
-        ft_head_small_backward.small_head_backward(
-            maps(student),
-            kept,
-            weights(student, transposed=True),
-            loss,
-            negative_slope=0.1,
-            need_student_gradient=True,
-            p=p,
-            reduction="mean",
-            weight=1.0,
-        )
+        loss, kept = plan.forward(maps(student), maps(teacher), weights, biases, frozen, 1.0)
+        plan.backward(maps(student), kept, loss, weights, 1.0, needs_input=True)
     return [*forward, *inputs, *weight_gradients]
 
 

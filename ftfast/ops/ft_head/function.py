@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ftfast.backends import KernelBackend, Options
 from ftfast.dispatch import BACKENDS
-from ftfast.ops.ft_head.operands import Head, Plan
+from ftfast.ops.ft_head.operands import Head, Kept, Plan
 from ftfast.ops.ft_head.stack import Stack
 from ftfast.ops.ft_loss.function import separate_weight
 from ftfast.ops.maps import no_autocast
-from ftfast.ops.memory import is_batched, lies_in_memory, plain, save, saved
+from ftfast.ops.memory import all_lie_in_memory, is_batched, plain, save, saved
 from ftfast.reference import scalar
 
 
@@ -48,7 +48,7 @@ def run(
 
 
 def _plain(stack: Stack) -> Stack:
-    if all(map(lies_in_memory, (*stack.weights, *stack.biases))):
+    if all_lie_in_memory((*stack.weights, *stack.biases)):
         return stack
     return stack._replace(weights=tuple(map(plain, stack.weights)), biases=tuple(map(plain, stack.biases)))
 
@@ -77,8 +77,8 @@ class FTHeadFunction(torch.autograd.Function):
         with no_autocast(student.device.type):
             kernels = _kernels(head.plan, student.device)
             loss, kept = kernels.ft_head_forward(student, teacher, teacher_factor, head, keep=True)
-        save(ctx, *kept)
-        ctx.head = head._replace(paraphraser=None)
+        save(ctx, *kept.tensors)
+        ctx.head, ctx.plan = head, kept.plan
         ctx.student_dtype = student.dtype
         return loss
 
@@ -92,7 +92,7 @@ class FTHeadFunction(torch.autograd.Function):
         needed, upstream = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]), plain(upstream)
         with no_autocast(upstream.device.type):
             kernels = _kernels(ctx.head.plan, upstream.device)
-            gradients = kernels.ft_head_backward(saved(ctx), upstream, ctx.head, needed)
-        if gradients[0] is not None:
+            gradients = kernels.ft_head_backward(Kept(saved(ctx), ctx.plan), upstream, ctx.head, needed)
+        if gradients[0] is not None and gradients[0].dtype != ctx.student_dtype:
             gradients[0] = gradients[0].to(ctx.student_dtype)
         return gradients[0], None, None, None, *gradients[1:]

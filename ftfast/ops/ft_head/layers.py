@@ -17,7 +17,7 @@ from ftfast.dispatch import BACKENDS, supports
 from ftfast.kernels import activation
 from ftfast.kernels.ft_head.copy_weights import cast_weights, scaled_like
 from ftfast.kernels.ft_head.ft_head_loss import scaled_direction
-from ftfast.ops.ft_head.operands import Head
+from ftfast.ops.ft_head.operands import Head, Kept
 from ftfast.ops.ft_head.stack import Stack, prepare_once
 from ftfast.ops.ft_loss.plans import loss_plan
 from ftfast.ops.maps import as_map
@@ -58,7 +58,7 @@ def teacher_factor_of(teacher: Tensor, paraphraser: Stack, held: int | None, dty
 
 def ft_head_forward(
     student: Tensor, teacher: Tensor | None, teacher_factor: Tensor | None, head: Head, *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Kept]:
     """The loss, and what backward needs; nothing unless ``keep``."""
     dtype, translator = head.plan.dtype, head.translator
     if teacher_factor is None:
@@ -75,10 +75,10 @@ def ft_head_forward(
     plan = loss_plan(launchers, student_factor, teacher_factor, p, reduction, eps)
     loss, statistics = plan.forward(student_factor, teacher_factor, weight_of_loss)
     if not keep:
-        return loss, []
+        return loss, Kept()
     if teacher_factor.is_inference():  # which autograd does not save
         teacher_factor = teacher_factor.clone()
-    return loss, [student, *maps[1:], student_factor, teacher_factor, statistics, *weights]
+    return loss, Kept((student, *maps[1:], student_factor, teacher_factor, statistics, *weights))
 
 
 def loss_backend(device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> KernelBackend:
@@ -94,14 +94,15 @@ def _loss_launchers(device: torch.device, student_dtype: torch.dtype, teacher_dt
     return loss_backend(device, student_dtype, teacher_dtype).launchers(device)
 
 
-def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
+def ft_head_backward(kept: Kept, upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of the student's features and of ``(weight, bias, weight, ...)``; None for what is not needed."""
     slope, options = head.translator.negative_slope, head.options
-    maps, weights = [as_map(kept[0], head.plan.dtype), *kept[1:3]], kept[6:]
+    student, *between = kept.tensors
+    maps, weights = [as_map(student, head.plan.dtype), *between[:2]], between[5:]
     gradient, partials, scale = scaled_direction(
-        nhwc(kept[3]),
-        nhwc(kept[4]),
-        kept[5],
+        nhwc(between[2]),
+        nhwc(between[3]),
+        between[4],
         upstream,
         p=options.p,
         reduction=options.reduction,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ftfast.ops.conv3x3 import native as conv3x3
 from ftfast.ops.conv3x3.direct import PackedWeight
-from ftfast.ops.ft_head.operands import SEPARATE, Head
+from ftfast.ops.ft_head.operands import SEPARATE, Head, Kept
 from ftfast.ops.ft_head.stack import Stack, prepare_once
 from ftfast.ops.ft_loss import native as ft_loss
 from ftfast.ops.ft_loss.plans import loss_plan
@@ -68,7 +68,7 @@ def teacher_factor_of(teacher: Tensor, paraphraser: Stack, held: int | None, dty
 
 def ft_head_forward(
     student: Tensor, teacher: Tensor | None, teacher_factor: Tensor | None, head: Head, *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Kept]:
     """The loss, and what backward needs: the convolutions' inputs (the student's features as they came), the gradient
     of the last result before its activation for an upstream gradient of 1, and the parameters, since to cast the
     weights again costs less than to keep them cast. Nothing is kept unless ``keep``.
@@ -86,15 +86,16 @@ def ft_head_forward(
     p, reduction, eps, loss_weight = head.options
     plan: Any = loss_plan(ft_loss, student_factor, teacher_factor, p, reduction, eps)
     if not keep:
-        return plan.forward(student_factor, teacher_factor, loss_weight)[0], []
+        return plan.forward(student_factor, teacher_factor, loss_weight)[0], Kept()
     loss, _, gradient = plan.forward_with_gradient(student_factor, teacher_factor, loss_weight, 1.0)
     conv3x3.leaky_relu_backward_(gradient, student_factor, translator.negative_slope)
-    return loss, [student, *maps[1:], gradient, *translator.weights]
+    return loss, Kept((student, *maps[1:], gradient, *translator.weights))
 
 
-def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
+def ft_head_backward(kept: Kept, upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of the student's features and of ``(weight, bias, weight, ...)``; None for what is not needed."""
-    maps, dz, weights = [as_map(kept[0], head.plan.dtype), *kept[1:3]], kept[3], kept[4:]
+    student, *between = kept.tensors
+    maps, dz, weights = [as_map(student, head.plan.dtype), *between[:2]], between[2], between[3:]
     if upstream.dim():
         dz = (dz * upstream.view(-1, 1, 1, 1)).to(dz.dtype)
     elif (factor := upstream.item()) != 1:

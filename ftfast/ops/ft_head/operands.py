@@ -1,8 +1,10 @@
 """What the ways to compute a head are given besides its features."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ftfast.backends import Options
 from ftfast.ops.ft_head.stack import Stack
@@ -33,3 +35,10 @@ class Head(NamedTuple):
     paraphraser: Stack | None
     options: Options
     held: int | None = None
+
+
+class Kept(NamedTuple):
+    """What a forward pass leaves to its backward: the tensors that autograd keeps, and what they were computed with."""
+
+    tensors: Sequence[Tensor] = ()
+    plan: Any = None

@@ -11,7 +11,7 @@ from ftfast.backends.triton import interpreting
 from ftfast.dispatch import BACKENDS, choose, chosen_with, resolve
 from ftfast.ops.ft_head.operands import SEPARATE, Plan
 from ftfast.ops.ft_head.stack import Stack
-from ftfast.ops.ft_loss.function import needs_torch_operators
+from ftfast.ops.ft_loss.function import needs_torch_operators, watched_by
 from ftfast.ops.maps import autocasts, map_dtype, rounds_to_tf32
 from ftfast.ops.remembered import ORDINARY, Remembered, kind_of_weight
 
@@ -31,21 +31,26 @@ def kind_of_head(
     """What the checks of a head's arguments and its plan depend on beside the modules' own channels; None where that
     is not told by what is quick to read.
     """
-    sides = [side for side in (student, teacher, teacher_factor) if side is not None]
-    if not all(type(side) in ORDINARY for side in sides):
+    known = teacher if teacher_factor is None else teacher_factor
+    assert known is not None
+    if type(student) not in ORDINARY or type(known) not in ORDINARY or type(translator) is str:
         return None
-    kinds = [(side.shape, side.dtype, side.device, side.requires_grad) for side in sides]
-    if torch.compiler.is_compiling() or needs_torch_operators(student) or isinstance(translator, str):
+    if torch.compiler.is_compiling() or watched_by():
         return None
     p, reduction, eps, weight = options
     if type(p) is not int or type(eps) is not float or type(reduction) is not str:
         return None
-    parameter, casts = translator.weights[0], autocasts(student)
+    assert isinstance(translator, Stack)
+    parameter, last, casts = translator.weights[0], translator.weights[-1], autocasts(student)
     dtype = torch.get_autocast_dtype(student.device.type) if casts else student.dtype
     rounds = dtype == torch.float32 and student.device.type == "cuda" and rounds_to_tf32()
-    of_paraphraser = paraphraser if isinstance(paraphraser, str) else ""
-    loss = (p, reduction, eps, kind_of_weight(weight), resolve(backend))
-    return (teacher is None, *kinds, *loss, casts, dtype, rounds, parameter.dtype, parameter.device, of_paraphraser)
+    return (
+        *(student.shape, student.dtype, student.device, student.requires_grad),
+        *(known.shape, known.dtype, known.device, known.requires_grad),
+        *(p, reduction, eps, kind_of_weight(weight), resolve(backend)),
+        *(teacher is None, casts, dtype, rounds, parameter.dtype, parameter.device, parameter.shape, last.shape),
+        paraphraser if type(paraphraser) is str else "",
+    )
 
 
 def plan_head(

@@ -44,16 +44,18 @@ class Stack(NamedTuple):
         pairs = list(zip(self.weights, self.biases, strict=True))
         if not self.norms:
             return pairs
-        folded = []
-        for (weight, bias), norm in zip(pairs, self.norms, strict=True):
-            factor = torch.rsqrt(norm.variance.float() + norm.eps)
-            if norm.weight is not None:
-                factor = factor * norm.weight.float()
-            shift = (bias.float() - norm.mean.float()) * factor
-            if norm.bias is not None:
-                shift = shift + norm.bias.float()
-            folded.append((weight.float() * factor.view(-1, 1, 1, 1), shift))
-        return folded
+        with torch.no_grad():
+            return [_folded(*pair, norm) for pair, norm in zip(pairs, self.norms, strict=True)]
+
+
+def _folded(weight: Tensor, bias: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    factor = torch.rsqrt(norm.variance.float() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.float()
+    shift = (bias.float() - norm.mean.float()) * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.float()
+    return weight.float() * factor.view(-1, 1, 1, 1), shift
 
 
 class _Prepared(NamedTuple):
@@ -93,6 +95,8 @@ def prepare_once(stack: Stack, held: int | None, key: tuple[Any, ...], prepare: 
     would cost what it costs to prepare them, so that is done at each call. Where they are held, torch's version
     counters are read instead, which a write through ``.data`` passes by.
     """
+    if held is None and stack.weights[0].is_cuda:
+        return prepare()
     tensors = stack.tensors()
     state = _state(stack, tensors, held)
     place = (id(tensors[0]), *key)

@@ -3,18 +3,24 @@
 Maps go to the kernels as ``[N, H, W, C]``, which is a view of a channels_last tensor.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ftfast.kernels.ft_head import ft_head_small, ft_head_small_backward
-from ftfast.kernels.ft_head.ft_head_small_shape import small_head_fits
-from ftfast.kernels.ft_head.pack_weights import PackedWeight, pack_weights
+from ftfast.kernels.device import current_stream, device_guard
+from ftfast.kernels.ft_head.ft_head_small_plan import Frozen, SmallHeadPlan
+from ftfast.kernels.ft_head.ft_head_small_shape import HeadShape, small_head_fits
+from ftfast.kernels.ft_head.pack_weights import Packing
+from ftfast.kernels.layout import Layout
 from ftfast.ops.ft_head import layers as ft_head_layers
-from ftfast.ops.ft_head.layers import like_parameter, nhwc
-from ftfast.ops.ft_head.operands import Head
+from ftfast.ops.ft_head.layers import like_parameter
+from ftfast.ops.ft_head.operands import Head, Kept
 from ftfast.ops.ft_head.stack import Stack, prepare_once
 from ftfast.ops.kernel_table import Work, choose_kernel
-from ftfast.ops.maps import rounds_to_tf32
+from ftfast.ops.maps import as_map, rounds_to_tf32
+from ftfast.ops.remembered import Remembered
 
 SINGLE_PASS, LAYERS = "single pass", "layers"
 # The widest head that takes a single pass unmeasured.
@@ -65,68 +71,105 @@ def choose(
     return kernel, f"{reason}; not in a single pass: {misfit}" if misfit else reason
 
 
-def _frozen(stack: Stack | None, held: int | None, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Packed weights and float32 biases of the frozen paraphraser; empty lists without one."""
-    if stack is None:
-        return [], []
+_plans: Remembered[tuple[Any, ...], SmallHeadPlan] = Remembered()
 
-    def prepare() -> tuple[list[Tensor], list[Tensor]]:
-        folded = stack.folded()
-        packed = pack_weights([weight for weight, _ in folded], dtype, backward=False)
-        return [weight.forward for weight in packed], [bias.float() for _, bias in folded]
 
-    return prepare_once(stack, held, ("triton", dtype), prepare)
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Memory with the weights packed forward."""
+    layout, device = Layout(), weights[0].device
+    packing = Packing(weights, dtype, layout)
+    memory = layout.empty(device)
+    with device_guard(device):
+        packing(weights, memory, memory, current_stream(device))
+    return memory
+
+
+def _frozen(stack: Stack, held: int | None, dtype: torch.dtype) -> Frozen:
+    """The frozen paraphraser's side; where it is not held, to be packed in this call."""
+
+    def prepare() -> Frozen:
+        weights, biases = zip(*stack.folded(), strict=True)
+        return Frozen(() if is_held else weights, _float32(biases), _packed(weights, dtype) if is_held else None)
+
+    is_held = held is not None
+    frozen: Frozen = prepare_once(stack, held, ("triton", dtype), prepare) if is_held else prepare()
+    return frozen
+
+
+def _float32(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor if tensor.dtype == torch.float32 else tensor.float() for tensor in tensors]
+
+
+def _plan(student: Tensor, teacher: Tensor, frozen: Frozen | None, head: Head, keep: bool) -> SmallHeadPlan:
+    """Of features in the compute dtype; ``teacher`` is the teacher's factor where that is given, without ``frozen``."""
+    translator, options = head.translator, head.options
+    p, reduction, eps, weight = options
+    slopes = translator.negative_slope, head.paraphraser.negative_slope if head.paraphraser else 1.0
+    of_weight = weight.dtype if isinstance(weight, Tensor) and weight.device == student.device else None
+    sizes = (student.shape, student.dtype, student.device, teacher.shape[1], teacher.dtype, frozen is None)
+    packed = translator.weights if frozen is None else (*translator.weights, *frozen.weights)
+    key = (*sizes, p, reduction, eps, of_weight, *slopes, keep, *_kinds(packed))
+    plan = _plans.get(key)
+    if plan is None:
+        samples, channels, height, width = student.shape
+        factor = translator.weights[2].shape[0]
+        teacher_channels = None if frozen is None else teacher.shape[1]
+        shape = HeadShape(student.device, student.dtype, samples, height, width, channels, teacher_channels, factor)
+        weighted = of_weight is not None
+        plan = SmallHeadPlan(
+            shape,
+            translator.weights,
+            () if frozen is None else frozen.weights,
+            p=p,
+            reduction=reduction,
+            eps=eps,
+            slopes=slopes,
+            weighted=weighted,
+            keeps=keep,
+        )
+        _plans.keep(key, plan)
+    return plan
 
 
 def ft_head_forward(
     student: Tensor, teacher: Tensor | None, teacher_factor: Tensor | None, head: Head, *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and what backward needs, the student's features first; nothing unless ``keep``."""
+) -> tuple[Tensor, Kept]:
+    """The loss, and what backward needs; nothing unless ``keep``."""
     if head.plan.kernel == LAYERS:
         return ft_head_layers.ft_head_forward(student, teacher, teacher_factor, head, keep=keep)
     dtype, translator = head.plan.dtype, head.translator
-    packed: list[PackedWeight] = pack_weights(translator.weights, dtype, backward=keep)
-    teacher_weights, teacher_biases = _frozen(head.paraphraser if teacher_factor is None else None, head.held, dtype)
-    if teacher_factor is not None:
-        teacher_factor = nhwc(teacher_factor)
-    loss, kept = ft_head_small.small_head_forward(
-        nhwc(student.to(dtype)),
-        None if teacher is None else nhwc(teacher.to(dtype)),
-        teacher_factor,
-        [weight.forward for weight in packed],
-        [bias.float() for bias in translator.biases],
-        teacher_weights,
-        teacher_biases,
-        **head.options._asdict(),
-        student_slope=translator.negative_slope,
-        teacher_slope=head.paraphraser.negative_slope if head.paraphraser else 1.0,
-    )
-    if not keep:
-        return loss, []
-    backward_weights = [weight.backward for weight in packed if weight.backward is not None]
-    return loss, [student, *kept, *backward_weights]
+    maps = as_map(student, dtype)
+    if teacher_factor is None:
+        assert teacher is not None
+        assert head.paraphraser is not None
+        known, frozen = as_map(teacher, dtype), _frozen(head.paraphraser, head.held, dtype)
+    else:
+        known, frozen = teacher_factor.contiguous(memory_format=torch.channels_last), None
+    plan = _plan(maps, known, frozen, head, keep)
+    biases = _float32(translator.biases)
+    loss, kept = plan.forward(maps, known, translator.weights, biases, frozen, head.options.weight)
+    return loss, Kept((student, kept), plan) if keep else Kept()
 
 
-def ft_head_backward(kept: list[Tensor], upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
+def ft_head_backward(kept: Kept, upstream: Tensor, head: Head, needed: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of the student's features and of ``(weight, bias, weight, ...)``; None for what is not needed."""
     if head.plan.kernel == LAYERS:
         return ft_head_layers.ft_head_backward(kept, upstream, head, needed)
-    student, *between = kept
-    options, translator = head.options, head.translator
-    for_student, for_weights, for_biases = ft_head_small_backward.small_head_backward(
-        nhwc(student.to(head.plan.dtype)),
-        ft_head_small.Kept(*between[:-3]),
-        between[-3:],
-        upstream,
-        p=options.p,
-        reduction=options.reduction,
-        weight=options.weight,
-        negative_slope=translator.negative_slope,
-        need_student_gradient=needed[0],
+    student, memory = kept.tensors
+    plan: SmallHeadPlan = kept.plan
+    maps, translator = as_map(student, head.plan.dtype), head.translator
+    weights = translator.weights
+    for_student, for_weights, for_biases = plan.backward(
+        maps, memory, upstream, weights, head.options.weight, needs_input=needed[0]
     )
-    gradients: list[Tensor | None] = [None if for_student is None else for_student.permute(0, 3, 1, 2)]
-    for weight, bias, for_weight, for_bias in zip(
-        translator.weights, translator.biases, for_weights, for_biases, strict=True
-    ):
-        gradients += [like_parameter(for_weight, weight), like_parameter(for_bias, bias)]
+    gradients: list[Tensor | None] = [for_student]
+    for weight, bias, for_weight, for_bias in zip(weights, translator.biases, for_weights, for_biases, strict=True):
+        gradients += (
+            for_weight if plan.like_parameters else like_parameter(for_weight, weight),
+            like_parameter(for_bias, bias),
+        )
     return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]

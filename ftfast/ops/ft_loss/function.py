@@ -134,15 +134,22 @@ def needs_torch_operators(*factors: Tensor) -> str:
     """Why only torch's own operators will do: somebody watches them, or a factor's numbers do not lie in its memory."""
     if torch.compiler.is_compiling():
         return ""
+    if reason := watched_by():
+        return reason
+    for factor in factors:
+        if type(factor) not in ORDINARY and isinstance(factor, Tensor) and _intercepts(type(factor)):
+            return f"on a {type(factor).__name__}"
+    return ""
+
+
+def watched_by() -> str:
+    """Who watches torch's operators, here and now."""
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:
         return "under forward-mode differentiation"
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "under a tracer or a dispatch mode"
-    for factor in factors:
-        if type(factor) not in ORDINARY and isinstance(factor, Tensor) and _intercepts(type(factor)):
-            return f"on a {type(factor).__name__}"
     return ""
 
 
