@@ -20,9 +20,13 @@ def print_fitting(table: Table, console: Console, fewest: int = 2) -> None:
         fewest: columns that stay, however narrow the terminal.
     """
     left_out: list[str] = []
-    unbounded = console.options.update_width(10_000)
-    while len(table.columns) > fewest and table.__rich_measure__(console, unbounded).minimum > console.width:
+    while len(table.columns) > fewest and _cuts_words(table, console):
         left_out.insert(0, str(table.columns.pop().header).replace("-\n", "").replace("\n", " "))
     console.print(table)
     if left_out:
         console.print(f"A wider terminal shows: {', '.join(left_out)}.", markup=False, highlight=False)
+
+
+def _cuts_words(table: Table, console: Console) -> bool:
+    """Whether rich has to shorten a word, which then ends in an ellipsis."""
+    return any("…" in segment.text for line in console.render_lines(table) for segment in line)
