@@ -28,5 +28,7 @@ def print_fitting(table: Table, console: Console, fewest: int = 2) -> None:
 
 
 def _cuts_words(table: Table, console: Console) -> bool:
-    """Whether rich has to shorten a word, which then ends in an ellipsis."""
-    return any("…" in segment.text for line in console.render_lines(table) for segment in line)
+    """Whether rich has to shorten a word, or leaves a column no room at all."""
+    shown = "\n".join("".join(segment.text for segment in line) for line in console.render_lines(table)).split()
+    words = (word for column in table.columns for cell in (column.header, *column.cells) for word in str(cell).split())
+    return not set(words) <= set(shown)
