@@ -10,7 +10,7 @@ $(shell test -f ftfast/_build_report.json && ! grep -q '"reason": ""' ftfast/_bu
 
 .PHONY: help demo test test-all test-versions machine-code lint bench wheel hub clean
 help:
-	@echo "make demo    check the kernels, distil digits with four methods over six seeds, time the loss"
+	@echo "make demo    check the kernels, time the loss, distil digits with four methods over six seeds"
 	@echo "make test    the tests, but for those that take long or start many processes"
 	@echo "make test-all   all tests, as CI runs them"
 	@echo "make machine-code   compile every shipped Triton launch and keep the record of what passed"
@@ -38,8 +38,8 @@ $(VENV)/ready-for-tests: $(VENV)/ready
 
 demo: $(VENV)/ready
 	@$(BIN)/ftfast check
-	@$(BIN)/ftfast distill --data digits --methods none,ft,kd,ft+kd --seeds 6 --output runs/demo --resume
 	@$(BIN)/python -m bench ft_loss --quick --shapes cifar-r56-r20 --layouts nchw --peers eager,compile
+	@$(BIN)/ftfast distill --data digits --methods none,ft,kd,ft+kd --seeds 6 --output runs/demo $(if $(wildcard runs/demo/settings.json),--resume)
 
 # Two processes of as many threads as there are cores: one that waits must not keep the core of one that works.
 test test-all: export OMP_WAIT_POLICY := passive

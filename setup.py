@@ -8,6 +8,7 @@ With them, a compile error fails the install.
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ NVCC_PROBE = """#include <cooperative_groups.h>
 __global__ void probe(float* x) { x[threadIdx.x] = 1; }
 void launch(float* x) { probe<<<1, 1>>>(x); }
 """
+PICTURES = (".png", ".svg", ".jpg")
 # pip keeps the wheels that it builds, those without an extension too.
 AGAIN = "install ftfast again with pip's --force-reinstall --no-cache-dir"
 
@@ -267,7 +269,30 @@ class NinjaBuild(build_ext):
             raise CompileError(f"ftfast's extension does not compile:\n{done.stdout}{done.stderr}")
 
 
+def package_page(readme: str, address: str) -> str:
+    """README.md with the links and pictures of the checkout turned into absolute ones, for pages that are elsewhere.
+
+    Args:
+        readme: its text. Code in fences stays, and so do links within the page and those that are absolute.
+        address: where the checkout's files are shown, such as ``https://github.com/OWNER/NAME/blob/v1.2.3``, which
+            gives a file itself with ``?raw=true``; empty where there is none, and nothing is changed.
+    """
+    if not address:
+        return readme
+
+    def absolute(link: re.Match[str]) -> str:
+        path, hash_sign, section = link[1].partition("#")
+        picture = "?raw=true" if path.endswith(PICTURES) else ""
+        return f"]({address.rstrip('/')}/{path}{picture}{hash_sign}{section}"
+
+    parts = re.split(r"(^```.*?^```$)", readme, flags=re.DOTALL | re.MULTILINE)
+    relative = re.compile(r"\]\((?![a-z][a-z0-9+.-]*:|#|/)([^)\s]+)")
+    return "".join(part if part.startswith("```") else relative.sub(absolute, part) for part in parts)
+
+
 setup(
+    long_description=package_page((ROOT / "README.md").read_text("utf-8"), os.environ.get("FTFAST_PROJECT_URL", "")),
+    long_description_content_type="text/markdown",
     # optional: setuptools then accepts that no file was made where there is no compiler
     ext_modules=[Extension("ftfast._C", sources=[], optional=missing_tool() is not None)],
     cmdclass={"build_ext": NinjaBuild},

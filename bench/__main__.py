@@ -4,8 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from bench import guard, readme
 from bench.arguments import ALL, build_parser, check_out, settings_from
 from bench.harness.records import RecordError, Row, load, save
@@ -14,6 +12,7 @@ from bench.harness.running import Work, measure, prepare
 from bench.results import compare, plots, visited
 from bench.training import prediction
 from ftfast.cli import open_closed_streams
+from ftfast.distillation.monitor.terminal import console_for_tables, print_fitting
 
 
 def plot_main(arguments: list[str]) -> int:
@@ -56,8 +55,7 @@ def main(arguments: list[str]) -> int:
     benches = discover()
     parser = build_parser(benches)
     options = parser.parse_args(arguments)
-    # Off a terminal rich takes 80 columns, into which the tables do not fit.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = console_for_tables()
     if options.list:
         for name, bench in benches.items():
             console.print(f"{name:<12} {bench.summary}", highlight=False)
@@ -88,7 +86,7 @@ def main(arguments: list[str]) -> int:
     else:
         for work in works:
             for table in work.bench.tables(record.of(work.name)):
-                console.print(table)
+                print_fitting(table, console)
     return 1 if any(is_failure(row, options.peers is not None) for row in record.rows) else 0
 
 

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -18,16 +17,9 @@ import ftfast
 from bench.harness import power
 from ftfast import extension
 from ftfast.distillation.monitor import gpu_meter
+from ftfast.distillation.monitor.processor_time import NOTABLE_SHARE, ProcessorTime, others_share, usable_cores
 
 BUSY_SHARE = 0.25  # of the cores, as a load average before the start
-
-
-OTHERS_SHARE = 0.05  # of the cores' time, while measuring
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -77,44 +69,22 @@ def busy_note() -> str:
 
 
 class Others:
-    """The processor time that other processes take from now on; on a virtual machine, other guests too.
-
-    A load average taken before the start says nothing of what comes later, and cannot be told from our own threads.
-    """
+    """What other processes take of the usable cores from now on."""
 
     def __init__(self) -> None:
-        self._begin = time.monotonic(), _busy_seconds(), _own_seconds()
+        self._begin = ProcessorTime.now()
 
     def cores(self) -> float | None:
         """How many cores they kept busy on average, or None where the system does not say."""
-        begin, busy, own = self._begin
-        now_busy = _busy_seconds()
-        if busy is None or now_busy is None:
-            return None
-        others = (now_busy - busy) - (_own_seconds() - own)
-        return round(max(0.0, others / max(time.monotonic() - begin, 1e-9)), 3)
+        share = others_share([ProcessorTime.now().since(self._begin)])
+        return None if share is None else round(max(0.0, share * self._begin.cores), 3)
 
     def note(self) -> str:
         """Why the figures measured meanwhile are not to be trusted, or nothing."""
         cores = self.cores()
-        if cores is None or cores <= OTHERS_SHARE * (os.cpu_count() or 1):
+        if cores is None or cores <= NOTABLE_SHARE * self._begin.cores:
             return ""
-        return f"other processes kept {cores:.2f} of {os.cpu_count()} cores busy during the run; measure again"
-
-
-def _busy_seconds() -> float | None:
-    """All cores' time that was not idle: user, nice, system, irq, softirq and steal of Linux's /proc/stat."""
-    try:
-        fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
-    except OSError:
-        return None
-    ticks = [int(field) for field in fields]
-    return (sum(ticks[0:3]) + sum(ticks[5:8])) / os.sysconf("SC_CLK_TCK")
-
-
-def _own_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+        return f"other processes kept {cores:.2f} of {self._begin.cores} cores busy during the run; measure again"
 
 
 CHECKOUT = Path(__file__).resolve().parents[2]

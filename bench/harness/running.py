@@ -1,5 +1,6 @@
 """A run: benches measured one after another, and what they were measured on, as a record."""
 
+import logging
 import os
 import shlex
 import sys
@@ -25,6 +26,7 @@ from bench.harness.measuring import Plan
 from bench.harness.records import Record
 from bench.harness.registry import Bench, Settings
 from ftfast.distillation.monitor import gpu_meter
+from ftfast.distillation.monitor.processor_time import usable_cores
 
 
 class Work(NamedTuple):
@@ -37,9 +39,11 @@ class Work(NamedTuple):
 
 def prepare(threads: int | None) -> None:
     """Set torch's threads, None for all cores, and keep torch.compile from starting processes that stay."""
-    torch.set_num_threads(threads or machine.usable_cores())
+    torch.set_num_threads(threads or usable_cores())
     # Idle compile workers would share the cores with what is measured.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # torch.compile warns of an nvcc without a GPU, which is no news where the CPU is measured.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def begun(device: torch.device, plan: Plan, arguments: Sequence[str], notes: Sequence[str] = ()) -> Record:
@@ -65,7 +69,7 @@ def begun(device: torch.device, plan: Plan, arguments: Sequence[str], notes: Seq
 
 
 def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str], notes: Sequence[str] = ()) -> Record:
-    """Measure, with a bar on a terminal; notes of a busy machine are printed to stderr and kept.
+    """Measure, with a bar on a terminal; notes of a busy machine are kept and, unless it is quick, printed to stderr.
 
     Args:
         works: at least one, and all of one plan.
@@ -75,7 +79,8 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
     """
     kept = [note for note in (machine.busy_note(), *notes) if note]
     record = begun(device, works[0].settings.plan, arguments, kept)
-    for note in kept:
+    is_quick = works[0].settings.quick  # not to be quoted in any case
+    for note in notes if is_quick else kept:
         print(f"python -m bench: {note}.", file=sys.stderr)
     columns = (
         TextColumn("{task.description}"),
@@ -93,7 +98,7 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
         Progress(*columns, console=errors, disable=silent, transient=True) as bar,
         power.Watch(gpu_meter.gpu_of(device)) as watch,
         # A GPU's kernels are launched by one thread, which is better left where the scheduler has it.
-        machine.pinned(threads if device.type == "cpu" else machine.usable_cores()) as cores,
+        machine.pinned(threads if device.type == "cpu" else usable_cores()) as cores,
         own_stream(device),
     ):
         task = bar.add_task("", total=sum(work.bench.size(work.settings) for work in works))
@@ -101,7 +106,8 @@ def measure(works: Sequence[Work], device: torch.device, arguments: Sequence[str
             rows += work.bench.run(work.settings, lambda what: bar.update(task, advance=1, description=what))
     if note := others.note():
         kept.append(note)
-        print(f"python -m bench: {note}.", file=sys.stderr)
+        if not is_quick:
+            print(f"python -m bench: {note}.", file=sys.stderr)
     if during := watch.summary():
         record.hardware["gpu"]["run"] = during
     return replace(

@@ -3,9 +3,12 @@
 import argparse
 import json
 import os
+import shlex
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ftfast.distillation.runtime import torchrun
 from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
@@ -55,8 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.print_settings:
         print(json.dumps(settings.resolved().to_json(), indent=2))
         return 0
-    from rich.console import Console
-
+    from ftfast.distillation.monitor.terminal import console_for_tables
     from ftfast.distillation.phases.report import print_table, write_report
     from ftfast.distillation.rates import print_rates, run_rates, write_rates
     from ftfast.distillation.run import run as run_distillation
@@ -86,9 +88,31 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        show(results, Console(soft_wrap=not sys.stdout.isatty()))
+        show(results, console_for_tables())
         print(f"Report: {output / report}")
+        if rates is None and not settings.is_noise:
+            print("Next:", *_next_commands(output, results), sep="\n  ")
     return 0
+
+
+def _next_commands(output: Path, results: dict[str, Any]) -> list[str]:
+    """What to do with a finished run, on a student of its last method."""
+    student = output / "students" / list(results["methods"])[-1] / "seed0"
+    data = results["settings"]["data_dir"]
+    commands = [
+        ["tensorboard", "--logdir", output / "tensorboard"],
+        ["ftfast", "evaluate", student, *(["--data-dir", data] if data else []), "--confusion", "confusion.png"],
+        ["ftfast", "export", student, "student.pt2"],
+    ]
+    return [shlex.join([_as_called(str(program)), *map(str, words)]) for program, *words in commands]
+
+
+def _as_called(program: str) -> str:
+    """A program's name, with the folder of this Python where the shell does not find it by itself."""
+    beside = Path(sys.executable).with_name(program)
+    if shutil.which(program) or not beside.exists():
+        return program
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _rates(text: str) -> tuple[float, ...]:

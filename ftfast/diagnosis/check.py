@@ -3,8 +3,11 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,13 +29,14 @@ class Findings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--rows", action="store_true", help="print every case, not only those that are wrong")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every case")
     names = [backend.name for backend in _kernel_backends()]
     parser.add_argument("--backend", choices=names, help="check this backend only")
 
 
 def run(args: argparse.Namespace) -> int:
-    found, shown = Findings(), _Shown(silent=args.json)
+    found, shown = Findings(), _Shown(silent=args.json, rows=args.rows)
     for backend, device in _backends(args.backend):
         support = supports(backend.name, device, torch.float32, torch.float32)
         if support.ok:
@@ -54,29 +58,60 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(found), indent=1))
     else:
-        print(*("", *found.skipped, f"{right} of {len(cases)} cases agree with the float64 reference."), sep="\n")
+        shown.end()
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        print(*(textwrap.fill(line, width) for line in (*found.skipped, _summary(cases))), sep="\n")
     return 0 if right == len(cases) else 1
 
 
-class _Shown:
-    """Prints outcomes one by one, as they are found, each table under its head; on a GPU each may be compiled first."""
+def _summary(cases: list[check_loss.Outcome | check_head.HeadOutcome]) -> str:
+    agreeing = f"{sum(case.ok for case in cases)} of {len(cases)} cases agree with the float64 reference"
+    if not cases:
+        return f"{agreeing}."
+    where = Counter((case.backend, case.device) for case in cases)
+    counts = ", ".join(f"{backend} on {device} {count}" for (backend, device), count in where.items())
+    largest = max(case.share for case in cases)
+    return f"{agreeing} ({counts}); the largest error is {largest:.2f} of what its dtype allows."
 
-    def __init__(self, *, silent: bool) -> None:
-        self._silent = silent
+
+class _Shown:
+    """Prints outcomes one by one, as they are found, each table under its head; on a GPU each may be compiled first.
+
+    Without ``rows`` only those that are wrong; a terminal is told how many there have been, until the end.
+    """
+
+    def __init__(self, *, silent: bool, rows: bool) -> None:
+        self._silent, self._rows = silent, rows
         self._kind: type | None = None
+        self._counts = sys.stderr.isatty() and not silent and not rows
+        self._count = 0
 
     def __call__(self, outcomes: Iterable[Any]) -> list[Any]:
         kept = []
         for outcome in outcomes:
             kept.append(outcome)
-            if self._silent:
+            self._count += 1
+            if self._counts:
+                print(f"\r{self._count} cases checked", end="", file=sys.stderr, flush=True)
+            if self._silent or (outcome.ok and not self._rows):
                 continue
+            self._clear()
             table = check_loss if isinstance(outcome, check_loss.Outcome) else check_head
             if type(outcome) is not self._kind:
                 print(*([""] if self._kind else []), table.head(), sep="\n")
                 self._kind = type(outcome)
             print(table.line(outcome), flush=True)
         return kept
+
+    def end(self) -> None:
+        """What follows is set apart from the rows."""
+        self._clear()
+        if self._kind is not None:
+            print()
+
+    def _clear(self) -> None:
+        if self._counts:
+            print("\r" + " " * 30 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def _kernel_backends() -> list[KernelBackend]:

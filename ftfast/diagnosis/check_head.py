@@ -43,6 +43,7 @@ class HeadOutcome:
     loss_error: float
     student_error: float
     parameter_error: float
+    share: float  # of what is allowed, the largest of the errors
     ok: bool
 
 
@@ -118,9 +119,10 @@ def _check_head(
         rounded = _by_reference(student, teacher, paraphraser, translator, p, upstream, alike)
         bounds = [allowance * (error + torch.finfo(alike).eps) for error in _errors(rounded, truth)]
     name = "tf32" if rounds_to_tf32 else str(dtype).removeprefix("torch.")
-    ok = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
+    share = max(error / bound for error, bound in zip(errors, bounds, strict=True))
     where = backend.place(device)
-    return HeadOutcome(backend.name, where, kernel, name, p, maps, errors[0], errors[1], max(errors[2:]), ok)
+    names = backend.name, where, kernel, name
+    return HeadOutcome(*names, p, maps, errors[0], errors[1], max(errors[2:]), share, share <= 1)
 
 
 def _errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:

@@ -44,6 +44,7 @@ class Outcome:
     loss_error: float
     student_error: float
     teacher_error: float | None
+    share: float  # of what is allowed, the largest of the errors
     ok: bool
 
 
@@ -110,14 +111,15 @@ def check_case(
     for times, (_, gradients) in zip(upstreams, results, strict=True):
         of_step = [relative_error(got, exact * times) for got, exact in zip(gradients, exact_gradients, strict=True)]
         errors = [max(pair) for pair in zip(errors, of_step, strict=True)]
-    ok = loss_error <= LOSS_BOUNDS[dtype] and max(errors) <= GRADIENT_BOUNDS[dtype]
+    share = max(loss_error / LOSS_BOUNDS[dtype], max(errors) / GRADIENT_BOUNDS[dtype])
     teacher_name = "frozen " * frozen + _name(stored or dtype)
     if shape != SHAPE:
         layout = f"{layout}, long"
     layout = condition or layout
     teacher_error = None if frozen else errors[1]
     where = backend.place(device)
-    return Outcome(backend.name, where, _name(dtype), teacher_name, p, layout, loss_error, errors[0], teacher_error, ok)
+    names = backend.name, where, _name(dtype), teacher_name
+    return Outcome(*names, p, layout, loss_error, errors[0], teacher_error, share, share <= 1)
 
 
 def _name(dtype: torch.dtype) -> str:

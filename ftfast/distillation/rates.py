@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ftfast.distillation.monitor.plots import drawn, new_figure
+from ftfast.distillation.monitor.terminal import print_fitting
 from ftfast.distillation.phases.report import markdown_table, terminal_table, with_error, write_report
 from ftfast.distillation.phases.results import paired_gain
 from ftfast.distillation.run import run
@@ -153,7 +154,7 @@ def rate_rows(rates: dict[str, Any]) -> list[tuple[str, ...]]:
 def print_rates(rates: dict[str, Any], console: Console) -> None:
     """The table on a terminal."""
     title = f"{rates['student']} taught by {rates['teacher']} on {rates['data']}, {rates['seeds']} seeds"
-    console.print(terminal_table(title, _HEADINGS, rate_rows(rates), left=(3,)))
+    print_fitting(terminal_table(title, _HEADINGS, rate_rows(rates), left=(3,)), console)
 
 
 def _draw(rates: dict[str, Any], kind: str) -> bytes:

@@ -147,11 +147,12 @@ def _run_in(
             checkpoints_kept=kept,
             telemetry_seconds=seconds[1],
         )
+        how_frozen = ""
         judged_controls: dict[str, Any] = {}
         if stored is not None:
             teacher_side, teacher_checkpoint, diagnosis = stored_side.stored_teacher_side(setup, stored.store)
         else:
-            teacher, teacher_checkpoint = prepare_teacher(setup)
+            teacher, teacher_checkpoint, how_frozen = prepare_teacher(setup)
             paraphraser, diagnosis = prepare_paraphraser(setup, teacher)
             controls, judged_controls = prepare_controls(setup, teacher)
             teacher_side = TeacherSide(teacher, paraphraser, controls)
@@ -159,6 +160,8 @@ def _run_in(
         trials = select_weights(setup, teacher_side)
         methods = {method: train_students(setup, teacher_side, method, trials[method]) for method in settings.methods}
     results = collect(settings, teacher_checkpoint, diagnosis, trials, methods, time.perf_counter() - start)
+    if how_frozen:
+        results["teacher"]["frozen"] = how_frozen
     if judged_controls:
         results["controls"] = judged_controls
     if processes.are_many:
@@ -191,11 +194,8 @@ def _run_doctor(setup: Setup, teacher_side: TeacherSide) -> None:
             return torch.stack(list(terms(*batch).values())).sum()
 
     batch = next(iter(setup.students.draw(setup.part_size, seed=settings.seed, epoch=0)))
-    findings = doctor(student, teacher_side.teacher, loss, batch, optimiser)
-    for finding in findings:
+    for finding in doctor(student, teacher_side.teacher, loss, batch, optimiser):
         setup.progress.say(f"doctor: {finding}")
-    if not findings:
-        setup.progress.say(f"doctor: nothing slow or wrong in a step of {method}")
 
 
 def _check_backend(settings: Settings) -> None:

@@ -189,6 +189,24 @@ def test_check_goes_on_where_tritons_interpreter_fails(monkeypatch, capsys, stat
     assert reason in json.loads(capsys.readouterr().out)["skipped"][0]
 
 
+def test_check_is_one_line_and_shows_rows_where_they_are_asked_for_or_wrong(monkeypatch, capsys):
+    interpreter_that_says(monkeypatch, 2, "", "no interpreter\n")
+    assert main(["check"]) == 0
+    assert re.fullmatch(
+        r"interpreter: .*\n1 of 1 cases agree with the float64 reference \(reference on cpu 1\); the largest error is "
+        r"\d\.\d\d of what its dtype allows\.\n",
+        capsys.readouterr().out,
+    )
+    row = r"^reference *cpu +float32 +float32 +1 +nchw .*"
+    assert main(["check", "--rows"]) == 0
+    assert re.search(row + r"\d$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setitem(check.check_loss.LOSS_BOUNDS, torch.float32, 1e-30)
+    assert main(["check"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(row + "WRONG$", shown, re.MULTILINE)
+    assert "0 of 1 cases agree" in shown
+
+
 def test_the_library_imports_where_there_is_neither_posix_nor_a_package_beside_torch():
     script = (
         "import os, sys, torch\n"

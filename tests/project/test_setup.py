@@ -54,6 +54,31 @@ def write(path, *lines):
     path.chmod(0o755)
 
 
+ADDRESS = "https://example.org/owner/name/blob/v1.2.3"
+
+
+def test_a_package_page_has_no_relative_link_left(setup):
+    readme = (ROOT / "README.md").read_text()
+    page = setup["package_page"](readme, ADDRESS)
+    targets = re.findall(r"\]\(([^)\s]+)", page)
+    assert all(target.startswith(("https://", "#")) for target in targets)
+    assert f"]({ADDRESS}/docs/digits/curves.png?raw=true)" in page
+    own = [target.removeprefix(f"{ADDRESS}/").partition("?")[0] for target in targets if target.startswith(ADDRESS)]
+    assert own
+    assert all((ROOT / path.partition("#")[0]).exists() for path in own)
+    assert setup["package_page"](readme, "") == readme
+
+
+def test_a_package_page_keeps_code_sections_and_what_is_absolute(setup):
+    text = (
+        '[a](a.md#part) [b](#b) [c](https://c) [d](mailto:d@e) [![e](e.svg)](f/)\n```md\n[g](g.md)\n```\n[h](h "H")\n'
+    )
+    assert setup["package_page"](text, f"{ADDRESS}/") == (
+        f"[a]({ADDRESS}/a.md#part) [b](#b) [c](https://c) [d](mailto:d@e) "
+        f'[![e]({ADDRESS}/e.svg?raw=true)]({ADDRESS}/f/)\n```md\n[g](g.md)\n```\n[h]({ADDRESS}/h "H")\n'
+    )
+
+
 def test_an_nvcc_older_than_an_architecture_builds_for_those_it_knows(scripts, build):
     """The whole install failed at sm_100."""
     write(scripts / "nvcc", OLD_NVCC, WRITES_OUTPUT)

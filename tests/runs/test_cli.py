@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -83,11 +84,15 @@ def test_a_run_prints_its_table_on_stdout_and_quiet_lines_on_stderr(
     for name in ("none", "ft"):
         line = next(line for line in ended.stdout.splitlines() if line.split()[:1] == [name])
         assert f"{results['methods'][name]['mean']:.2f}" in line
-    assert str(folder / "report.md") in ended.stdout
+    told, _, next_commands = ended.stdout.partition(f"Report: {folder / 'report.md'}\nNext:\n")
+    assert told
+    commands = [shlex.split(line) for line in next_commands.splitlines()]
+    assert [Path(words[0]).name for words in commands] == ["tensorboard", "ftfast", "ftfast"]
+    assert all(any(Path(word).is_relative_to(folder) and Path(word).exists() for word in words) for words in commands)
+    assert {words[1] for words in commands[1:]} <= set(COMMANDS)
     lines = ended.stderr.splitlines()
     assert [line.split(":")[0] for line in lines if not line.startswith("warning")] == [
         "teacher",
-        "frozen teacher",
         "paraphraser",
         "doctor",
         "none",

@@ -3,6 +3,7 @@
 Epochs that take a while have a line each.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -73,7 +74,8 @@ class Progress:
     """
 
     def __init__(self, images: int, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+        # On a terminal lines break between words; a log has each whole.
+        self.console = console or Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False, quiet=quiet)
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -168,8 +168,8 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
     progress.end()
     judged = finished.description["diagnosis"]
     progress.say(
-        f"paraphraser: explains {judged['explained_variance']:.3f} of the variance of {judged['held_out_images']} "
-        f"held-out images, spread {judged['spread']:.2f} of that of random factors, {time.perf_counter() - start:.1f} s"
+        f"paraphraser: explains {judged['explained_variance']:.3f} of the variance held out, spread "
+        f"{judged['spread']:.2f}, {time.perf_counter() - start:.1f} s"
     )
     if judged["warning"]:
         progress.say(f"warning: {judged['warning']}")

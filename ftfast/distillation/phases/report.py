@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ftfast.distillation.monitor.plots import curve_rows, draw_curves
+from ftfast.distillation.monitor.processor_time import NOTABLE_SHARE
+from ftfast.distillation.monitor.terminal import print_fitting
 from ftfast.distillation.runtime import files
 from ftfast.distillation.training.methods import METHODS
 
@@ -57,7 +59,21 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         f"{settings['student']} taught by {settings['teacher']} ({results['teacher']['accuracy']:.2f} %) on "
         f"{settings['data']}, {settings['seeds']} seed{'s' * (settings['seeds'] > 1)}"
     )
-    console.print(terminal_table(title, _HEADINGS, method_rows(results), left=(0, 1)))
+    print_fitting(terminal_table(title, _HEADINGS, method_rows(results), left=(0, 1)), console)
+    if note := left_out_rates(results):
+        console.print(note, highlight=False)
+
+
+def left_out_rates(results: dict[str, Any]) -> str:
+    """Why images a second are left out of the table, or nothing."""
+    students = [student for method in results["methods"].values() for student in method["students"]]
+    disturbed = [share for student in students if (share := student.get("others_share") or 0.0) > NOTABLE_SHARE]
+    if not disturbed:
+        return ""
+    return (
+        f"Images/s: without {len(disturbed)} of {len(students)} students, since other processes took up to "
+        f"{max(disturbed):.0%} of the processors' time meanwhile."
+    )
 
 
 def terminal_table(
@@ -91,6 +107,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"({settings['student']}, {settings['student_channels']} channels) learn from {data['student_images']} of "
         f"its images.{damaged}",
         "",
+        *([f"The frozen teacher: {how}.", ""] if (how := teacher.get("frozen")) else []),
         *markdown_table(_HEADINGS, method_rows(results)),
         "",
         "Accuracy: of the test images, mean and standard deviation over seeds, at the last epoch. Gain: mean "
@@ -119,6 +136,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         "",
         f"Arithmetic in {settings['dtype']}; {results['seconds']:.0f} s for the call that finished the run. "
         "Images/s: in training, first epochs left out and evaluation excluded.",
+        *(["", note] if (note := left_out_rates(results)) else []),
         "",
         "All settings: [settings.json](settings.json). All numbers: [results.json](results.json).",
     ]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import ftfast
-from ftfast.distillation.monitor.epochs import Epoch, images_per_second
+from ftfast.distillation.monitor.epochs import Epoch, images_per_second, others_share
+from ftfast.distillation.monitor.processor_time import NOTABLE_SHARE
 from ftfast.distillation.phases.selection import Trial
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.settings.run_settings import Settings
@@ -34,6 +35,7 @@ def student_result(seed: int, history: list[Epoch]) -> dict[str, Any]:
         "accuracy": history[-1].accuracy,
         "top5_accuracy": history[-1].top5_accuracy,
         "images_per_second": images_per_second(history),
+        "others_share": others_share(history),
         "history": [asdict(record) for record in history],
     }
 
@@ -95,6 +97,7 @@ def collect(
                 tensor.numel() for name, tensor in teacher.tensors.items() if not name.endswith(_BUFFERS)
             ),
             "images_per_second": images_per_second(history),
+            "others_share": others_share(history),
             "history": [asdict(record) for record in history],
         },
         "factor_channels": settings.factor_channels(),
@@ -112,7 +115,9 @@ def _method_result(
 ) -> dict[str, Any]:
     accuracies = [student["accuracy"] for student in students]
     mean, deviation = _mean_and_deviation(accuracies)
-    rates = [student["images_per_second"] for student in students if student["images_per_second"] is not None]
+    # Beside other processes a student is trained more slowly than it would be.
+    undisturbed = [student for student in students if (student["others_share"] or 0.0) <= NOTABLE_SHARE]
+    rates = [student["images_per_second"] for student in undisturbed if student["images_per_second"] is not None]
     return {
         "title": METHODS[name].title,
         "source": METHODS[name].source,

@@ -83,7 +83,7 @@ def _chosen_line(trials: list[selection.Trial]) -> str:
     if chosen is None:
         return "all diverged"
     weights = [f"{name} {value:g}" for name, value in chosen.weights.items()]
-    return f"{', '.join(weights)} ({chosen.accuracy:.2f} % of the validation images)"
+    return f"{', '.join(weights)} ({chosen.accuracy:.2f} % in validation)"
 
 
 def chosen_weights(settings: Settings, method: str, trials: list[selection.Trial]) -> Weights:

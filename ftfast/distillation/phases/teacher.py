@@ -68,8 +68,8 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
     return tensors
 
 
-def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
-    """The frozen teacher and its checkpoint, trained or read back or taken from ``teacher_checkpoint``."""
+def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint, str]:
+    """The teacher, trained or read back or taken from ``teacher_checkpoint``: frozen, its checkpoint, and how it is."""
     settings, path = setup.settings, setup.folder.teacher
     setup.progress.begin("teacher", settings.teacher_epochs * len(setup.train))
     source = settings.teacher_source()
@@ -93,15 +93,16 @@ def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint]:
     setup.progress.end()
     accuracy, seconds = finished.description["accuracy"], time.perf_counter() - start
     setup.progress.say(f"teacher: {settings.teacher}, {accuracy:.2f} % of the test images, {seconds:.1f} s")
-    return _freeze(setup, model), finished
+    frozen, how = _freeze(setup, model)
+    return frozen, finished, how
 
 
-def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
-    """The teacher as students need it; whole and in float32 where none of them does."""
+def _freeze(setup: Setup, model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """The teacher as students need it, and what was done to it; whole and in float32 where none of them does."""
     settings = setup.settings
     if not any(METHODS[method].needs for method in settings.methods):
         settings = replace(settings, engine="plain")
-    frozen, note = freeze(
+    return freeze(
         settings,
         setup.precision,
         model,
@@ -109,9 +110,6 @@ def _freeze(setup: Setup, model: torch.nn.Module) -> torch.nn.Module:
         size=settings.map_size(),
         logits=any_needs(settings.methods, "logits"),
     )
-    if note:
-        setup.progress.say(f"frozen teacher: {note}")
-    return frozen
 
 
 def freeze(

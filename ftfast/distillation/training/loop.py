@@ -1,6 +1,5 @@
 """The training loop of teachers and students, which can be stopped after any step and go on as if it had not been."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ftfast.distillation.data.images import Batches
 from ftfast.distillation.monitor.epochs import Epoch
+from ftfast.distillation.monitor.processor_time import EpochClock
 from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.runtime.processes import ALONE, Processes
@@ -82,7 +82,7 @@ class Training:
         self._steps_per_epoch = images.steps(schedule.batch_size)
         self._steps_done = 0  # of the epoch that is under way
         self._drawn = 0  # images in these
-        self._seconds = 0.0
+        self._clock = EpochClock(processes)
         self._damaged = 0  # files of that epoch before a load_state
         self._statistics = None
         if precision.dtype == torch.float16:
@@ -127,7 +127,7 @@ class Training:
         stop_evaluating: Callable[[], bool],
     ) -> Epoch:
         self.trainable.train()
-        start = time.perf_counter()
+        self._clock.start()
         if self.log is not None:
             self.log.begin_epoch()
         batch_size = self._schedule.batch_size
@@ -155,20 +155,22 @@ class Training:
                 after_step(self)
             if stop():
                 self._losses.check_finite(step)
-                self._seconds += time.perf_counter() - start
+                self._clock.stop()
                 raise Stopped
         self._losses.check_finite(first + self._steps_done - 1)
         if self.log is not None:
             self.log.end_epoch(self)
-        self._seconds += time.perf_counter() - start
+        self._clock.stop()
         damaged = self._damaged_so_far()
         self._images.check_damage_limit(damaged)
         judged = self._watch(stop_evaluating)
         accuracy, top5 = (None, None) if judged is None else (judged.accuracy, judged.top5_accuracy)
         means = self._losses.means(self._drawn)
-        record = Epoch(epoch + 1, means, accuracy, self._drawn, self._seconds, top5, damaged)
+        seconds, others_share = self._clock.read()
+        record = Epoch(epoch + 1, means, accuracy, self._drawn, seconds, top5, damaged, others_share)
         # Not before: a training that is stopped while it is judged goes on with the epoch's judgement.
-        self._steps_done, self._drawn, self._seconds, self._damaged = 0, 0, 0.0, 0
+        self._steps_done, self._drawn, self._damaged = 0, 0, 0
+        self._clock = EpochClock(self._processes)
         self._losses = self._loss_record()
         return record
 
@@ -224,8 +226,9 @@ class Training:
             DivergedError: a loss is not finite, so the tensors are not worth keeping.
         """
         self._losses.check_finite(self.total_steps_done() - 1)
-        under_way = {"steps": self._steps_done, "seconds": self._seconds, "sums": self._losses.totals()}
-        under_way |= {"damaged": self._damaged_so_far(), "images": self._drawn}
+        seconds, others_share = self._clock.read()
+        under_way = {"steps": self._steps_done, "seconds": seconds, "sums": self._losses.totals()}
+        under_way |= {"damaged": self._damaged_so_far(), "images": self._drawn, "others_share": others_share}
         return {
             "trainable": self.trainable.state_dict(),
             **self._step.state(),
@@ -240,7 +243,9 @@ class Training:
         self._step.load_state(state)
         self.history = [Epoch(**record) for record in state["history"]]
         under_way = state["epoch_under_way"]
-        self._steps_done, self._seconds = under_way["steps"], under_way["seconds"]
+        self._steps_done = under_way["steps"]
+        # Checkpoints of before that was measured do not have it.
+        self._clock = EpochClock(self._processes, under_way["seconds"], under_way.get("others_share"))
         self._damaged = under_way.get("damaged", 0)
         sizes = (self._images.step_size(self._schedule.batch_size, step) for step in range(self._steps_done))
         self._drawn = under_way["images"] if "images" in under_way else sum(size or 0 for size in sizes)
