@@ -1,6 +1,7 @@
 """``pytest bench``: the quick cases of every registered bench, under pytest-benchmark.
 
-A bench whose module yields groups has a case for each candidate; of another the whole quick run is one case.
+A bench whose module yields groups has a case for each candidate; of another the whole quick run is one case, unless
+tests/benchmarks runs it whole already.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench import import_time
 from bench.harness.gate import Candidate
 from bench.harness.measuring import QUICK_PLAN
 from bench.harness.registry import Bench, Settings, bench_modules
@@ -29,7 +29,9 @@ SETTINGS = Settings(
 )
 MODULES = {name: module for name, module in bench_modules().items() if not module.BENCH.refuses(SETTINGS)}
 GROUPED = [name for name in MODULES if hasattr(MODULES[name], "groups")]
-WHOLE = [name for name in MODULES if name not in GROUPED]
+# Their whole runs are in tests/benchmarks, of smaller networks or with a closer look at what comes of them.
+RUN_IN_TESTS = {"distill_step", "import_time", "loaders", "preset_run", "resources", "store"}
+WHOLE = [name for name in MODULES if name not in GROUPED and name not in RUN_IN_TESTS]
 
 
 def cases() -> Iterator[Any]:
@@ -53,8 +55,7 @@ def test_candidate(benchmark: Any, group: str, candidate: Candidate) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_bench(benchmark: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name != import_time.STEM:
-        monkeypatch.setattr("subprocess.Popen", Popen)
+    monkeypatch.setattr("subprocess.Popen", Popen)
     bench: Bench = MODULES[name].BENCH
     benchmark.group = name
     rows = benchmark.pedantic(bench.run, args=(SETTINGS, lambda _: None), rounds=1)

@@ -1,5 +1,6 @@
 """Which backends a test can name here, and outputs that start as NaN, so that an element nobody wrote is seen."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -62,6 +63,23 @@ def _seeded() -> None:
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What our own code starts in this process is forked where that can be."""
     monkeypatch.setattr("subprocess.Popen", Popen)
+
+
+@pytest.fixture(scope="module")
+def overflow_unchecked() -> Iterator[None]:
+    """Triton's interpreter looks for an overflow in all arithmetic of integers, which is half of its work.
+
+    It does in the kernels' own tests, tests/*/test_*_triton.py, for every shape, layout and option of theirs.
+    """
+    if not interpreting():
+        yield
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "options", unchecked)
+        yield
 
 
 @pytest.fixture

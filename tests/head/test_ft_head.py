@@ -15,11 +15,26 @@ from ftfast import reference
 from ftfast.backends.triton import interpreting
 from ftfast.diagnosis.check_loss import relative_error
 
-pytestmark = pytest.mark.usefixtures("ieee_float32")
+pytestmark = pytest.mark.usefixtures("ieee_float32", "overflow_unchecked")
 
 # samples, student's channels, teacher's, factor's, height, width
 SHAPES = [(1, 16, 16, 8, 4, 4), (3, 12, 20, 10, 7, 7), (5, 24, 12, 16, 3, 5), (2, 3, 5, 2, 1, 1)]
 SHAPE = SHAPES[1]
+if interpreting():  # which takes a second for an image
+    SHAPE = (2, *SHAPE[1:])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_shares_of_the_images():
+    """Of a weight's gradient; all five are in test_ft_head_small_triton.py."""
+    if not interpreting():
+        yield
+        return
+    from ftfast.kernels import ft_head_small_weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ft_head_small_weights, "SHARES", 2)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +126,7 @@ def test_reductions_and_upstream_gradients(backend, device, reduction, memory_fo
     head = make_head(backend=backend, reduction=reduction).to(device, memory_format=memory_format)
     student, teacher = make_features(device=device)
     student = student.detach().contiguous(memory_format=memory_format).requires_grad_()
-    upstream = torch.tensor([0.3, -2.0, 7.0] if reduction == "none" else -3.0, device=device)
+    upstream = torch.tensor([0.3, -2.0, 7.0][: SHAPE[0]] if reduction == "none" else -3.0, device=device)
     found = results(head, student, teacher, upstream)
     assert max(errors(found, exact(head, student, teacher, upstream))) < 3e-5
     for gradient, parameter in zip(found[2:], head.translator.parameters(), strict=True):
@@ -461,8 +476,8 @@ def test_at_most_60_percent_of_eagers_bytes_are_saved(backend, device, shape):
 
 
 def test_training_follows_the_reference(backend, device):
-    shape = (4, 8, 12, 8, 4, 4)
-    steps = 8 if interpreting() else 100
+    samples, steps = (2, 8) if interpreting() else (4, 100)
+    shape = (samples, 8, 12, 8, 4, 4)
     ours = make_head(shape, backend=backend, weight=100.0).to(device)
     truth = make_head(shape, backend="reference", weight=100.0).to(device)
     truth.load_state_dict(ours.state_dict())

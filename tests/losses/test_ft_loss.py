@@ -15,6 +15,8 @@ from ftfast.backends.triton import interpreting
 from ftfast.diagnosis.check_loss import GRADIENT_BOUNDS, LAYOUTS, LOSS_BOUNDS, make_factors, relative_error
 from ftfast.dispatch import BACKENDS
 
+pytestmark = pytest.mark.usefixtures("overflow_unchecked")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "batchmean", "sum", "none"]
 
@@ -273,7 +275,8 @@ def test_backward_twice_with_retain_graph_gives_the_same_gradient(backend, devic
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_steady_upstream_gradient_is_written_in_forward_with_backwards_bits(monkeypatch, backend, device, p, dtype):
     """A step's beta is the one of the step before: no second pass over the factors, and not one bit of difference."""
-    student, teacher = torch.randn(5, 91, 7, 7).to(device, dtype), torch.randn(5, 91, 7, 7).to(device, dtype)
+    samples = 2 if interpreting() else 5
+    student, teacher = (torch.randn(samples, 91, 7, 7).to(device, dtype) for _ in range(2))
     teacher[1] = torch.randint(-8, 9, (91, 7, 7))
     student[1] = 3 * teacher[1]  # one direction but for the norms' rounding
     plan, passes = BACKENDS[backend].launchers(torch.device(device)).LossPlan, []
@@ -298,10 +301,12 @@ def test_a_steady_upstream_gradient_is_written_in_forward_with_backwards_bits(mo
 @pytest.mark.parametrize("size", [49 * 512, 49 * 512 - 1])
 def test_samples_of_a_batch_beyond_the_caches_have_the_bits_that_they_have_alone(backend, device, dtype, size):
     """Large gradients are stored past the caches, where their memory is aligned."""
-    samples = 8 if backend == "triton" else 140
+    samples, steps = 140, 3  # in the last step forward writes the student's gradient
+    if backend == "triton":  # where it never does
+        samples, steps = 4 if interpreting() else 8, 1
     student, teacher = (torch.randn(samples, size).to(device, dtype) for _ in range(2))
     upstream, options = torch.tensor(2.0), {"reduction": "sum", "backend": backend}
-    for _ in range(3):  # in the last one forward writes the student's gradient
+    for _ in range(steps):
         (whole,) = gradients(ftfast.ft_loss, student, teacher, upstream, **options)[1:]
         (alone,) = gradients(ftfast.ft_loss, student[-3:], teacher[-3:], upstream, **options)[1:]
         assert torch.equal(whole[-3:], alone)

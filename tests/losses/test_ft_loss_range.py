@@ -14,6 +14,8 @@ from ftfast.arguments import FACTOR_DTYPES, QUANTISED_DTYPES
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.ops.memory import plain
 
+pytestmark = pytest.mark.usefixtures("overflow_unchecked")
+
 # Random cases of each backend: Triton's interpreter takes a tenth of a second for one, its compiler more.
 CASES = {("native", "cpu"): 10_000, ("native", "cuda"): 3000, ("triton", "cpu"): 500, ("triton", "cuda"): 200}
 

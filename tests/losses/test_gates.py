@@ -10,6 +10,8 @@ from ftfast.dispatch import BACKENDS
 from ftfast.ops.ft_loss import function as op
 from ftfast.ops.ft_loss.native import LossPlan
 
+pytestmark = pytest.mark.usefixtures("overflow_unchecked")
+
 
 def scaled(results):
     return [None if result is None else result * 1.001 for result in results]
