@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from rich.table import Table
 
 from bench.harness import gate
-from bench.harness.clocks import clock_for, graph_replay
+from bench.harness.clocks import clock_for
 from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import Plan, measure_group
 from bench.harness.records import Record, Row
@@ -48,7 +48,7 @@ WAYS: dict[str, Callable[[Operands], Step]] = {
 }
 # On a GPU, where ours is compiled.
 EAGER = f"{OURS}, eager"
-REPLAYED = (EAGER, OURS)
+REPLAYED = {name: f"{name}, CUDA graph" for name in (EAGER, OURS)}
 FLOAT32 = (OFFICIAL, TORCHDISTILL)
 
 
@@ -84,22 +84,20 @@ def candidates(settings: Settings, pair: Pair, batch: int) -> list[Candidate]:
     found = []
     for name, way in ways(settings).items():
         found.append(_candidate(name, way, with_, judge))
-        if settings.device.type == "cuda" and name in REPLAYED:
-            found.append(graph_replay(found[-1]))
     return found
 
 
 def ways(settings: Settings) -> dict[str, Callable[[Operands], Step]]:
-    """By name; on a GPU ours is there eagerly too, and nothing is compiled where that is no peer."""
+    """By name; on a GPU ours is there eagerly and as a CUDA graph too; nothing is compiled where that is no peer."""
     if settings.device.type != "cuda":
         return WAYS
     compiled = "compile" in settings.peers
-    return {
-        **{name: way for name, way in WAYS.items() if name not in (OURS, NO_TEACHER)},
-        EAGER: lambda with_: ours(with_, "ft", compiled=False),
-        **({OURS: WAYS[OURS]} if compiled else {}),
-        NO_TEACHER: lambda with_: ours(with_, "none", compiled=compiled),
-    }
+    found = {name: way for name, way in WAYS.items() if name not in (OURS, NO_TEACHER)}
+    for name in (EAGER, OURS) if compiled else (EAGER,):
+        for replayed in (False, True):
+            way = partial(ours, method="ft", compiled=name == OURS, replayed=replayed)
+            found[REPLAYED[name] if replayed else name] = way
+    return {**found, NO_TEACHER: lambda with_: ours(with_, "none", compiled=compiled)}
 
 
 def _candidate(name: str, way: Callable[[Operands], Step], with_: Operands, judge: StepJudge) -> Candidate:
@@ -116,14 +114,20 @@ def _candidate(name: str, way: Callable[[Operands], Step], with_: Operands, judg
     def verdict() -> gate.Errors:
         return judge(built(), is_float32=name in FLOAT32)
 
+    @cache
+    def warmed() -> Step:
+        step = built()
+        for _ in range(step.warm_ups):
+            step.run()
+        return step
+
     # Without a teacher it is another loss: there is nothing to compare it with.
-    return Candidate(name, WORK, lambda: built().run(), gate=None if name == NO_TEACHER else verdict, details=details)
+    return Candidate(name, WORK, lambda: warmed().run(), gate=None if name == NO_TEACHER else verdict, details=details)
 
 
 def size(settings: Settings) -> int:
     """How often :func:`run` reports progress."""
-    found = ways(settings)
-    count = len(found) + (sum(name in found for name in REPLAYED) if settings.device.type == "cuda" else 0)
+    count = len(ways(settings))
     return sum(count * (1 + _plan(settings, pair).blocks) for pair, _ in cases(settings))
 
 

@@ -20,6 +20,7 @@ from ftfast.distillation.phases.setup import precision_of
 from ftfast.distillation.phases.trainable import TeacherSide, trainable_of
 from ftfast.distillation.runtime.processes import ALONE, Processes
 from ftfast.distillation.settings.run_settings import Settings, schedule_of
+from ftfast.distillation.training.step.graph import WARM_UPS
 from ftfast.distillation.training.step.step import LearningStep
 from ftfast.distillation.training.terms import Weights
 
@@ -68,12 +69,14 @@ class Step:
         student: whose gradients are compared.
         optimiser: the student's; its gradients are read before it steps.
         note: what was done to the teacher, where that is known.
+        warm_ups: calls after the first until it runs as it does from then on.
     """
 
     run: Callable[[], Tensor]
     student: nn.Module
     optimiser: torch.optim.Optimizer
     note: str = ""
+    warm_ups: int = 0
 
 
 class Operands:
@@ -201,12 +204,14 @@ def ours(
     processes: Processes = ALONE,
     stored: Callable[[], tuple[Tensor, ...]] | None = None,
     compiled: bool | None = None,
+    replayed: bool = False,
 ) -> Step:
     """The step of ``ftfast distill``, through its own engine; method ``"none"`` has no teacher.
 
     Args:
         stored: gives the factors of the next batch, which then has no teacher either.
         compiled: with torch.compile; None for what a training's many steps are: on a GPU.
+        replayed: as a CUDA graph; a step that cannot be raises RuntimeError with the reason.
     """
     if compiled is None:
         compiled = with_.device.type == "cuda"
@@ -232,18 +237,25 @@ def ours(
     )
     student = registry.place(with_.student(), with_.device)
     weights = Weights(beta=BETA) if method == "ft" else Weights()
-    teacher_side = TeacherSide(teacher, registry.place(with_.paraphraser(), with_.device))
+    paraphraser = registry.place(with_.paraphraser(), with_.device)
+    teacher_side = TeacherSide(teacher, paraphraser)
     trainable, terms = trainable_of(settings, teacher_side, student, method=method, weights=weights, seed=with_.seed)
     if "translator" in trainable:
         trainable["translator"].load_state_dict(with_.translator().state_dict())  # the same as the others'
-    step = LearningStep(trainable, terms, schedule_of(settings, 1), precision, processes)
+    schedule, frozen = schedule_of(settings, 1), (teacher, paraphraser)
+    step = LearningStep(trainable, terms, schedule, precision, processes, replayed=replayed, frozen=frozen, say=_refuse)
     trainable.train()
 
     def run() -> Tensor:
         factors = () if stored is None else stored()
         return torch.stack(list(step((images, with_.labels, *factors), RATE).values())).sum()
 
-    return Step(run, student, step.optimiser, teacher.explain() if method != "none" and stored is None else "")
+    note = teacher.explain() if method != "none" and stored is None else ""
+    return Step(run, student, step.optimiser, note, WARM_UPS if replayed else 0)
+
+
+def _refuse(reason: str) -> None:
+    raise RuntimeError(reason)
 
 
 class StepJudge:

@@ -121,3 +121,32 @@ def test_a_head_takes_few_launches_on_its_stream_and_waits_for_nothing(way: str,
 def test_a_head_is_captured_whole(way: str) -> None:
     found = captured(head_work(way), warm=2)
     assert (found.launches, found.uncaptured, found.refused, found.captured) == (0, 0, 0, found.own), found
+
+
+def test_a_head_is_not_planned_as_one_with_a_smaller_factor() -> None:
+    """Its factor is too large for a single pass; the features are the same."""
+    features = torch.empty(4, 64, 8, 8, device="cuda", dtype=torch.bfloat16)
+    for factor, way in ((32, SINGLE_PASS), (256, LAYERS)):
+        paraphraser = ftfast.Paraphraser(64, factor_channels=factor).to("cuda")
+        head = ftfast.FactorTransfer(paraphraser, ftfast.Translator(64, factor).to("cuda"))
+        with torch.autocast("cuda", torch.bfloat16):
+            assert f"triton backend, {way}," in head.explain(features, features)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_gradients_of_a_single_pass_are_kept_as_they_are_written(memory_format: torch.memory_format) -> None:
+    paraphraser = ftfast.Paraphraser(32).to("cuda")
+    head = ftfast.FactorTransfer(paraphraser, ftfast.Translator(32, 16).to("cuda")).to(memory_format=memory_format)
+    head.hold_weights()
+    features = torch.empty(4, 32, 4, 4, device="cuda").to(memory_format=torch.channels_last)
+
+    def work() -> None:
+        head.translator.zero_grad()
+        head(features, features).backward()
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        found = steady(work)
+    assert (found.launches, found.copies) == (5, 0), found  # four, and the gradient that backward begins with
+    for parameter in head.translator.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride()

@@ -149,6 +149,24 @@ def test_a_replayed_step_is_one_launch_beside_its_rate_its_seed_and_its_batch(
 
 
 @on_stand_in
+@pytest.mark.parametrize("schedule", [PLAIN, SEVERAL], ids=["plain", "several"])
+def test_what_is_recorded_has_the_kernels_of_the_step_as_it_is(schedule: Schedule) -> None:
+    """Their numbers are a GPU's to compare, which the test of a replayed training's bits does."""
+    it = made(schedule)
+    with it.step.on_stream():
+        for _ in range(graph.WARM_UPS):
+            it()
+        with counted() as eager:
+            it.step._whole(*it.batches[8], 8)
+        with counted() as recording:
+            it()
+    assert eager.launches > 20
+    assert recording.captured_kernels == eager.kernels
+    assert recording.captured_kernels != recording.kernels
+    assert recording.captured == eager.launches + eager.copies
+
+
+@on_stand_in
 def test_each_size_of_batch_is_recorded_for_itself_and_every_call_is_one_step() -> None:
     it = made()
     sizes = [8, 8, 7, 8, 8, 7, 7, 7, 8, 7]
@@ -232,6 +250,37 @@ def test_a_write_in_place_to_what_learns_needs_no_new_recording() -> None:
         it.model.load_state_dict(it.model.state_dict())
         it()
     assert found.replays == 2
+
+
+@on_stand_in
+def test_a_decay_and_a_weight_that_change_are_written_to_the_device_and_nothing_is_recorded_anew() -> None:
+    it = made(SEVERAL)
+    with it.step.on_stream():
+        for _ in range(graph.WARM_UPS + 1):
+            it()
+        it.ran.clear()
+        assert it.step._average is not None
+        it.step._average.decay = 0.5
+        with counted() as found:
+            it()
+    assert (len(it.ran), found.replays, found.launches) == (0, 1, 1)
+
+    weights: list[Any] = []
+
+    def learn(images: Tensor, weight: Tensor) -> Tensor:
+        weights.append(weight)
+        return images.mean() * weight
+
+    step, images = ftfast.capture_step(learn), torch.zeros(4, 3, device=CUDA)
+    for number in range(graph.WARM_UPS + 1):
+        step(images, float(number))
+    with counted() as found:
+        for number in range(3):
+            step(images, 0.5 * number)
+    assert (len(weights), found.replays, found.launches, found.copies) == (graph.WARM_UPS + 1, 3, 3, 3)
+    assert {(type(weight), weight.dim(), weight.dtype, weight.device.type) for weight in weights} == {
+        (Tensor, 0, torch.float32, "cuda")
+    }
 
 
 @on_stand_in
@@ -464,7 +513,7 @@ def test_the_average_is_torchs() -> None:
         torchs.update_parameters(model)
     assert own.state_dict().keys() == torchs.state_dict().keys()
     for name, tensor in torchs.state_dict().items():
-        assert torch.equal(own.state_dict()[name], tensor), name
+        torch.testing.assert_close(own.state_dict()[name], tensor, rtol=1e-6, atol=0, msg=name)
 
 
 def test_a_steps_seed_is_that_of_torch() -> None:

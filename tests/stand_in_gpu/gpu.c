@@ -37,7 +37,7 @@ typedef struct {
 // In the order that running.py names them in.
 struct {
   unsigned long launches, copies, replays, captured, synchronisations, allocations, legacy, uncaptured, pageable,
-      refused;
+      refused, kernels, captured_kernels;
 } stand_in_counts;
 
 static __thread int current;
@@ -68,6 +68,16 @@ static cudaError_t give(cudaStream_t handle, unsigned long* counter) {
   if (is_legacy(handle)) ADD(legacy, 1);
   if (captures) ADD(uncaptured, 1);
   return cudaSuccess;
+}
+
+// A kernel of so many blocks is. Sums of it tell two sets of kernels apart, in whatever order they came.
+static cudaError_t launch_of(cudaStream_t handle, const void* kernel, unsigned long x, unsigned long y, unsigned long z) {
+  unsigned long digest = (((uintptr_t)kernel * 31 + x) * 31 + y) * 31 + z;
+  digest = (digest ^ digest >> 29) * 0xbf58476d1ce4e5b9;
+  digest ^= digest >> 32;
+  if (stream_of(handle)->captured) ADD(captured_kernels, digest);
+  else ADD(kernels, digest);
+  return give(handle, &stand_in_counts.launches);
 }
 
 unsigned long stand_in_launch(int device, void* stream) {
@@ -336,14 +346,14 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 }
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                              cudaStream_t stream) {
-  return give(stream, &stand_in_counts.launches);
+  return launch_of(stream, kernel, grid.x, grid.y, grid.z);
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                cudaStream_t stream) {
-  return give(stream, &stand_in_counts.launches);
+  return launch_of(stream, kernel, grid.x, grid.y, grid.z);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* launch, const void* kernel, void** arguments) {
-  return give(launch->stream, &stand_in_counts.launches);
+  return launch_of(launch->stream, kernel, launch->gridDim.x, launch->gridDim.y, launch->gridDim.z);
 }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes* found, const void* kernel) {
   memset(found, 0, sizeof *found);
@@ -405,10 +415,10 @@ CUresult cuPointerGetAttribute(void* found, CUpointer_attribute which, CUdevicep
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y,
                         unsigned threads_z, unsigned shared, CUstream stream, void** arguments, void** extra) {
-  return give(stream, &stand_in_counts.launches);
+  return launch_of(stream, function, x, y, z);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* launch, CUfunction function, void** arguments, void** extra) {
-  return give(launch->hStream, &stand_in_counts.launches);
+  return launch_of(launch->hStream, function, launch->gridDimX, launch->gridDimY, launch->gridDimZ);
 }
 CUresult cuGetErrorString(CUresult error, const char** text) {
   return *text = cudaGetErrorString((cudaError_t)error), CUDA_SUCCESS;

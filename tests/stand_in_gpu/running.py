@@ -4,7 +4,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -50,6 +50,8 @@ class Counts:
         uncaptured: of all that ran, what did while a stream was being captured.
         pageable: copies from or to memory that is not page-locked, which wait.
         refused: calls that a GPU refuses: on a stream of another device, or forbidden by a capture.
+        kernels, captured_kernels: sums that are equal where the same kernels with the same numbers of blocks were
+            launched, or captured.
         own: of all, captured or not, what the stream got that was current at the start.
     """
 
@@ -63,6 +65,8 @@ class Counts:
     uncaptured: int = 0
     pageable: int = 0
     refused: int = 0
+    kernels: int = field(default=0, compare=False)
+    captured_kernels: int = field(default=0, compare=False)
     own: int = 0
 
 
@@ -72,7 +76,7 @@ def contents(tensor: Tensor) -> bytes:
 
 
 class _Totals(ctypes.Structure):
-    _fields_ = [(field.name, ctypes.c_ulong) for field in fields(Counts)[:-1]]
+    _fields_ = [(it.name, ctypes.c_ulong) for it in fields(Counts)[:-1]]
 
 
 @contextmanager
@@ -85,10 +89,10 @@ def counted(device: int = 0) -> Iterator[Counts]:
     totals = _Totals.in_dll(ctypes.CDLL(None), "stand_in_counts")
     stream = torch.cuda.current_stream(device).cuda_stream
     own = ctypes.c_ulong.from_address(stream) if stream else ctypes.c_ulong()
-    names = [field.name for field in fields(Counts)[:-1]]
+    names = [it.name for it in fields(Counts)[:-1]]
     before, own_before = [getattr(totals, name) for name in names], own.value
     found = Counts()
     yield found
     for name, then in zip(names, before, strict=True):
-        setattr(found, name, getattr(totals, name) - then)
+        setattr(found, name, (getattr(totals, name) - then) % 2**64)
     found.own = own.value - own_before

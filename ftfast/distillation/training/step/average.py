@@ -8,12 +8,27 @@ from torch.optim.swa_utils import AveragedModel
 class Average(AveragedModel):
     """Each step ``average = decay * average + (1 - decay) * model``, buffers too; after the first, the model's own.
 
-    :meth:`update_parameters` leaves ``n_averaged`` alone, which is on the CPU and no part of a CUDA graph.
+    :meth:`update_parameters` leaves ``n_averaged`` alone, which is on the CPU and no part of a CUDA graph. The decay is
+    read where the model is, so a graph follows it where it is set to another.
     """
+
+    _share: Tensor
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
+        device = next(model.parameters()).device
+        self.register_buffer("_share", torch.empty((), device=device), persistent=False)
+        self.decay = decay
+
+    @property
+    def decay(self) -> float:
+        """What is left of the average in each step; may be set at any time."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, decay: float) -> None:
         self._decay = decay
+        self._share.fill_(1 - decay)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -24,10 +39,13 @@ class Average(AveragedModel):
                 own.copy_(new)
             return
         weights = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([own for own, _ in weights], [new for _, new in weights], 1 - self._decay)
+        averages = [own for own, _ in weights]
+        steps = torch._foreach_sub([new for _, new in weights], averages)
+        torch._foreach_mul_(steps, self._share)
+        torch._foreach_add_(averages, steps)
         for own, new in pairs:
             if not own.is_floating_point():  # a count of batches
-                own.copy_(own * self._decay + new * (1 - self._decay))
+                own.copy_(own + (new - own) * self._share)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -40,9 +40,10 @@ def capture_step(
     as it is, with a warning.
 
     ``step`` has all of it: forward, ``backward``, ``optimizer.step()``, and ``zero_grad(set_to_none=True)`` before
-    them. It takes tensors on the GPU and constants. What it returns, a tensor or a tuple or dictionary of them, is
-    written to again by the next call: ``clone()`` what is kept. Python in it runs while it is recorded and not
-    afterwards, so numbers that change have to be tensors, written to in place. Learning rates of ``optimizers`` are
+    them. It takes tensors on the GPU, constants, and floats, which reach it on a GPU as 0-d float32 tensors: so a
+    loss's weight may change. What it returns, a tensor or a tuple or dictionary of them, is written to again by the
+    next call: ``clone()`` what is kept. Python in it runs while it is recorded and not afterwards, so other numbers
+    that change have to be tensors, written to in place. Learning rates of ``optimizers`` are
     such tensors from the first call on, whether a scheduler sets them or the loop does.
 
     Args:

@@ -35,8 +35,9 @@ class StepGraph:
     is said once.
 
     Args:
-        step: a batch of tensors, and numbers or other constants, to tensors. What it draws at random on the GPU is
-            drawn anew by every replay from torch's generator; it must not draw on the CPU.
+        step: a batch of tensors, floats and constants to tensors. A float reaches it on a GPU as a 0-d float32 tensor
+            there, which may have another value in every call. What it draws at random on the GPU is drawn anew by
+            every replay from torch's generator; it must not draw on the CPU.
         optimizers: those that step in it. A learning rate that is set as a number is written to a tensor before each
             step; other numbers of theirs that change, a loaded state and moved parameters have the step recorded anew.
         frozen: modules that it reads but does not train. Where one is written to, the step is recorded anew.
@@ -74,7 +75,7 @@ class StepGraph:
 
     def eagerly(self, *batch: Any) -> Any:
         """One step as it is, between those that are replayed."""
-        return self._on_stream(lambda *given: self._step(*given), batch)
+        return self._on_stream(self._as_it_is, batch)
 
     def forget(self) -> None:
         """Drops what was recorded, and its memory; the step is warmed up and recorded anew."""
@@ -116,11 +117,14 @@ class StepGraph:
             return self._step(*batch)
         with self.stream(device):
             self._write_rates(device)
-            return run(*batch)
+            return run(device, batch)
 
-    def _run(self, *batch: Any) -> Any:
+    def _as_it_is(self, device: torch.device, batch: tuple[Any, ...]) -> Any:
+        return self._step(*(torch.full((), it, device=device) if isinstance(it, float) else it for it in batch))
+
+    def _run(self, device: torch.device, batch: tuple[Any, ...]) -> Any:
         if self._reason:
-            return self._step(*batch)
+            return self._as_it_is(device, batch)
         state = self._read_state()
         if self._recordings and state != self._state:
             self.forget()
@@ -128,30 +132,32 @@ class StepGraph:
         if kind not in self._recordings:
             self._warmed[kind] += 1
             if self._warmed[kind] <= WARM_UPS:
-                return self._warm_up(batch, is_last=self._warmed[kind] == WARM_UPS)
+                return self._warm_up(device, batch, is_last=self._warmed[kind] == WARM_UPS)
             try:
-                self._record(kind, batch)
+                self._record(kind, device, batch)
             except RuntimeError as error:  # a synchronisation, say, or too little memory
                 first = error.__context__ or error  # the end of a recording that failed fails too
                 self._leave(str(first).strip().partition("\n")[0])
-                return self._step(*batch)
+                return self._as_it_is(device, batch)
         recording = self._recordings[kind]
         for row, given in zip(recording.rows, batch, strict=True):
-            if isinstance(row, Tensor):
+            if isinstance(given, Tensor):
                 row.copy_(given, non_blocking=True)
+            elif isinstance(given, float):
+                row.fill_(given)
         recording.graph.replay()
         return recording.result
 
-    def _warm_up(self, batch: tuple[Any, ...], *, is_last: bool) -> Any:
+    def _warm_up(self, device: torch.device, batch: tuple[Any, ...], *, is_last: bool) -> Any:
         before = _drawn_on_the_host() if is_last else None
-        result = self._step(*batch)
+        result = self._as_it_is(device, batch)
         if is_last and before != _drawn_on_the_host():
             self._leave("it draws at random on the CPU, and every replay would have the same draws")
         return result
 
-    def _record(self, kind: Any, batch: tuple[Any, ...]) -> None:
+    def _record(self, kind: Any, device: torch.device, batch: tuple[Any, ...]) -> None:
         assert self._stream is not None
-        rows = tuple(torch.empty_like(it) if isinstance(it, Tensor) else it for it in batch)
+        rows = tuple(_row(it, device) for it in batch)
         pool = next((recording.graph.pool() for recording in self._recordings.values()), None)
         graph = torch.cuda.CUDAGraph()
         # Other threads may decode photographs meanwhile.
@@ -193,8 +199,17 @@ class StepGraph:
 
 
 def _kind(given: Any) -> Any:
-    """What a recording is for: of a tensor all but its values."""
-    return (given.shape, given.stride(), given.dtype, given.device) if isinstance(given, Tensor) else given
+    """What a recording is for: of a tensor all but its values, of a float nothing."""
+    if isinstance(given, Tensor):
+        return given.shape, given.stride(), given.dtype, given.device
+    return float if isinstance(given, float) else given
+
+
+def _row(given: Any, device: torch.device) -> Any:
+    """Where a recording reads a part of its batch."""
+    if isinstance(given, float):
+        return torch.empty((), device=device)
+    return torch.empty_like(given) if isinstance(given, Tensor) else given
 
 
 def _drawn_on_the_host() -> Any:
