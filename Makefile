@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Of thousands of modules few are ever imported, and those Python compiles then.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 # An installation without native kernels is renewed once they can be built.
 HEADERS := import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").is_file())
 $(shell test -f ftfast/_build_report.json && ! grep -q '"reason": ""' ftfast/_build_report.json \
@@ -26,14 +28,14 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV); the first time takes a few minutes, most of them for torch."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[distill]"
+	@$(PIP_INSTALL) --editable ".[distill]"
 	@$(BIN)/python -c 'import json; reason = json.load(open("ftfast/_build_report.json"))["reason"]; reason and print(f"Note: {reason}.")'
 	@touch $@
 
 # ftfast is installed already, so this brings the packages alone and compiles nothing.
 $(VENV)/ready-for-tests: $(VENV)/ready
 	@echo "Setting up $(VENV) for the tests, which takes some more minutes."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "ftfast[all]"
+	@$(PIP_INSTALL) "ftfast[all]"
 	@touch $@
 
 demo: $(VENV)/ready

@@ -60,6 +60,15 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What is small gains nothing from a second one, which costs the process beside this one its core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What our own code starts in this process is forked where that can be."""
     monkeypatch.setattr("subprocess.Popen", Popen)

@@ -14,6 +14,8 @@ from bench.harness.gate import Candidate, Group
 from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
 from bench.harness.power import Energy, Watch, measure_energy
 from ftfast.distillation.monitor.gpu_meter import Gpu, gpu_of
+from tests.monitor import fake_nvml
+from tests.monitor.fake_clock import FakeClock
 from tests.monitor.fake_nvml import FakeNvml
 
 CUDA = torch.device("cuda", 0)
@@ -113,34 +115,40 @@ def energy_of(step: Callable[[], object], seconds: float) -> Energy | None:
     return measure_energy(gpu_here(), step, lambda: None, call_seconds=1e-3, seconds=seconds)
 
 
-def test_energy_is_counted_between_updates_of_the_counter(nvml: FakeNvml) -> None:
-    calls: list[float] = []
+@pytest.fixture
+def fake_time(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    for module in (power, fake_nvml):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_energy_is_counted_between_updates_of_the_counter(fake_time: FakeClock, nvml: FakeNvml) -> None:
+    calls: list[int] = []
 
     def step() -> None:
-        calls.append(time.monotonic())
-        time.sleep(1e-3)
+        calls.append(1)
+        fake_time.sleep(1e-3)
 
     found = energy_of(step, seconds=0.1)
     assert found is not None
-    assert found.watts == pytest.approx(200, rel=0.1)
-    per_call = (calls[-1] - calls[0]) / (len(calls) - 1)
-    assert found.joules_per_call == pytest.approx(200 * per_call, rel=0.15)
-    assert found.calls < len(calls)
+    # Looked at every 4 ms, an update is seen up to so much late.
+    assert found.watts == pytest.approx(200, rel=0.04)
+    assert found.joules_per_call == pytest.approx(200 * 1e-3, rel=0.04)
+    assert 100 <= found.calls < len(calls)
 
 
 def test_no_energy_where_none_is_wanted_or_the_counter_is_missing_or_stands_still(
-    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+    fake_time: FakeClock, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step: Callable[[], object] = lambda: time.sleep(1e-3)  # noqa: E731
+    step: Callable[[], object] = lambda: fake_time.sleep(1e-3)  # noqa: E731
     assert energy_of(step, seconds=0) is None
-    monkeypatch.setattr(nvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: 5)
-    begin = time.monotonic()
-    assert energy_of(step, seconds=0.01) is None
-    assert time.monotonic() - begin < 3
-    monkeypatch.undo()
+    begin = fake_time.seconds
+    with monkeypatch.context() as still:
+        still.setattr(nvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: 5)
+        assert energy_of(step, seconds=0.01) is None
+    assert fake_time.seconds - begin < 3
     nvml.fails = {"nvmlDeviceGetTotalEnergyConsumption"}
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
     assert energy_of(step, seconds=0.1) is None
 
 

@@ -1,7 +1,6 @@
 """The loss where numbers leave a dtype's range or a tensor's memory is not its value: fixed cases, and random ones."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -221,15 +220,6 @@ def test_plain_is_the_tensor_itself_where_it_can_be():
     assert plain(tensor) is tensor
     assert plain(tensor[:0]) is not None
     assert torch.equal(plain(torch._neg_view(tensor)), -tensor)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small samples gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

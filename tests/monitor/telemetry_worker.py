@@ -1,26 +1,29 @@
 """What one of two processes of a training does for test_telemetry.py beside it: steps that only its log knows of."""
 
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from ftfast.distillation.monitor import step_clock, telemetry
 from ftfast.distillation.monitor.gpu_meter import Gpu
 from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.runtime.processes import Processes, joined
-from tests.monitor.fake_nvml import FakeNvml
+from tests.monitor import fake_nvml
+from tests.monitor.fake_clock import FakeClock
 
 STEPS, IMAGES = 120, 8
 
 
 def train(folder: Path, processes: Processes) -> None:
-    """Steps of about 10 ms, in the second process a part of them longer; its own clock never calls for a line."""
-    rank = processes.part.rank
-    nvml = FakeNvml(watts=(100, 300)[rank])
+    """Steps of 20 ms, most of which the first process waits; the second one's clock never calls for a line."""
+    rank, clock = processes.part.rank, FakeClock()
+    for module in (telemetry, step_clock, fake_nvml):
+        module.time = clock  # type: ignore[attr-defined]
+    nvml = fake_nvml.FakeNvml(watts=(100, 300)[rank])
     nvml.busy, nvml.memory = (100, 40)[rank], (2**30, 3 * 2**30)[rank]
     untold = 0
 
@@ -45,12 +48,14 @@ def train(folder: Path, processes: Processes) -> None:
         counts=counts,
     )
     log.begin_epoch()
+    begin = clock.seconds
     for step in range(1, STEPS + 1):
         training.steps_done = training.total_steps_done = lambda step=step: step
         log.clock.begin_step()
         with timed("student"):
-            time.sleep((0.005, 0.02)[rank])
-        processes.sum(torch.zeros(1))  # as gradients meet
+            clock.sleep((0.005, 0.02)[rank])
+        processes.sum(torch.zeros(1))
+        clock.seconds = begin + 0.02 * step  # as gradients meet
         log.clock.end_step()
         untold += IMAGES
         log.step(training, IMAGES)

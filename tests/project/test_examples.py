@@ -36,6 +36,7 @@ def test_every_example_is_listed_and_short():
         assert path.read_text().startswith('"""')
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in sorted(NEEDS)]
 )

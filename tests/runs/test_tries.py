@@ -13,7 +13,7 @@ from ftfast.errors import SettingsError
 
 # tests/runs/test_presets.py has every preset with narrow networks.
 LARGE = ("cifar10-wrn46-4-vgg13", "cifar100-resnet110-resnet56", "imagenet-resnet50-resnet18")
-DRY = {"batch_size": 4, "methods": ("none", "ft"), "device": "cpu", "threads": 0}
+DRY = {"batch_size": 2, "methods": ("none", "ft"), "device": "cpu", "threads": 0}
 
 
 @pytest.mark.slow
