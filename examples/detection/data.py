@@ -74,16 +74,24 @@ def _transform(*augmentation: v2.Transform) -> v2.Transform:
 
 
 def _voc(folder: Path) -> tuple[Dataset, Dataset]:
-    flipped, plain = _transform(v2.RandomHorizontalFlip()), _transform()
-    train = datasets.VOCDetection(folder, year="2007", image_set="trainval", transforms=flipped)
-    test = datasets.VOCDetection(folder, year="2007", image_set="test", transforms=plain)
+    train = datasets.VOCDetection(folder, "2007", "trainval", transforms=_transform(v2.RandomHorizontalFlip()))
+    test = datasets.VOCDetection(folder, "2007", "test", transforms=_transform())
     return Boxes(train, crowds=False), Boxes(test, crowds=True)
 
 
+def coco(images: Path, labels: Path, *, training: bool) -> Dataset:
+    """Images of a folder in COCO's format, in training those with boxes alone."""
+    augmentation = [v2.RandomHorizontalFlip()] if training else []
+    dataset = datasets.CocoDetection(images, labels, transforms=_transform(*augmentation))
+    found = Boxes(dataset, crowds=not training)
+    if not training:
+        return found
+    return Subset(found, [place for place, it in enumerate(dataset.ids) if dataset.coco.getAnnIds(it, iscrowd=False)])
+
+
 def _coco(folder: Path) -> tuple[Dataset, Dataset]:
-    flipped, plain = _transform(v2.RandomHorizontalFlip()), _transform()
-    labels = folder / "annotations"
-    train = datasets.CocoDetection(folder / "train2017", labels / "instances_train2017.json", transforms=flipped)
-    test = datasets.CocoDetection(folder / "val2017", labels / "instances_val2017.json", transforms=plain)
-    with_boxes = [place for place, image in enumerate(train.ids) if train.coco.getAnnIds(image, iscrowd=False)]
-    return Subset(Boxes(train, crowds=False), with_boxes), Boxes(test, crowds=True)
+    train, val = (
+        coco(folder / f"{part}2017", folder / "annotations" / f"instances_{part}2017.json", training=part == "train")
+        for part in ("train", "val")
+    )
+    return train, val
