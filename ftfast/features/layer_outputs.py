@@ -30,7 +30,7 @@ class _Kept(NamedTuple):
 
 class _Call(NamedTuple):
     kept: dict[str, _Kept]
-    x: Any
+    inputs: Any
     differentiates: bool
 
 
@@ -74,22 +74,23 @@ class LayerOutputs(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def outputs(self, x: Any) -> tuple[Any, dict[str, Any]]:
+    def outputs(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Any]]:
         """The model's output, None where it is cut, and the layers' outputs by their names."""
         if self._is_closed:
             raise RuntimeError("this tap was closed; make another one.")
         if self.is_cut:
-            *found, output = self.model(x) if self.training else type(self._eval_code[0]).forward(self.model, x)
+            in_eval = type(self._eval_code[0]).forward
+            *found, output = self.model(*inputs, **named) if self.training else in_eval(self.model, *inputs, **named)
             return output, dict(zip(self._named, found, strict=True))
         kept: dict[str, _Kept] = {}
         if torch.compiler.is_compiling():
             self._compiled_call = kept
             try:
-                output = self.model(x)
+                output = self.model(*inputs, **named)
             finally:
                 self._compiled_call = None
         else:
-            output = self._run(x, kept)
+            output = self._run(kept, inputs, named)
         silent = [layer for name, layer in self._named.items() if name not in kept]
         if silent:
             raise RuntimeError(
@@ -98,13 +99,13 @@ class LayerOutputs(nn.Module):
             )
         return output, {name: self._own(kept[name]) for name in self._named}
 
-    def _run(self, x: Any, kept: dict[str, _Kept]) -> Any:
+    def _run(self, kept: dict[str, _Kept], inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         caller = threading.get_ident()
         outer, outer_compiled = self._calls.get(caller), self._compiled_call
-        self._calls[caller] = _Call(kept, x, torch.is_grad_enabled())
+        self._calls[caller] = _Call(kept, (inputs, named), torch.is_grad_enabled())
         self._compiled_call = kept  # of a compiled model in this tap
         try:
-            return self.model(x)
+            return self.model(*inputs, **named)
         finally:
             self._compiled_call = outer_compiled
             if outer is None:
@@ -126,7 +127,7 @@ class LayerOutputs(nn.Module):
                     "part of the batch; put DataParallel around the tap."
                 )
             return
-        if call.differentiates and not torch.is_grad_enabled() and self._is_cut_off(call.x):
+        if call.differentiates and not torch.is_grad_enabled() and self._is_cut_off(call.inputs):
             raise RuntimeError(
                 f"layer {self._named[name]!r} ran inside of a reentrant checkpoint, so its features have no gradient; "
                 "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or tap a layer outside of it."
@@ -152,12 +153,12 @@ class LayerOutputs(nn.Module):
             )
         return kept.copy if is_written else kept.output
 
-    def _is_cut_off(self, x: Any) -> bool:
+    def _is_cut_off(self, inputs: Any) -> bool:
         """Whether a reentrant checkpoint keeps gradients from here that there would be else."""
         frame: Any = sys._getframe()
         while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
             frame = frame.f_back
-        return frame is not None and any(it.requires_grad for it in (*_tensors(x), *self.model.parameters()))
+        return frame is not None and any(it.requires_grad for it in (*_tensors(inputs), *self.model.parameters()))
 
 
 def _tensors(output: Any) -> list[Tensor]:

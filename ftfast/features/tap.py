@@ -32,7 +32,7 @@ class FeatureTap(LayerOutputs):
         super().__init__(model, {"features": layer}, features_only=features_only)
         self.layer = layer
 
-    def forward(self, x: Any) -> Any:
-        """``x`` as the model takes it; returns ``(output, features)``, or ``features`` with ``features_only``."""
-        output, found = self.outputs(x)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the model takes; returns ``(output, features)``, or ``features`` with ``features_only``."""
+        output, found = self.outputs(*inputs, **named)
         return found["features"] if self.features_only else (output, found["features"])

@@ -41,9 +41,9 @@ class FeatureTaps(LayerOutputs):
         super().__init__(model, named, features_only=features_only)
         self.layers = named
 
-    def forward(self, x: Any) -> Any:
-        """``x`` as the model takes it; returns ``(output, {name: features})``, or the dictionary alone."""
-        output, features = self.outputs(x)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the model takes; returns ``(output, {name: features})``, or the dictionary alone."""
+        output, features = self.outputs(*inputs, **named)
         return features if self.features_only else (output, features)
 
 

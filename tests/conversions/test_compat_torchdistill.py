@@ -31,6 +31,8 @@ from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, get_mid_level_l
 from torchdistill.models import wrapper as theirs  # noqa: E402
 from torchdistill.models.registry import get_adaptation_module, get_auxiliary_model_wrapper  # noqa: E402
 
+from tests.conversions.torchdistill_runs import REPLACING, built_by, run_config  # noqa: E402
+
 logging.getLogger("torchdistill").setLevel(logging.ERROR)
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -213,41 +215,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_config(text: str, folder: Path) -> tuple[list[dict[str, float]], Any]:
-    """Every step's loss and its terms, as torchdistill's example script trains; and the box at the end."""
-    from torchdistill.common import yaml_util
-    from torchdistill.common.main_util import import_dependencies, set_seed
-    from torchdistill.core.distillation import get_distillation_box
-    from torchdistill.models.official import get_image_classification_model
-
-    path = folder / "config.yaml"
-    path.write_text(text)
-    set_seed(11)
-    config = yaml_util.load_yaml_file(str(path))
-    import_dependencies(config.get("dependencies", None))
-    teacher, student = (get_image_classification_model(config["models"][f"{side}_model"]) for side in SIDES)
-    device = torch.device("cpu")
-    box = get_distillation_box(teacher, student, config["datasets"], config["train"], device, None, False, 1)
-    steps = []
-    for epoch in range(box.num_epochs):
-        box.pre_epoch_process(epoch=epoch)
-        for images, labels, further in box.train_data_loader:
-            terms: dict[str, float] = {}
-            hooks = [
-                term.register_forward_hook(lambda m, i, value, name=name, kept=terms: kept.update({name: value.item()}))
-                for name, (term, _) in box.criterion.term_dict.items()
-            ]
-            loss = box.forward_process(images, labels, further)
-            box.post_forward_process(loss=loss)
-            for hook in hooks:
-                hook.remove()
-            steps.append({"loss": loss.item(), **terms})
-        box.post_epoch_process()
-    return steps, box
-
-
-SIDES = ("teacher", "student")
-REPLACING = "dependencies: ['ftfast.compat.torchdistill.replace']"
 NAMING = "dependencies:\n  - name: 'ftfast.compat.torchdistill'"
 
 
@@ -260,16 +227,6 @@ def configured(folder: Path, pictures: Path, dependencies: str = "", prefix: str
         checkpoint=(folder / "paraphraser.pt").as_posix(),
         uses_bn=uses_bn,
     )
-
-
-def built_by(box: Any) -> set[str]:
-    """The modules that define the box's networks and its loss."""
-    of_stage2 = (
-        box.teacher_model.paraphraser,
-        box.student_model.translator,
-        box.criterion.term_dict["factor_transfer"][0],
-    )
-    return {type(each).__module__.partition(".")[0] for each in of_stage2}
 
 
 @pytest.mark.parametrize("uses_bn", [False, True], ids=["plain", "batch norm"])

@@ -350,6 +350,13 @@ def test_a_captured_forward_replays_on_new_images_and_keeps_its_outputs(monkeypa
     assert torch.equal(again, 2 * second)
     captured(torch.ones(3, 3))
     assert len(calls) > recorded
+    monkeypatch.setattr(frozen_capture, "MOST_SHAPES", 2)  # images of any size would fill a GPU with graphs
+    recorded = len(calls)
+    for size in (4, 5, 4):
+        assert torch.equal(captured(torch.ones(size, 3))[0], 2 * torch.ones(size, 3))
+    assert len(calls) == recorded + 3
+    captured(first)
+    assert len(calls) == recorded + 3
 
 
 @pytest.mark.slow

@@ -14,6 +14,9 @@ import ftfast
 from ftfast import reference
 from ftfast.backends.triton import interpreting
 from ftfast.diagnosis.check_loss import relative_error
+from ftfast.ops import remembered
+from ftfast.ops.ft_head import stack
+from ftfast.ops.ft_head.plan import known_plans
 
 pytestmark = pytest.mark.usefixtures("ieee_float32", "overflow_unchecked")
 
@@ -118,6 +121,24 @@ def test_float32_agrees_with_float64(backend, device, shape, p):
     student, teacher = make_features(shape, device=device)
     assert_fused(head, student, teacher)
     assert max(errors(results(head, student, teacher), exact(head, student, teacher))) < 3e-5
+
+
+def test_maps_of_another_size_each_step_agree_and_have_the_frozen_weights_prepared_once(backend, device, monkeypatch):
+    """As a detector's, whose images come in any size; the table of what is remembered is smaller than their number."""
+    prepared = []
+    monkeypatch.setattr(stack, "_prepared", prepared_once := {})
+    monkeypatch.setattr(remembered, "MOST", 3)
+    head = make_head(SHAPE, backend=backend, weight=50.0).to(device).hold_weights()
+    for height, width in [(3, 5), (4, 4), (5, 3), (7, 2), (1, 6), (3, 5)]:
+        student, teacher = make_features((*SHAPE[:4], height, width), device=device)
+        assert max(errors(results(head, student, teacher), exact(head, student, teacher))) < 3e-5
+        prepared.append([id(kept.result) for kept in prepared_once.values()])
+        assert len(known_plans) <= 3
+        for other in (teacher[:, :, 1:], teacher[..., 1:], teacher.mT):
+            if other.shape[2:] != student.shape[2:]:
+                with pytest.raises(ValueError, match=r"tap layers of the same map size|without pixels"):
+                    head(student, other)
+    assert all(len(results) == 1 and results == prepared[0] for results in prepared)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])

@@ -159,6 +159,12 @@ def test_a_poor_one_is_warned_of_and_a_useless_one_refused():
         ((Teacher(), iter([maps(8)]), "body"), {"epochs": 2}, ValueError, "no length; give steps"),
         ((Teacher(), iter([maps(8)]), "body"), {"steps": 2}, ValueError, "gone through again"),
         ((Teacher(), [maps(8)], "body"), {"held_out": []}, ValueError, "held_out gives no batch"),
+        (
+            (Teacher(), [maps(8)], "body"),
+            {"held_out": [maps(8), maps(8)[:, :, :1]]},
+            ValueError,
+            "held_out gives maps of 8x1x2, 8x2x2; it takes images of one size",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(arguments, options, error, message):

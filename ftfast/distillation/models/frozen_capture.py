@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _WARM_UPS = 3
+MOST_SHAPES = 16  # a graph keeps its memory; images of any size would fill the GPU with them
 
 
 class Captured:
@@ -21,11 +22,13 @@ class Captured:
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor | None, ...]]] = {}
 
     def __call__(self, images: Tensor) -> tuple[Tensor | None, ...]:
-        """The outputs of ``run``; the first call of each shape, stride and dtype records."""
+        """The outputs of ``run``; the first call of each shape, stride and dtype records, unless there were many."""
         if images.is_cuda and torch.cuda.is_current_stream_capturing():  # of a whole step, which has a graph of its own
             return tuple(self._run(images))
         key = (tuple(images.shape), images.stride(), images.dtype, images.device)
         if key not in self._graphs:
+            if len(self._graphs) == MOST_SHAPES:
+                return tuple(self._run(images))
             self._graphs[key] = self._record(images)
         graph, static_input, outputs = self._graphs[key]
         static_input.copy_(images)

@@ -41,14 +41,14 @@ class FrozenTeacher(nn.Module):
     a GPU a write past torch's version counters, through ``.data``, is not seen.
 
     Args:
-        model: images ``[N, C, H, W]`` to logits ``[N, classes]``, float32.
+        model: images ``[N, C, H, W]`` to logits ``[N, classes]``, float32; without the classifier, to anything.
         layer: the submodule whose output ``[N, C', H', W']`` students learn from.
         dtype: float32, bfloat16 or, on a GPU, float16.
         classifier: keep the logits too, which soft labels need.
         example: images of the size and batch size to come, on the model's device; a few do as well. None takes those
             of the first call, at which the copy is then made.
-        execution: ``"eager"``; ``"compile"`` for torch.compile, which constant-folds on the CPU; ``"graph"`` for a
-            CUDA graph of each input shape.
+        execution: ``"eager"``; ``"compile"`` for torch.compile, which constant-folds on the CPU and compiles anew for
+            each size of images; ``"graph"`` for a CUDA graph of each input shape, the first 16 of them.
         limit: the largest ``error`` that is taken; None for 1e-4, 1e-2 and 5e-2 for float32, float16 and bfloat16.
 
     Attributes:
@@ -87,7 +87,7 @@ class FrozenTeacher(nn.Module):
         self.eval()
 
     def _freeze(self, model: nn.Module, execution: str, example: Tensor) -> None:
-        expected = _reference(model.eval(), self.layer, example)
+        expected = _reference(model.eval(), self.layer, example, classifier=self.classifier)
         self._sources = [weakref.ref(module) for module in model.modules()]
         self._state = _state(self._sources)
         # The compiler fuses by itself.
@@ -227,7 +227,7 @@ def _can_fuse(example: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _reference(model: nn.Module, layer: str, example: Tensor) -> Outputs:
+def _reference(model: nn.Module, layer: str, example: Tensor, *, classifier: bool) -> Outputs:
     """The model's own outputs; the features are copied at once, before a later layer writes to them."""
     kept: list[Any] = []
     hook = model.get_submodule(layer).register_forward_hook(
@@ -238,8 +238,12 @@ def _reference(model: nn.Module, layer: str, example: Tensor) -> Outputs:
             logits = model(example.float())
     finally:
         hook.remove()
-    if not kept or not isinstance(kept[-1], Tensor) or not isinstance(logits, Tensor):
+    if not kept or not isinstance(kept[-1], Tensor):
         raise TeacherError(f"layer {layer!r} gave no tensor when the teacher ran; take a layer that does.")
+    if not classifier:
+        logits = kept[-1].new_empty(len(example), 0)  # its output may be anything
+    elif not isinstance(logits, Tensor):
+        raise TeacherError(f"classifier is True and the teacher's output is a {type(logits).__name__}, no logits.")
     if not torch.isfinite(kept[-1]).all():
         raise TeacherError(f"the teacher's features at {layer!r} are not finite; its checkpoint is of no use.")
     return Outputs(logits, kept[-1])

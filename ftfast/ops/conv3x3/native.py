@@ -44,7 +44,7 @@ def prepare_weight(weight: Tensor, dtype: torch.dtype, *, transposed: bool = Fal
 
 
 def freeze_weight(weight: Tensor, dtype: torch.dtype, samples: int, height: int, width: int) -> Tensor | PackedWeight:
-    """The weight as :func:`forward` takes it, reordered once for maps of ``[samples, C, height, width]``."""
+    """The weight as :func:`forward` takes it, reordered once, for the first ``[samples, C, height, width]`` of maps."""
     if direct.takes(dtype, weight.shape[1], weight.shape[0]):
         return direct.pack(weight)
     cast = as_map(weight, dtype)

@@ -55,7 +55,8 @@ def _frozen_layers(
             for weight, bias in stack.folded()
         ]
 
-    return prepare_once(stack, held, ("native", dtype, height, width), prepare)
+    # Not for each size of maps: weights reordered for one are as fast with another, and sizes may change every step.
+    return prepare_once(stack, held, ("native", dtype), prepare)
 
 
 def teacher_factor_of(teacher: Tensor, paraphraser: Stack, held: int | None, dtype: torch.dtype) -> Tensor:

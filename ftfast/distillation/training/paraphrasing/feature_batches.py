@@ -80,6 +80,9 @@ def of_images(
                 break
         if not found:
             raise ValueError("held_out gives no batch; it takes images or a loader of them.")
+        sizes = sorted({"x".join(map(str, maps.shape[1:])) for maps in found})
+        if len(sizes) > 1:  # they are judged as one batch
+            raise ValueError(f"held_out gives maps of {', '.join(sizes)}; it takes images of one size.")
         kept = torch.cat(found)
     try:
         length = len(loader)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Factor Transfer for Faster R-CNN: ``python -m examples.detection --help``."""
