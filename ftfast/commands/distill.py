@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ftfast.distillation.monitor.trackers import DEFAULT, LIBRARIES
 from ftfast.distillation.runtime import torchrun
 from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
 from ftfast.distillation.settings import options
@@ -37,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoints-kept", metavar="N", default="3", help="checkpoints on the way that stay, the newest [3]"
+    )
+    parser.add_argument(
+        "--track",
+        metavar="NAME,...",
+        default=DEFAULT,
+        help=f"who is told of settings, losses, accuracies and the table (some of {', '.join(LIBRARIES)}, or '' for "
+        f"none) [{DEFAULT}]",
     )
     options.add_arguments(parser.add_argument_group("settings"))
 
@@ -75,6 +83,7 @@ def _run(args: argparse.Namespace) -> int:
                 resume=args.resume,
                 checkpoint_seconds=_seconds(args.checkpoint_seconds),
                 checkpoints_kept=_count("checkpoints_kept", args.checkpoints_kept),
+                track=args.track,
             )
     except Interrupted as interruption:
         advice = f"run the same command with --resume to continue {output}"

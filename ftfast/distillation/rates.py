@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
+from ftfast.distillation.monitor.markdown import markdown_table
 from ftfast.distillation.monitor.plots import drawn, new_figure
 from ftfast.distillation.monitor.terminal import print_fitting
-from ftfast.distillation.phases.report import markdown_table, terminal_table, with_error, write_report
+from ftfast.distillation.phases.report import terminal_table, with_error, write_report
 from ftfast.distillation.phases.results import paired_gain
 from ftfast.distillation.run import run
 from ftfast.distillation.runtime import files

@@ -16,8 +16,10 @@ from ftfast.distillation.data import datasets
 from ftfast.distillation.data.photographs.readers import translate_reader_errors
 from ftfast.distillation.monitor.progress import Progress
 from ftfast.distillation.monitor.telemetry import SECONDS_BETWEEN_LINES
+from ftfast.distillation.monitor.trackers import DEFAULT, Trackers, tracker_names
 from ftfast.distillation.phases.controls import controls_images, prepare_controls
 from ftfast.distillation.phases.paraphraser import paraphraser_images, prepare_paraphraser, read_paraphraser
+from ftfast.distillation.phases.report import HEADINGS, method_rows
 from ftfast.distillation.phases.results import collect
 from ftfast.distillation.phases.run_folder import RunFolder, check_run_folder, is_of_one, open_run_folder
 from ftfast.distillation.phases.selection import candidates, trial_images
@@ -42,6 +44,7 @@ def run(
     checkpoint_seconds: float = 30.0,
     checkpoints_kept: int = 3,
     telemetry_seconds: float = SECONDS_BETWEEN_LINES,
+    track: str = DEFAULT,
 ) -> dict[str, Any]:
     """Runs what the settings say into a folder; returns the content of its results.json.
 
@@ -51,11 +54,13 @@ def run(
         checkpoint_seconds: the time between two checkpoints of one training.
         checkpoints_kept: of each training, the newest.
         telemetry_seconds: the time between two lines of ``telemetry.jsonl``.
+        track: names of :data:`ftfast.distillation.monitor.trackers.LIBRARIES`, separated by commas, who are told of the
+            settings, each training and the table.
 
     Raises:
         DistillError: in one sentence, before anything is written where that can be known before.
     """
-    settings = settings.resolved()
+    settings, names = settings.resolved(), tracker_names(track)
     with ExitStack() as stack:
         stack.enter_context(translate_distributed_errors())
         stack.enter_context(translate_reader_errors())
@@ -76,7 +81,10 @@ def run(
 
         starts_anew = processes.on_first(open_folder)
         seconds = (checkpoint_seconds, telemetry_seconds)
-        return _run_in(RunFolder(output), settings, seconds, checkpoints_kept, processes, starts_anew=starts_anew)
+        trackers = Trackers(names if processes.is_first else (), output)
+        return _run_in(
+            RunFolder(output), settings, seconds, checkpoints_kept, processes, trackers, starts_anew=starts_anew
+        )
 
 
 def _check(settings: Settings, processes: Processes) -> None:
@@ -111,6 +119,7 @@ def _run_in(
     seconds: tuple[float, float],
     kept: int,
     processes: Processes,
+    trackers: Trackers,
     *,
     starts_anew: bool,
 ) -> dict[str, Any]:
@@ -120,6 +129,8 @@ def _run_in(
         Progress(_planned_images(settings), quiet=not processes.is_first) as progress,
         ExitStack() as stack,
     ):
+        trackers.say = progress.say_once
+        processes.on_first(lambda: trackers.begin(settings.to_json()))
         if starts_anew:
             progress.say(f"{folder.path} holds no run yet: --resume starts a new run")
         for epochs in sorted({settings.teacher_epochs, settings.student_epochs}):
@@ -144,6 +155,7 @@ def _run_in(
             students,
             test,
             processes,
+            trackers,
             checkpoints_kept=kept,
             telemetry_seconds=seconds[1],
         )
@@ -170,6 +182,8 @@ def _run_in(
     def write() -> dict[str, Any]:
         results.update(_earlier_record(folder))
         files.write_json(folder.results, results)
+        means = {f"accuracy/{name}": method["mean"] for name, method in results["methods"].items()}
+        trackers.finish(HEADINGS, method_rows(results), means)
         return results
 
     return processes.on_first(write)

@@ -34,6 +34,7 @@ DISTILL = {
     "output": None,
     "resume": False,
     "checkpoint_seconds": 30.0,
+    "track": None,
     "seed": 0,
     "progress": True,
 }

@@ -11,6 +11,7 @@ from ftfast.distillation.monitor import step_clock, telemetry
 from ftfast.distillation.monitor.gpu_meter import Gpu
 from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.monitor.telemetry import RunLog
+from ftfast.distillation.monitor.trackers import DEFAULT, Trackers
 from ftfast.distillation.runtime.processes import Processes, joined
 from tests.monitor import fake_nvml
 from tests.monitor.fake_clock import FakeClock
@@ -38,6 +39,10 @@ def train(folder: Path, processes: Processes) -> None:
         figures=lambda: {"learning_rate": 0.1},
     )
     counts = {"damaged": 1.0 + rank, **({"of the second": 5.0} if rank else {})}
+    trackers = Trackers((DEFAULT,) if processes.is_first else (), folder)
+    trackers.begin({})
+    with trackers.training("teacher", {}) as tracked:
+        add_step = tracked.add_step
     log = RunLog(
         folder if processes.is_first else None,
         "teacher",
@@ -45,6 +50,7 @@ def train(folder: Path, processes: Processes) -> None:
         Gpu(nvml, "second"),
         seconds=(0.2, 1e9)[rank],
         processes=processes,
+        add_step=add_step,
         counts=counts,
     )
     log.begin_epoch()

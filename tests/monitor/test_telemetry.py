@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -16,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ftfast.distillation.monitor import step_clock, telemetry
 from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.gpu_meter import why_there_is_none
-from ftfast.distillation.monitor.log_files import EpochLog
 from ftfast.distillation.monitor.step_clock import PARTS, StepClock, timed
 from ftfast.distillation.monitor.telemetry import FILE, RunLog
+from ftfast.distillation.monitor.trackers import DEFAULT, TrackedTraining, Trackers
 from ftfast.distillation.phases.run_folder import open_run_folder
 from ftfast.distillation.run import run
 from ftfast.distillation.settings.presets import settings_of
@@ -88,6 +89,14 @@ def training_at(step: int = 27, **losses: float) -> Any:
     )
 
 
+def tracked(folder: Path, title: str, say: Callable[[str], None] = print) -> TrackedTraining:
+    """A training that TensorBoard is told of."""
+    trackers = Trackers((DEFAULT,), folder, say)
+    trackers.begin({})
+    with trackers.training(title, {}) as training:
+        return training
+
+
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Step and value of all that a TensorBoard folder has to show."""
     found = EventAccumulator(str(folder)).Reload()
@@ -98,7 +107,16 @@ def test_a_line_has_rate_pause_losses_and_what_the_gpu_tells(tmp_path: Path, fak
     training = training_at(labels=50.0, factors=25.0)
     (tmp_path / FILE).write_text('{"step": 1}\n{"step": 2')  # a kill left half a line
     counts: dict[str, float] = {}  # nothing is counted yet
-    log = RunLog(tmp_path, "students/ft/seed0", CPU, Gpu(), seconds=0.3, counts=counts)  # type: ignore[arg-type]
+    add_step = tracked(tmp_path, "students/ft/seed0").add_step
+    log = RunLog(
+        tmp_path,
+        "students/ft/seed0",
+        CPU,
+        Gpu(),  # type: ignore[arg-type]
+        seconds=0.3,
+        add_step=add_step,
+        counts=counts,
+    )
     log.step(training, 10)
     log.pause(0.01)
     fake_time.sleep(0.31)
@@ -196,12 +214,13 @@ def epoch(number: int) -> Epoch:
 
 def test_a_resumed_training_replaces_what_came_later_and_nothing_else(tmp_path: Path) -> None:
     for first_epoch, first_step in ((1, 1), (3, 21)):  # the second one goes on after two epochs of ten steps
-        epochs, log = EpochLog(tmp_path / "tensorboard", "teacher", print), RunLog(tmp_path, "teacher", CPU, None, 0.0)
+        teacher = tracked(tmp_path, "teacher")
+        log = RunLog(tmp_path, "teacher", CPU, None, 0.0, add_step=teacher.add_step)
         for number in range(first_epoch, first_epoch + 3):
             start = first_step + 10 * (number - first_epoch)
             for step in range(start, start + 10):
                 log.step(training_at(step, labels=float(first_step)), 1)
-            epochs.add_epoch(epoch(number))
+            teacher.add_epoch(epoch(number), start + 9)
     drawn = scalars(tmp_path / "tensorboard" / "teacher")
     assert [step for step, _ in drawn["accuracy/test"]] == [1, 2, 3, 4, 5]
     assert drawn["accuracy/test top 5"][0] == (1, 80.0)
@@ -212,7 +231,8 @@ def test_a_resumed_training_replaces_what_came_later_and_nothing_else(tmp_path: 
 def test_a_disk_that_fills_costs_lines_and_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once there is room again lines go on, and none is half there."""
     said: list[str] = []
-    log = RunLog(tmp_path, "teacher", CPU, None, 0.0, say=said.append)
+    add_step = tracked(tmp_path, "teacher", said.append).add_step
+    log = RunLog(tmp_path, "teacher", CPU, None, 0.0, say=said.append, add_step=add_step)
     log.step(training_at(1), 1)
     whole = os.write
 

@@ -10,14 +10,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-from ftfast.distillation.monitor.epochs import Epoch
 
 STEPS = "steps"  # the folder of a training's steps, below that of its epochs
 _files = count()
@@ -80,7 +78,7 @@ def _append(path: Path, piece: bytes) -> None:
         os.close(handle)
 
 
-class Scalars:
+class Events:
     """One event file; what earlier ones in its folder have from its first step on no longer counts.
 
     Args:
@@ -101,30 +99,29 @@ class Scalars:
         Args:
             first_step: from which on earlier files do not count, the step itself by default; used at the first call.
         """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(scalars, step, step if first_step is None else first_step)
+
+    def add_text(self, name: str, text: str) -> None:
+        """Adds Markdown, in place of what earlier files have."""
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._add(text_pb(name, text).value, 0, 0)
+
+    def _add(self, values: Iterable[Any], step: int, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         now, events = time.time(), []
         if not self._has_begun:
-            start = step if first_step is None else first_step
             events.append(Event(wall_time=now, file_version="brain.Event:2"))
-            events.append(Event(wall_time=now, step=start, session_log=SessionLog(status=SessionLog.START)))
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        events.append(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+            events.append(Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        events.append(Event(wall_time=now, step=step, summary=Summary(value=values)))
         content = BytesIO()
         writer = RecordWriter(content)
         for event in events:
             writer.write(event.SerializeToString())
         self._has_begun = self._file.add(content.getvalue()) or self._has_begun
-
-
-class EpochLog(Scalars):
-    """The epochs of one training; one that goes on from a checkpoint replaces what came after it."""
-
-    def add_epoch(self, record: Epoch) -> None:
-        """Adds its losses, accuracies in percent and images a second."""
-        values = {f"loss/{name}": value for name, value in record.losses.items()}
-        accuracies = {"accuracy/test": record.accuracy, "accuracy/test top 5": record.top5_accuracy}
-        values |= {name: value for name, value in accuracies.items() if value is not None}
-        self.add({**values, "images per second": record.images / record.seconds}, record.epoch)

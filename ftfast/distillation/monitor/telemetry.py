@@ -1,4 +1,4 @@
-"""How fast a training goes and where its time goes: lines of JSON beside the run, and the same for TensorBoard.
+"""How fast a training goes and where its time goes: lines of JSON beside the run, and the same for trackers.
 
 One step in many is timed part by part (step_clock.py); rates are of all steps as they ran.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ftfast.distillation.monitor.gpu_meter import Gpu
-from ftfast.distillation.monitor.log_files import STEPS, AppendedFile, Scalars, add_line
+from ftfast.distillation.monitor.log_files import AppendedFile, add_line
 from ftfast.distillation.monitor.rank_metrics import RankMetrics, gpus_of, losses_of, slowest_of, summed
 from ftfast.distillation.monitor.step_clock import StepClock
 from ftfast.distillation.runtime.processes import ALONE, Processes
@@ -63,6 +63,8 @@ class RunLog:
         processes: those that train together.
         say: takes a line where the disk fails; the training goes on.
         advance: called with the images of every step.
+        add_step: takes, in the first process, each line's numbers by name, the step of all epochs, and the first one of
+            this log.
         counts: numbers that the caller keeps up to date; lines have their sums over the processes.
     """
 
@@ -77,18 +79,18 @@ class RunLog:
         processes: Processes = ALONE,
         say: Callable[[str], None] = lambda _: None,
         advance: Callable[[int], None] = lambda _: None,
+        add_step: Callable[[Mapping[str, float], int, int], None] = lambda values, step, first_step: None,
         counts: Mapping[str, float] | None = None,
     ) -> None:
         self.clock = StepClock(device)
         self._title, self._gpu, self._seconds, self._processes = title, gpu, seconds, processes
-        self._advance, self._counts = advance, {} if counts is None else counts
+        self._advance, self._add_step, self._counts = advance, add_step, {} if counts is None else counts
         self._is_off = folder is None and not processes.are_many
-        self._files: tuple[AppendedFile, Scalars] | None = None
+        self._lines: AppendedFile | None = None
         if folder is not None and processes.is_first:
-            lines = AppendedFile(folder / FILE, say)
-            lines.cut_half_a_line()
-            self._files = lines, Scalars(folder / "tensorboard", f"{title}/{STEPS}", say)
-        self._first_step: int | None = None
+            self._lines = AppendedFile(folder / FILE, say)
+            self._lines.cut_half_a_line()
+        self._first_step = 0
         self._until_told, self._next_steps = 1, 1
         self._joules, self._joules_at = 0.0, None if gpu is None else gpu.joules()
         self._all_joules: float | None = 0.0  # of all processes at the last line
@@ -119,7 +121,7 @@ class RunLog:
             return
         self._images += images
         self._steps += 1
-        if self._first_step is None:
+        if not self._first_step:
             self._first_step = training.total_steps_done()
         now = time.perf_counter()
         seconds = max(self._elapsed + now - self._since, 1e-9)
@@ -134,8 +136,8 @@ class RunLog:
         self._until_told = self._next_steps = of_all_ranks[0].next_steps
         if not of_all_ranks[0].is_due:
             return
-        if self._files is not None:
-            self._write(*self._files, training, of_all_ranks, seconds)
+        if self._lines is not None:
+            self._write(self._lines, training, of_all_ranks, seconds)
         self._start_line(now)  # what the look at the device waited for is the next line's
 
     def _start_line(self, now: float) -> None:
@@ -175,9 +177,7 @@ class RunLog:
             gpu = {name: float(value) for name, value in found.items() if value is not None}
         return RankMetrics(is_due, max(1, steps), losses, self.clock.means(), gpu, dict(self._counts))
 
-    def _write(
-        self, lines: AppendedFile, scalars: Scalars, training: Watched, of_all_ranks: list[RankMetrics], seconds: float
-    ) -> None:
+    def _write(self, lines: AppendedFile, training: Watched, of_all_ranks: list[RankMetrics], seconds: float) -> None:
         loss, losses = losses_of(of_all_ranks, self._images)
         gpu, self._all_joules = gpus_of(of_all_ranks, self._all_joules, self._images)
         line: dict[str, Any] = {
@@ -201,12 +201,11 @@ class RunLog:
         }
         line |= {name: value for name, value in known.items() if value not in (None, {})}
         add_line(lines, line)
-        drawn = {f"{STEPS}/{name}": value for name, value in _numbers(line)}
-        scalars.add(drawn, training.total_steps_done(), self._first_step)
+        self._add_step(dict(_numbers(line)), training.total_steps_done(), self._first_step)
 
 
 def _numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What TensorBoard draws of a line."""
+    """What trackers draw of a line."""
     for name, value in line.items():
         if isinstance(value, dict):
             shown = {"milliseconds": "ms", "losses": "loss"}.get(name, name)

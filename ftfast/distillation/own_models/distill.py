@@ -19,6 +19,7 @@ from ftfast.distillation.models.registry import Outputs, place
 from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.progress import Progress
 from ftfast.distillation.monitor.telemetry import RunLog
+from ftfast.distillation.monitor.trackers import DEFAULT, Trackers, tracker_names
 from ftfast.distillation.own_models.folder import own_folder
 from ftfast.distillation.own_models.sides import Mapped, Side, check_labels, check_models, common_size
 from ftfast.distillation.runtime import checkpoint
@@ -116,6 +117,7 @@ def distill(
     output: str | Path | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
+    track: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Distilled:
@@ -162,6 +164,9 @@ def distill(
             Ctrl-C saves there before it ends.
         resume: go on with the training in ``output``, which has the same arguments; with a finished one, read it.
         checkpoint_seconds: the time between two checkpoints on the way.
+        track: who is told of settings, losses and accuracies, as ``ftfast distill --track``: some of ``"tensorboard"``,
+            ``"wandb"``, ``"trackio"`` and ``"mlflow"``, separated by commas. It takes an ``output``, with which None is
+            TensorBoard.
         seed: of the translator, the paraphraser, the loader's order and dropout.
         progress: bars, and a line for the end.
 
@@ -196,6 +201,9 @@ def distill(
     given = _given_weights(method, beta, weights)
     if resume and output is None:
         raise SettingsError("resume is True and output is None; give the folder of the training to go on with.")
+    if track is not None and output is None:
+        raise SettingsError(f"track is {track!r} and output is None; give a folder, in which the tracked run is named.")
+    told = () if output is None else tracker_names(DEFAULT if track is None else track)
     check_models(teacher, student)
     precision = _precision(device, dtype, student)
     home = precision.device
@@ -225,6 +233,8 @@ def distill(
         settings["milestones"] = list(milestones)
         del settings["checkpoint_seconds"]  # which changes nothing that is computed
         folder = None if output is None else stack.enter_context(own_folder(Path(output), settings, resume=resume))
+        trackers = Trackers(told, folder or Path())
+        trackers.begin(settings)
         taught: nn.Module | None = None
         if METHODS[method].needs:
             has_logits = any_needs([method], "logits")
@@ -261,7 +271,9 @@ def distill(
             frozen=[module for module in (taught, paraphraser) if module is not None],
         )
         in_an_epoch = len(images) * len(batches)  # as far as is known before
-        history = _run(training, settings, folder, precision, checkpoint_seconds, in_an_epoch, progress=progress)
+        history = _run(
+            training, settings, folder, precision, checkpoint_seconds, in_an_epoch, trackers, progress=progress
+        )
     return Distilled(student.eval(), paraphraser, tuple(history), history[-1].accuracy, folder)
 
 
@@ -371,6 +383,7 @@ def _run(
     precision: Precision,
     checkpoint_seconds: float,
     images: int,
+    trackers: Trackers,
     *,
     progress: bool,
 ) -> list[Epoch]:
@@ -385,6 +398,7 @@ def _run(
     try:
         with Progress(training.epochs * images, quiet=not progress) as shown:
             shown.begin("student", training.epochs * images)
+            trackers.say = shown.say_once
             if path is not None:
                 assert folder is not None
                 train_watched(
@@ -394,6 +408,7 @@ def _run(
                     root=folder,
                     device=precision.device,
                     progress=shown,
+                    trackers=trackers,
                     checkpoint_seconds=checkpoint_seconds,
                 )
             else:
@@ -403,6 +418,9 @@ def _run(
             last = training.history[-1]
             found = "" if last.accuracy is None else f"{last.accuracy:.2f} % of val, "
             loss = sum(last.losses.values())
+            figures = {"loss": loss} if last.accuracy is None else {"accuracy": last.accuracy, "loss": loss}
+            row = (settings["method"], *(f"{value:.4g}" for value in figures.values()))
+            trackers.finish(("method", *figures), [row], figures)
             shown.say(f"{settings['method']}: {found}loss {loss:.4g}, {time.perf_counter() - start:.1f} s")
     except DivergedError as error:
         what = str(error).partition(";")[0].partition(". Lower")[0]

@@ -9,13 +9,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from ftfast.distillation.monitor.markdown import markdown_table
 from ftfast.distillation.monitor.plots import curve_rows, draw_curves
 from ftfast.distillation.monitor.processor_time import NOTABLE_SHARE
 from ftfast.distillation.monitor.terminal import print_fitting
 from ftfast.distillation.runtime import files
 from ftfast.distillation.training.methods import METHODS
 
-_HEADINGS = ("method", "weights", "accuracy, %", "gain", "seeds up", "images/s")
+HEADINGS = ("method", "weights", "accuracy, %", "gain", "seeds up", "images/s")
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         f"{settings['student']} taught by {settings['teacher']} ({results['teacher']['accuracy']:.2f} %) on "
         f"{settings['data']}, {settings['seeds']} seed{'s' * (settings['seeds'] > 1)}"
     )
-    print_fitting(terminal_table(title, _HEADINGS, method_rows(results), left=(0, 1)), console)
+    print_fitting(terminal_table(title, HEADINGS, method_rows(results), left=(0, 1)), console)
     if note := left_out_rates(results):
         console.print(note, highlight=False)
 
@@ -108,7 +109,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"its images.{damaged}",
         "",
         *([f"The frozen teacher: {how}.", ""] if (how := teacher.get("frozen")) else []),
-        *markdown_table(_HEADINGS, method_rows(results)),
+        *markdown_table(HEADINGS, method_rows(results)),
         "",
         "Accuracy: of the test images, mean and standard deviation over seeds, at the last epoch. Gain: mean "
         "difference to `none` with the same seed, which gives the same first weights and the same batches, and its "
@@ -141,12 +142,6 @@ def to_markdown(results: dict[str, Any]) -> str:
         "All settings: [settings.json](settings.json). All numbers: [results.json](results.json).",
     ]
     return "\n".join(lines) + "\n"
-
-
-def markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A table's lines."""
-    cells = [headings, ("---",) * len(headings), *rows]
-    return ["| " + " | ".join(row) + " |" for row in cells]
 
 
 def _paraphraser_section(diagnosis: dict[str, Any] | None) -> list[str]:

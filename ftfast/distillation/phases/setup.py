@@ -18,6 +18,7 @@ from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, to_
 from ftfast.distillation.models import registry
 from ftfast.distillation.monitor.progress import Progress
 from ftfast.distillation.monitor.telemetry import SECONDS_BETWEEN_LINES
+from ftfast.distillation.monitor.trackers import Trackers
 from ftfast.distillation.phases.run_folder import RunFolder
 from ftfast.distillation.runtime.checkpoint import Checkpoint, save
 from ftfast.distillation.runtime.processes import Processes
@@ -100,6 +101,7 @@ class Setup:
     students: Images
     test: Images
     processes: Processes
+    trackers: Trackers
     checkpoints_kept: int = 3
     telemetry_seconds: float = SECONDS_BETWEEN_LINES
     counts: dict[str, float] = field(default_factory=dict)
@@ -144,6 +146,7 @@ class Setup:
             root=self.folder.path,
             device=self.precision.device,
             progress=self.progress,
+            trackers=self.trackers,
             checkpoint_seconds=self.checkpoint_seconds,
             kept=self.checkpoints_kept,
             telemetry_seconds=self.telemetry_seconds,
