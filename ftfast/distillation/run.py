@@ -75,8 +75,12 @@ def run(
             return resume and is_new
 
         starts_anew = processes.on_first(open_folder)
-        seconds = (checkpoint_seconds, telemetry_seconds)
-        return _run_in(RunFolder(output), settings, seconds, checkpoints_kept, processes, starts_anew=starts_anew)
+        keeping = {
+            "checkpoint_seconds": checkpoint_seconds,
+            "checkpoints_kept": checkpoints_kept,
+            "telemetry_seconds": telemetry_seconds,
+        }
+        return _run_in(RunFolder(output), settings, processes, keeping, starts_anew=starts_anew)
 
 
 def _check(settings: Settings, processes: Processes) -> None:
@@ -108,9 +112,8 @@ def _check(settings: Settings, processes: Processes) -> None:
 def _run_in(
     folder: RunFolder,
     settings: Settings,
-    seconds: tuple[float, float],
-    kept: int,
     processes: Processes,
+    keeping: dict[str, Any],
     *,
     starts_anew: bool,
 ) -> dict[str, Any]:
@@ -133,19 +136,16 @@ def _run_in(
         students, _ = train.stratified(settings.student_images)
         stack.callback(train.close)
         stack.callback(students.close)
-        precision = precision_of(settings)
         setup = Setup(
-            settings,
-            precision,
-            folder,
-            progress,
-            seconds[0],
-            train,
-            students,
-            test,
-            processes,
-            checkpoints_kept=kept,
-            telemetry_seconds=seconds[1],
+            settings=settings,
+            precision=precision_of(settings),
+            root=folder.path,
+            progress=progress,
+            processes=processes,
+            train=train,
+            students=students,
+            test=test,
+            **keeping,
         )
         judged_controls: dict[str, Any] = {}
         if stored is not None:
