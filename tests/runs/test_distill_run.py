@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ftfast.distillation.data import datasets, in_memory
+from ftfast.distillation.data.source import Source
 from ftfast.distillation.phases import run_folder
 from ftfast.distillation.phases.report import write_report
 from ftfast.distillation.phases.run_folder import check_run_folder
@@ -130,7 +131,7 @@ def test_the_choice_of_weights_never_sees_the_test_images(
     digits = datasets.DATASETS["digits"]
 
     def spoilt(*_: object) -> tuple[in_memory.Split, in_memory.Split]:
-        train, test = digits.load(datasets.Source())
+        train, test = digits.load(Source())
         return train, in_memory.Split(torch.randn_like(test.images), 9 - test.labels)
 
     monkeypatch.setitem(datasets.DATASETS, "digits", replace(digits, load=spoilt))

@@ -59,20 +59,9 @@ class Numbers:
 
     def to_schedule(self, batch_size: int) -> Schedule:
         """Of a training in batches of that many images."""
-        return Schedule(
-            self.epochs,
-            batch_size,
-            self.learning_rate,
-            self.momentum,
-            self.weight_decay,
-            kind=self.schedule,
-            milestones=self.milestones,
-            gamma=self.gamma,
-            decay_vectors=CUSTOMARY[self.optimizer].decay_vectors,
-            clip_gradient=self.clip_gradient,
-            ema=self.ema,
-            optimiser=self.optimizer,
-            warm_up=self.warm_up,
+        decay_vectors, optimiser = CUSTOMARY[self.optimizer].decay_vectors, self.optimizer
+        return Schedule.like(
+            self, batch_size=batch_size, kind=self.schedule, decay_vectors=decay_vectors, optimiser=optimiser
         )
 
 

@@ -13,6 +13,7 @@ from ftfast.distillation.data.datasets import Dataset
 from ftfast.distillation.data.images import Images
 from ftfast.distillation.data.photographs import listing
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, to_photographs
+from ftfast.distillation.data.source import Source
 from ftfast.distillation.models import registry
 from ftfast.distillation.phases.run_folder import RunFolder
 from ftfast.distillation.settings.run_settings import DTYPES, Settings
@@ -43,7 +44,7 @@ def precision_of(settings: Settings) -> Precision:
 
 
 def load_images(
-    settings: Settings, source: datasets.Source | None = None, *, report: Callable[[str], None] = lambda _: None
+    settings: Settings, source: Source | None = None, *, report: Callable[[str], None] = lambda _: None
 ) -> tuple[Images, Images]:
     """The images to train on and to test on, of resolved settings.
 
