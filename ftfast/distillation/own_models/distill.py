@@ -17,7 +17,7 @@ from ftfast.distillation.models.registry import Outputs, place
 from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.progress import Progress
 from ftfast.distillation.monitor.telemetry import RunLog
-from ftfast.distillation.own_models.folder import own_folder
+from ftfast.distillation.own_models.folder import training_folder
 from ftfast.distillation.own_models.numbers import Numbers, check_paraphraser, given_weights, precision_of
 from ftfast.distillation.own_models.sides import Mapped, Side, check_labels, check_models, common_size
 from ftfast.distillation.runtime import checkpoint
@@ -178,7 +178,7 @@ def distill(
         }
         settings["milestones"] = list(milestones)
         del settings["checkpoint_seconds"]  # which changes nothing that is computed
-        folder = None if output is None else stack.enter_context(own_folder(Path(output), settings, resume=resume))
+        folder = None if output is None else stack.enter_context(training_folder(Path(output), settings, resume=resume))
         taught: nn.Module | None = None
         if METHODS[method].needs:
             has_logits = any_needs([method], "logits")
