@@ -13,18 +13,9 @@ from bench.harness.measuring import QUICK_PLAN, Plan
 from bench.harness.records import RecordError, load
 from bench.harness.registry import Bench, Settings
 from bench.peers import PEERS
-from bench.shapes import (
-    DEFAULT_HEADS,
-    DEFAULT_SHAPES,
-    HEADS,
-    QUICK_HEADS,
-    QUICK_SHAPES,
-    SHAPES,
-    head_on,
-    parse_head,
-    parse_shape,
-)
+from bench.shapes import DEFAULT_HEADS, DEFAULT_SHAPES, QUICK_HEADS, QUICK_SHAPES, SHAPES, head_on, parse_shape
 from ftfast import dispatch
+from ftfast.tuning.heads import HEADS, parse_head
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

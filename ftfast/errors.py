@@ -50,3 +50,9 @@ class LostProcessError(DistillError):
 
 class StoreError(DistillError):
     """A factor store that is unfinished, damaged, of something else, or newer than this version."""
+
+
+class DataError(DistillError):
+    """A data set that is not there, cannot be downloaded, or is not as its makers published it."""
+
+    is_final = False  # a file system comes back, and so does a process that read for want of memory

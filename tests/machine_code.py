@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path(__file__).with_suffix(".json")
 COMPILING = ROOT / "bench/machine_code/compiling.py"
 SHIPPED = ROOT / "bench/machine_code/shipped"
-SHAPES = ROOT / "bench/shapes.py"
+SHAPES = {ROOT / "bench/shapes.py", ROOT / "ftfast/tuning/heads.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +55,7 @@ def kernels_imported(path: Path) -> Iterator[Path]:
 def sources_of(test: Path) -> tuple[Path, ...]:
     """What the tests of a file rest on, in order."""
     waiting = [test, shipped_file(test)]
-    found = {*waiting, COMPILING, SHIPPED / "__init__.py", SHAPES}
+    found = {*waiting, COMPILING, SHIPPED / "__init__.py", *SHAPES}
     while waiting:
         for kernel in kernels_imported(waiting.pop()):
             if kernel not in found:

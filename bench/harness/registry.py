@@ -11,7 +11,8 @@ from rich.table import Table
 
 from bench.harness.measuring import Plan
 from bench.harness.records import Row
-from bench.shapes import FactorShape, HeadShape
+from bench.shapes import FactorShape
+from ftfast.tuning.heads import HeadShape
 
 PACKAGES = ("bench", "bench.kernels", "bench.machine_code", "bench.training")
 

@@ -12,13 +12,13 @@ import ftfast
 from bench import peers
 from bench.harness import gate
 from bench.peers import Loss
-from bench.shapes import HeadShape
 from ftfast import reference
 from ftfast.backends import Options
 from ftfast.modules import convolution_stack
 from ftfast.ops.ft_head import function as ft_head
 from ftfast.ops.ft_head.operands import Plan
 from ftfast.ops.ft_head.stack import Stack
+from ftfast.tuning.heads import HeadShape
 
 
 class Operands(NamedTuple):

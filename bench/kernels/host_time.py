@@ -24,8 +24,9 @@ from bench.kernels.ft_loss import KERNELS, OF_BACKEND, OURS
 from bench.kernels.loss_cases import factors
 from bench.peers import Loss
 from bench.results import tables
-from bench.shapes import HEADS, SHAPES, HeadShape
+from bench.shapes import SHAPES
 from ftfast import dispatch
+from ftfast.tuning.heads import HEADS, HeadShape
 
 STEM = "host_time"
 EMPTY = "empty autograd.Function"

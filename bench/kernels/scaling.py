@@ -21,7 +21,8 @@ from bench.kernels.layers import fastest_library
 from bench.kernels.loss_cases import FORMULA, LossCases
 from bench.results import curves, tables
 from bench.results.throughput import MATMUL
-from bench.shapes import FactorShape, HeadShape
+from bench.shapes import FactorShape
+from ftfast.tuning.heads import HeadShape
 
 STEM = "scaling"
 OURS = "ftfast"

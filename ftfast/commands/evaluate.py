@@ -21,7 +21,7 @@ from ftfast.distillation.settings.run_settings import DTYPES
 from ftfast.errors import SettingsError, shown
 
 if TYPE_CHECKING:
-    from ftfast.distillation.data.datasets import Source
+    from ftfast.distillation.data.source import Source
 
 MOST_GUESSES = 5
 PICTURES = {".png": "png", ".svg": "svg"}
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the accuracy on the test images."""
-    from ftfast.distillation.data.datasets import Source
+    from ftfast.distillation.data.source import Source
 
     picture = None if args.confusion is None else Path(args.confusion)
     if picture is not None and picture.suffix not in PICTURES:

@@ -80,11 +80,13 @@ def run(
             return resume and is_new
 
         starts_anew = processes.on_first(open_folder)
-        seconds = (checkpoint_seconds, telemetry_seconds)
+        keeping = {
+            "checkpoint_seconds": checkpoint_seconds,
+            "checkpoints_kept": checkpoints_kept,
+            "telemetry_seconds": telemetry_seconds,
+        }
         trackers = Trackers(names if processes.is_first else (), output)
-        return _run_in(
-            RunFolder(output), settings, seconds, checkpoints_kept, processes, trackers, starts_anew=starts_anew
-        )
+        return _run_in(RunFolder(output), settings, processes, trackers, keeping, starts_anew=starts_anew)
 
 
 def _check(settings: Settings, processes: Processes) -> None:
@@ -116,10 +118,9 @@ def _check(settings: Settings, processes: Processes) -> None:
 def _run_in(
     folder: RunFolder,
     settings: Settings,
-    seconds: tuple[float, float],
-    kept: int,
     processes: Processes,
     trackers: Trackers,
+    keeping: dict[str, Any],
     *,
     starts_anew: bool,
 ) -> dict[str, Any]:
@@ -144,20 +145,17 @@ def _run_in(
         students, _ = train.stratified(settings.student_images)
         stack.callback(train.close)
         stack.callback(students.close)
-        precision = precision_of(settings)
         setup = Setup(
-            settings,
-            precision,
-            folder,
-            progress,
-            seconds[0],
-            train,
-            students,
-            test,
-            processes,
-            trackers,
-            checkpoints_kept=kept,
-            telemetry_seconds=seconds[1],
+            settings=settings,
+            precision=precision_of(settings),
+            root=folder.path,
+            progress=progress,
+            processes=processes,
+            trackers=trackers,
+            train=train,
+            students=students,
+            test=test,
+            **keeping,
         )
         how_frozen = ""
         judged_controls: dict[str, Any] = {}

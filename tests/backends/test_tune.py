@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ftfast.cli import main
-from ftfast.commands import tune
 from ftfast.extension import load_extension
 from ftfast.ops import kernel_table
 from ftfast.ops.conv3x3 import native as conv3x3_native
+from ftfast.tuning import measuring
+from ftfast.tuning.candidates import Candidate
 
 CPU = torch.device("cpu")
 WORK = kernel_table.Work("weight_gradient", "bfloat16", 32, 7, 7, 24, 16)
@@ -126,7 +127,7 @@ def test_bad_input_is_refused(folder, capsys, words, said):
 
 def test_a_step_measures_nothing(folder, monkeypatch):
     """Choosing inside a step reads tables and no clock."""
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: pytest.fail("a clock was read"))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: pytest.fail("a clock was read"))
     import ftfast
 
     head = ftfast.FactorTransfer(ftfast.Paraphraser(8), ftfast.Translator(6, 4))
@@ -188,12 +189,12 @@ def test_on_a_gpu_kernels_decide_and_not_what_python_costs(gpu):
             gpu.work(kernels)
             return [torch.ones(3)]
 
-        return tune.Candidate(name, run)
+        return Candidate(name, run)
 
     device = torch.device("cuda", 0)
     candidates = [candidate("much Python", 20.0, 0.25), candidate("long kernels", 0.0, 0.5)]
-    captured = tune._captured(candidates, WORK, device)
-    assert tune._time(captured, device, 0.001) == {"much Python": 0.25, "long kernels": 0.5}
+    captured = measuring.captured(candidates, WORK, device)
+    assert measuring.median_milliseconds(captured, device, 0.001) == {"much Python": 0.25, "long kernels": 0.5}
 
 
 def test_what_cannot_be_captured_is_named_and_not_timed(gpu, capsys):
@@ -202,8 +203,8 @@ def test_what_cannot_be_captured_is_named_and_not_timed(gpu, capsys):
             raise RuntimeError("operation not permitted when stream is capturing")
         return [torch.ones(3)]
 
-    candidates = [tune.Candidate("refuses", refuses), tune.Candidate("good", lambda: [torch.ones(3)])]
-    assert [kept.kernel for kept in tune._captured(candidates, WORK, torch.device("cuda", 0))] == ["good"]
+    candidates = [Candidate("refuses", refuses), Candidate("good", lambda: [torch.ones(3)])]
+    assert [kept.kernel for kept in measuring.captured(candidates, WORK, torch.device("cuda", 0))] == ["good"]
     assert "refuses cannot compute" in capsys.readouterr().err
 
 
@@ -212,9 +213,9 @@ def test_a_result_of_another_size_is_left_out(factor, capsys):
     """Each result was divided by its own norm first, and one twice as long agreed."""
     right = [torch.randn(5), torch.randn(3)]
     candidates = [
-        tune.Candidate("right", lambda: right),
-        tune.Candidate("wrong", lambda: [right[0], factor * right[1]]),
+        Candidate("right", lambda: right),
+        Candidate("wrong", lambda: [right[0], factor * right[1]]),
     ]
     work = WORK._replace(operation="head")
-    assert [kept.kernel for kept in tune._agreeing(candidates, work)] == ["right"]
+    assert [kept.kernel for kept in measuring.agreeing(candidates, work)] == ["right"]
     assert "wrong is off by" in capsys.readouterr().err

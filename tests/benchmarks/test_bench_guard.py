@@ -21,7 +21,8 @@ from bench.harness.registry import Settings
 from bench.harness.running import Work, measure
 from bench.kernels import ft_loss
 from bench.results import compare
-from bench.shapes import HEADS, SHAPES, parse_shape
+from bench.shapes import SHAPES, parse_shape
+from ftfast.tuning.heads import HEADS
 
 CPU = torch.device("cpu")
 # Ours takes most of a millisecond, against which a sleep can be told.

@@ -27,7 +27,6 @@ from bench.harness.measuring import QUICK_PLAN
 from bench.harness.registry import Settings
 from bench.kernels import conv3x3 as bench
 from bench.kernels.layers import WORKS, Layer
-from bench.shapes import HEADS
 from ftfast import FactorTransfer, Paraphraser, Translator
 from ftfast import extension as extension_module
 from ftfast.backends.native import Native
@@ -38,6 +37,7 @@ from ftfast.distillation.models.inference_graph import FusedConvolution
 from ftfast.extension import extension, load_extension, why_no_tiles
 from ftfast.ops import batch_norm
 from ftfast.ops.conv3x3 import direct, native
+from ftfast.tuning.heads import HEADS
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.monitor.test_telemetry import digits_run, scalars
 
 import ftfast
 from ftfast.cli import main
@@ -15,7 +14,8 @@ from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.trackers import FILE, Trackers, tracker_names
 from ftfast.distillation.run import run
 from ftfast.errors import RunFolderError, SettingsError
-from tests.runs.recording_trackers import Recording, put_in_place
+from tests.monitor.test_telemetry import digits_run, scalars
+from tests.monitor.recording_trackers import Recording, put_in_place
 
 ALL = "tensorboard,wandb,trackio,mlflow"
 

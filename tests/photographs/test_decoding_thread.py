@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.photographs import crops, decoding, listing, streamed
 from ftfast.distillation.data.photographs.gpu_pipeline import Balance, decoded_ahead
 from ftfast.distillation.data.photographs.readers import Reader
 from ftfast.distillation.data.photographs.streamed import Streamed
+from ftfast.errors import DataError
 from tests.photographs.photograph_folder import make_folder
 
 CPU = torch.device("cpu")

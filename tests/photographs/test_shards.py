@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.photographs import listing, readers, shard_index, streamed, tar_shards
 from ftfast.distillation.data.photographs.image_files import KINDS
 from ftfast.distillation.data.photographs.readers import Reader
 from ftfast.distillation.data.photographs.tar_shards import ShardFiles
+from ftfast.errors import DataError
 from tests.photographs.photograph_folder import make_folder, make_shards
 from tests.photographs.test_streamed import jpeg, on_device, one_shard
 from tests.processes.launching import python

@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.images import Images
 from ftfast.distillation.data.photographs import crops, decoding, listing, readers, streamed
 from ftfast.distillation.data.photographs.decoding import IMAGENET
@@ -32,7 +31,7 @@ from ftfast.distillation.data.photographs.streamed import Streamed
 from ftfast.distillation.data.stored_views import viewed
 from ftfast.distillation.runtime.processes import WHOLE, Part
 from ftfast.distillation.settings.presets import settings_of
-from ftfast.errors import SettingsError
+from ftfast.errors import DataError, SettingsError
 from tests.photographs.photograph_folder import add, make_folder, make_shards
 from tests.processes.launching import ROOT, python
 

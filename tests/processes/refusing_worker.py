@@ -6,7 +6,7 @@ from typing import Any
 
 from ftfast.cli import main
 from ftfast.distillation import run
-from ftfast.distillation.data.datasets import DataError
+from ftfast.errors import DataError
 
 read = run.load_images
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.images import Images
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from ftfast.distillation.runtime.signals import Interrupted, Stopped, StopReques
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.evaluate import Accuracies, evaluate
 from ftfast.distillation.training.loop import Training
+from ftfast.errors import DataError
 from tests.processes.launching import ROOT
 from tests.training.test_student_step import FLOAT32, split_of, training, weights
 

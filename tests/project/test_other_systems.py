@@ -18,10 +18,11 @@ import ftfast
 from ftfast import cli, dispatch, extension
 from ftfast.cli import main
 from ftfast.diagnosis import check
-from ftfast.distillation.data import datasets
+from ftfast.distillation.data import source
 from ftfast.distillation.data.photographs import shard_index
 from ftfast.distillation.monitor import plots
 from ftfast.distillation.runtime import files
+from ftfast.errors import DataError
 from ftfast.ops import kernel_table
 from ftfast.user_folder import user_folder
 from tests.project import versions
@@ -72,8 +73,8 @@ def test_what_needs_a_home_folder_says_so(home, tmp_path, capsys):
     if home != "unknown":
         return
     assert user_folder() is None
-    with pytest.raises(datasets.DataError, match="there is no home folder with data; give --data-dir"):
-        datasets.default_folder()
+    with pytest.raises(DataError, match="there is no home folder with data; give --data-dir"):
+        source.default_folder()
     if extension.load_extension()[0] is not None:
         assert main(["tune", "4x8+8:8x3x3"]) == 2
         assert "there is no home folder to keep the table in; give --out" in capsys.readouterr().err

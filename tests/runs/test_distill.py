@@ -293,6 +293,12 @@ def test_a_folder_of_others_is_left_alone(teacher, tmp_path: Path):
         ftfast.distill(teacher, network(8), [PAIRS], **QUICK, output=tmp_path / "mine.txt" / "run")
 
 
+def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(teacher):
+    """It raised the system's own error."""
+    with pytest.raises(RunFolderError, match=r"output /proc/training cannot be written .*; give another"):
+        ftfast.distill(teacher, network(8), [PAIRS], **QUICK, output="/proc/training")
+
+
 def test_it_says_how_far_it_is(teacher, capsys):
     ftfast.distill(teacher, network(8), loader(), loader(20), **{**QUICK, "progress": True}, method="none", epochs=1)
     written = capsys.readouterr().err

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from ftfast.distillation.data import datasets, in_memory
-from ftfast.distillation.phases import run_folder
+from ftfast.distillation.data.source import Source
 from ftfast.distillation.phases.report import write_report
 from ftfast.distillation.phases.run_folder import check_run_folder
 from ftfast.distillation.phases.setup import precision_of
 from ftfast.distillation.phases.trainable import build_student
 from ftfast.distillation.run import run
-from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.runtime import checkpoint, output_folder
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.methods import METHODS
@@ -130,7 +130,7 @@ def test_the_choice_of_weights_never_sees_the_test_images(
     digits = datasets.DATASETS["digits"]
 
     def spoilt(*_: object) -> tuple[in_memory.Split, in_memory.Split]:
-        train, test = digits.load(datasets.Source())
+        train, test = digits.load(Source())
         return train, in_memory.Split(torch.randn_like(test.images), 9 - test.labels)
 
     monkeypatch.setitem(datasets.DATASETS, "digits", replace(digits, load=spoilt))
@@ -307,7 +307,7 @@ def test_changed_trials_are_refused(
 
 
 def test_one_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(output_folder, "LOCK_SECONDS", 0.1)
     said: list[RunFolderError] = []
 
     class Rival(Exception):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ftfast.distillation.phases import run_folder
 from ftfast.distillation.phases.run_folder import check_run_folder, is_of_one, open_run_folder
-from ftfast.distillation.runtime import torchrun
+from ftfast.distillation.runtime import output_folder, torchrun
 from ftfast.distillation.runtime.signals import Interrupted
 from ftfast.errors import DistillError, LostProcessError, RunFolderError, SettingsError
 from tests.runs.test_distill_run import SMALL
@@ -65,7 +64,7 @@ def test_a_run_that_is_gone_on_with_waits_for_the_one_before_to_end(tmp_path: Pa
 def test_a_run_that_goes_on_beside_another_is_refused_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(output_folder, "LOCK_SECONDS", 0.2)
     with (
         open_run_folder(tmp_path, SETTINGS, resume=False),
         pytest.raises(RunFolderError, match="another process is writing to it"),

@@ -12,14 +12,14 @@ import torch
 from ftfast.commands.evaluate import evaluate_checkpoint
 from ftfast.commands.export import export_checkpoint
 from ftfast.distillation.data.class_names import difference
-from ftfast.distillation.data.datasets import DataError, Source
 from ftfast.distillation.data.photographs import listing, streamed
+from ftfast.distillation.data.source import Source
 from ftfast.distillation.phases.teacher import build, read_teacher
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.settings.presets import settings_of
 from ftfast.distillation.training import resumable
-from ftfast.errors import CheckpointError
+from ftfast.errors import CheckpointError, DataError
 from tests.photographs.photograph_folder import make_folder, make_shards
 
 CPU = torch.device("cpu")

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.distillation.data import datasets, in_memory
+from ftfast.distillation.data import datasets, in_memory, published, source
 from ftfast.distillation.data.augment import Augmentation, Draws
-from ftfast.distillation.data.datasets import DataError, Source
 from ftfast.distillation.data.in_memory import Split
+from ftfast.distillation.data.source import Source
 from ftfast.distillation.runtime.processes import Part
 from ftfast.distillation.settings.run_settings import Settings
-from ftfast.errors import SettingsError
+from ftfast.errors import DataError, SettingsError
 from tests.training.cifar_files import write_cifar
 
 torchvision = pytest.importorskip("torchvision")
@@ -188,7 +188,7 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         labels = (np.arange(count) % 10).astype(np.uint8)
         (packed / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
         (packed / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", packed)
+    monkeypatch.setattr(published, "DEBIAN_FASHION_MNIST", packed)
     small = replace(datasets.DATASETS["fashion-mnist"], train_images=60, test_images=20)
     monkeypatch.setitem(datasets.DATASETS, "fashion-mnist", small)
     return packed
@@ -249,7 +249,7 @@ def test_other_numbers_of_images_are_refused(fashion: Path, tmp_path: Path, monk
 
 
 def test_without_files_no_network_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr(published, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     for name, part in (("fashion-mnist", "FashionMNIST/raw"), ("cifar10", "cifar-10-batches-py")):
         for attempt in (lambda name, source: datasets.load(name, CPU, source), datasets.check_files):
             with pytest.raises(DataError, match=rf"{name} is not in .*; give --download .*or --data-dir .*{part}"):
@@ -265,7 +265,7 @@ def test_no_network_is_one_sentence(name: str, tmp_path: Path, monkeypatch: pyte
     def unreachable(*_: object, **__: object) -> None:
         raise URLError("no route to host")
 
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr(published, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", unreachable)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
     with pytest.raises(DataError, match=rf"^{name} cannot be downloaded .*bring .* from another machine\.$"):
@@ -314,9 +314,9 @@ def test_digits_come_with_the_package_and_are_normalised(monkeypatch: pytest.Mon
 
 def test_the_folder_is_the_environments_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FTFAST_DATA", "/somewhere")
-    assert datasets.default_folder() == Path("/somewhere")
+    assert source.default_folder() == Path("/somewhere")
     monkeypatch.delenv("FTFAST_DATA")
-    assert datasets.default_folder() == Path.home() / ".cache" / "ftfast"
+    assert source.default_folder() == Path.home() / ".cache" / "ftfast"
 
 
 def test_fewer_images_than_a_batch_are_refused() -> None:
@@ -324,7 +324,7 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
         Settings(student_images=60, batch_size=64)
 
 
-@pytest.mark.skipif(not datasets.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not here")
+@pytest.mark.skipif(not published.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not here")
 def test_the_real_fashion_mnist_has_the_constants_that_normalise_it(tmp_path: Path) -> None:
     train, test = datasets.load("fashion-mnist", CPU, Source(tmp_path))
     assert (len(train), len(test)) == (60_000, 10_000)

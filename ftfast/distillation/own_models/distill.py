@@ -1,7 +1,6 @@
 """distill: a student of one's own taught by a teacher of one's own, from loaders of one's own."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,31 +11,29 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ftfast.arguments import has_bfloat16
 from ftfast.distillation.data.from_loader import FromLoader
-from ftfast.distillation.models.frozen_teacher import LIMITS, FrozenTeacher
+from ftfast.distillation.models.frozen_teacher import FrozenTeacher
 from ftfast.distillation.models.registry import Outputs, place
 from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.progress import Progress
 from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.monitor.trackers import DEFAULT, Trackers, tracker_names
-from ftfast.distillation.own_models.folder import own_folder
+from ftfast.distillation.own_models.folder import training_folder
+from ftfast.distillation.own_models.numbers import Numbers, check_paraphraser, given_weights, precision_of
 from ftfast.distillation.own_models.sides import Mapped, Side, check_labels, check_models, common_size
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.runtime.signals import Interrupted
-from ftfast.distillation.settings.fields import check_fields, setting
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training, seed_generators
 from ftfast.distillation.training.losses import DivergedError
 from ftfast.distillation.training.methods import METHODS, any_needs
 from ftfast.distillation.training.paraphrasing.paraphraser import train_paraphraser
-from ftfast.distillation.training.schedule import CUSTOMARY, Schedule
 from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.taught_student import taught_student
-from ftfast.distillation.training.terms import WEIGHTS, Pair, Weights, customary
-from ftfast.distillation.training.watched import train_watched
+from ftfast.distillation.training.terms import Pair, customary
+from ftfast.distillation.training.watched import Watched
 from ftfast.errors import SettingsError
 from ftfast.features.tap import FeatureTap
 from ftfast.modules import Paraphraser
@@ -59,31 +56,6 @@ class Distilled:
     history: tuple[Epoch, ...]
     accuracy: float | None
     output: Path | None
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """The arguments that are numbers and names, and what they take."""
-
-    epochs: int = setting(20, "", least=1)
-    rate: float = setting(0.5, "", positive=True, most=64)
-    optimizer: str = setting("sgd", "", choices=tuple(CUSTOMARY))
-    learning_rate: float = setting(0.05, "", positive=True)
-    momentum: float = setting(0.9, "", least=0, most=0.9999)
-    weight_decay: float = setting(5e-4, "", least=0)
-    warm_up: float = setting(0.0, "", least=0)
-    schedule: str = setting("cosine", "", choices=("cosine", "steps"))
-    milestones: tuple[int, ...] = setting((), "", least=1)
-    gamma: float = setting(0.1, "", positive=True, most=1)
-    clip_gradient: float | None = setting(None, "", positive=True)
-    ema: float | None = setting(None, "", positive=True, most=1)
-    seed: int = setting(0, "", least=0)
-    checkpoint_seconds: float = setting(30.0, "", least=0)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.schedule == "steps" and not self.milestones:
-            raise SettingsError("schedule is 'steps' and milestones is empty; give epochs after which the rate falls.")
 
 
 def distill(
@@ -179,33 +151,15 @@ def distill(
         DivergedError: the loss is not finite; the last checkpoint before it is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; with ``output``, ``resume=True`` goes on from there.
     """
-    if optimizer not in CUSTOMARY:
-        raise SettingsError(f"optimizer is {optimizer!r}; it takes {' or '.join(CUSTOMARY)}.")
-    own = CUSTOMARY[optimizer]
-    numbers = _Numbers(
-        epochs=epochs,
-        rate=rate,
-        optimizer=optimizer,
-        learning_rate=own.learning_rate if learning_rate is None else learning_rate,
-        momentum=momentum,
-        weight_decay=own.weight_decay if weight_decay is None else weight_decay,
-        warm_up=warm_up,
-        schedule=schedule,
-        milestones=tuple(milestones),
-        gamma=gamma,
-        clip_gradient=clip_gradient,
-        ema=ema,
-        seed=seed,
-        checkpoint_seconds=checkpoint_seconds,
-    )
-    given = _given_weights(method, beta, weights)
+    numbers = Numbers.of(locals())
+    given = given_weights(method, beta, weights)
     if resume and output is None:
         raise SettingsError("resume is True and output is None; give the folder of the training to go on with.")
     if track is not None and output is None:
         raise SettingsError(f"track is {track!r} and output is None; give a folder, in which the tracked run is named.")
     told = () if output is None else tracker_names(DEFAULT if track is None else track)
     check_models(teacher, student)
-    precision = _precision(device, dtype, student)
+    precision = precision_of(device, dtype, student)
     home = precision.device
     batches = FromLoader(train, "train", home)
     watched = None if val is None else FromLoader(val, "val", home)
@@ -218,7 +172,7 @@ def distill(
         height, width = common_size(method, of_teacher, of_student, pools=resize_features)
         factor_channels = max(1, round(of_teacher.channels * rate))
         if paraphraser is not None:
-            factor_channels = _check_paraphraser(paraphraser, of_teacher.channels)
+            factor_channels = check_paraphraser(paraphraser, of_teacher.channels)
         factor_size = factor_channels * height * width
         chosen = {name: round(customary(name, factor_size), 4) for name in METHODS[method].weights}
         chosen |= {name: value for name, value in given.items() if name in chosen or name == "temperature"}
@@ -232,7 +186,7 @@ def distill(
         }
         settings["milestones"] = list(milestones)
         del settings["checkpoint_seconds"]  # which changes nothing that is computed
-        folder = None if output is None else stack.enter_context(own_folder(Path(output), settings, resume=resume))
+        folder = None if output is None else stack.enter_context(training_folder(Path(output), settings, resume=resume))
         trackers = Trackers(told, folder or Path())
         trackers.begin(settings)
         taught: nn.Module | None = None
@@ -263,7 +217,7 @@ def distill(
             trainable,
             terms,
             batches,
-            _schedule(numbers, len(images)),
+            numbers.to_schedule(len(images)),
             precision,
             seed=seed,
             evaluation=None if watched is None else lambda stop: evaluate(student, watched, precision, stop=stop),
@@ -277,60 +231,11 @@ def distill(
     return Distilled(student.eval(), paraphraser, tuple(history), history[-1].accuracy, folder)
 
 
-def _given_weights(method: str, beta: float | None, weights: Mapping[str, float] | None) -> Weights:
-    """The weights that were given, by name.
-
-    Raises:
-        SettingsError: an unknown method or weight, or a value that it does not take.
-    """
-    taken = [name for name, each in METHODS.items() if each.control is None]  # controls are trained by a whole run
-    if method not in taken:
-        raise SettingsError(f"method is {method!r}; it takes {', '.join(taken)}.")
-    given = dict(weights or {})
-    if beta is not None and "beta" in given:
-        raise SettingsError(f"beta is {beta} and weights has {given['beta']}; give one of them.")
-    given |= {} if beta is None else {"beta": beta}
-    for name, value in given.items():
-        if name not in WEIGHTS and name != "temperature":
-            raise SettingsError(f"weights has {name!r}; it takes {', '.join(WEIGHTS)} and temperature.")
-        most = WEIGHTS[name].most if name in WEIGHTS else math.inf
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value <= most or math.isinf(value) or (name == "temperature" and not value):
-            raise SettingsError(f"{name} is {value!r}; it takes a positive number{f' up to {most:g}' * (most < 9)}.")
-    return given
-
-
-def _precision(device: torch.device | str | None, dtype: torch.dtype | None, student: nn.Module) -> Precision:
-    if device is None:
-        own = next(student.parameters()).device
-        device = own if own.type != "cpu" or not torch.cuda.is_available() else "cuda"
-    home = torch.device(device)
-    if home.type not in ("cpu", "cuda") or (home.type == "cuda" and not torch.cuda.is_available()):
-        raise SettingsError(f"device is {str(home)!r}; it takes 'cpu' or, where torch finds one, a CUDA device.")
-    if dtype is None:
-        dtype = torch.bfloat16 if has_bfloat16(home.type) else torch.float32
-    if dtype not in LIMITS or (dtype == torch.float16 and home.type == "cpu"):
-        raise SettingsError(f"dtype is {dtype}; it takes torch.float32, torch.bfloat16 or, on a GPU, torch.float16.")
-    return Precision(home, dtype)
-
-
-def _check_paraphraser(paraphraser: Paraphraser, channels: int) -> int:
-    """The channels of its factors; raises where it is none for a teacher's maps of so many channels."""
-    if not isinstance(paraphraser, Paraphraser):
-        raise TypeError(f"paraphraser is a {type(paraphraser).__name__}; it takes a Paraphraser or None.")
-    if paraphraser.in_channels != channels:
-        raise SettingsError(
-            f"paraphraser takes {paraphraser.in_channels} channels and teacher_layer gives {channels}; give one that "
-            "was trained on this layer, or None."
-        )
-    return paraphraser.factor_channels
-
-
 def _trained_paraphraser(
     taught: nn.Module,
     channels: int,
     batches: FromLoader,
-    numbers: _Numbers,
+    numbers: Numbers,
     precision: Precision,
     folder: Path | None,
     *,
@@ -358,24 +263,6 @@ def _trained_paraphraser(
     return made
 
 
-def _schedule(numbers: _Numbers, batch_size: int) -> Schedule:
-    return Schedule(
-        numbers.epochs,
-        batch_size,
-        numbers.learning_rate,
-        numbers.momentum,
-        numbers.weight_decay,
-        kind=numbers.schedule,
-        milestones=numbers.milestones,
-        gamma=numbers.gamma,
-        decay_vectors=CUSTOMARY[numbers.optimizer].decay_vectors,
-        clip_gradient=numbers.clip_gradient,
-        ema=numbers.ema,
-        optimiser=numbers.optimizer,
-        warm_up=numbers.warm_up,
-    )
-
-
 def _run(
     training: Training,
     settings: dict[str, Any],
@@ -401,16 +288,14 @@ def _run(
             trackers.say = shown.say_once
             if path is not None:
                 assert folder is not None
-                train_watched(
-                    training,
-                    path,
-                    description,
+                watched = Watched(
                     root=folder,
-                    device=precision.device,
+                    precision=precision,
                     progress=shown,
                     trackers=trackers,
                     checkpoint_seconds=checkpoint_seconds,
                 )
+                watched.train_to_end(training, path, description)
             else:
                 training.say = shown.say_once
                 training.log = RunLog(None, "student", precision.device, None, advance=shown.advance)

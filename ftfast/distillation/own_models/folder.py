@@ -3,21 +3,22 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ftfast.distillation.runtime import files
+from ftfast.distillation.runtime.output_folder import check_can_be_written, own_folder
 from ftfast.errors import RunFolderError, shown
 
 FORMAT = "ftfast-own-models"
 VERSION = 1
 SETTINGS_FILE = "settings.json"
-# A process that was killed may take moments to go, and one that was told to stop saves first.
-LOCK_SECONDS = 10.0
+_ADVICE = "give another"
 
 
 @contextmanager
-def own_folder(path: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+def training_folder(path: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """A folder for this training alone: a new one, or with ``resume`` that of one with the same settings.
 
     Args:
@@ -27,24 +28,19 @@ def own_folder(path: Path, settings: dict[str, Any], *, resume: bool) -> Iterato
         RunFolderError: the folder holds something else, cannot be written, or another process writes to it; or the
             training to be resumed has other settings, of which the message names the first.
     """
-    _check(path, settings, resume=resume)
-    try:
-        with files.locked(path, LOCK_SECONDS if resume else 0.0):
-            _check(path, settings, resume=resume)  # another process may have filled it meanwhile
-            if not (path / SETTINGS_FILE).exists():
-                files.write_json(path / SETTINGS_FILE, {"format": FORMAT, "version": VERSION, **settings})
-            yield path
-    except BlockingIOError:
-        raise RunFolderError(f"output {path} is written to by another process; wait for it or give another.") from None
+
+    def begin() -> None:
+        if not (path / SETTINGS_FILE).exists():
+            files.write_json(path / SETTINGS_FILE, {"format": FORMAT, "version": VERSION, **settings})
+
+    check = partial(_check, path, settings, resume=resume)
+    with own_folder(path, check, begin, resume=resume, advice=_ADVICE):
+        yield path
 
 
 def _check(path: Path, settings: dict[str, Any], *, resume: bool) -> None:
-    nearest = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
-    if not nearest.is_dir():
-        raise RunFolderError(f"output {path} cannot be a folder, since {nearest} is a file; give another.")
-    entries = path.iterdir() if path.exists() else ()
-    found = [entry for entry in entries if entry.name != files.LOCK and not files.is_left_over(entry)]
-    if not found:
+    check_can_be_written(path, _ADVICE)
+    if not files.contents(path):
         return
     kept = _read(path / SETTINGS_FILE)
     if not resume or kept is None:

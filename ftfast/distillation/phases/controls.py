@@ -48,8 +48,8 @@ def _prepare(setup: Setup, teacher: nn.Module, name: str) -> tuple[Any, dict[str
     progress.begin(f"control {name}", drawn)
     start = time.perf_counter()
     description = setup.describe("control", {"name": name, "rate": settings.rate})
-    finished = setup.read_finished(path, description)
-    if finished is None:
+
+    def make() -> None:
         held_out, fitted = setup.train.stratified(settings.paraphraser_held_out)
         if control.learns:
             features = teacher_features(teacher, fitted, setup.precision)
@@ -58,8 +58,8 @@ def _prepare(setup: Setup, teacher: nn.Module, name: str) -> tuple[Any, dict[str
         with setup.precision.autocast():
             diagnosis = asdict(diagnose_paraphraser(module, features))
         setup.keep(path, Checkpoint(module.state_dict(), {}, {**description, "diagnosis": diagnosis}))
-        finished = setup.read_finished(path, description)
-        assert finished is not None
+
+    finished = setup.finished(path, description, make)
     checkpoint.fill(module, finished.tensors, path, f"the control {name}")
     module.requires_grad_(False).eval()
     progress.end()

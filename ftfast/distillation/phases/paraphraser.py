@@ -144,8 +144,8 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
     model = {"in_channels": paraphraser.in_channels, "factor_channels": paraphraser.factor_channels}
     source = settings.paraphraser_checkpoint
     description = setup.describe("paraphraser", model, **({} if source is None else {"source": source}))
-    finished = setup.read_finished(path, description)
-    if finished is None:
+
+    def make() -> None:
         held_out, fitted = setup.train.stratified(settings.paraphraser_held_out)
         if source is not None:
             paraphraser.load_state_dict(setup.processes.on_first(lambda: read_paraphraser(settings)))
@@ -162,8 +162,8 @@ def prepare_paraphraser(setup: Setup, teacher: torch.nn.Module) -> tuple[Paraphr
         judged = {**asdict(diagnosis), "held_out_images": len(held_out), "warning": warning}
         setup.keep(path, Checkpoint(paraphraser.state_dict(), {}, {**description, "diagnosis": judged}))
         setup.forget(_trained_on_the_way(setup))
-        finished = setup.read_finished(path, description)
-        assert finished is not None
+
+    finished = setup.finished(path, description, make)
     checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
     progress.end()
     judged = finished.description["diagnosis"]
@@ -216,9 +216,6 @@ def _train_on_the_way(
     )
     path = _trained_on_the_way(setup)
     untested = {**description, "kind": "untested paraphraser"}
-    finished = setup.read_finished(path, untested)
-    if finished is None:
-        setup.train_to_end(training, path, untested)
-    else:
-        checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
+    finished = setup.finished(path, untested, lambda: setup.train_to_end(training, path, untested))
+    checkpoint.fill(paraphraser, finished.tensors, path, "this paraphraser")
     paraphraser.eval()

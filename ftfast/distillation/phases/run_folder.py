@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ftfast.distillation.runtime import files
+from ftfast.distillation.runtime.output_folder import check_can_be_written, own_folder
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.errors import RunFolderError, SettingsError
 
 _LAUNCH = ".launch"
-# A process that was killed may take moments to go, and one that was told to stop saves first.
-LOCK_SECONDS = 10.0
+_ADVICE = "choose another --output"
 
 
 class RunFolder:
@@ -50,23 +50,14 @@ def open_run_folder(
         SettingsError: the run to be resumed has other settings; the message names the first that differs.
     """
     folder = RunFolder(path)
-    check_run_folder(path, settings, resume=resume)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(files.locked(path, LOCK_SECONDS if resume else 0.0))
-            check_run_folder(path, settings, resume=resume)  # another process may have filled it meanwhile
-            files.write_json(path / _LAUNCH, [agent.hex() for agent in agents])
-            if not folder.settings.exists():
-                files.write_json(folder.settings, settings.to_json())
-        except BlockingIOError:
-            raise RunFolderError(
-                f"output {path} cannot be used: another process is writing to it; "
-                "wait for it or choose another --output."
-            ) from None
-        except OSError as error:
-            raise RunFolderError(
-                f"output {path} cannot be written ({error.strerror}); choose another --output."
-            ) from None
+
+    def begin() -> None:
+        files.write_json(path / _LAUNCH, [agent.hex() for agent in agents])
+        if not folder.settings.exists():
+            files.write_json(folder.settings, settings.to_json())
+
+    check = partial(check_run_folder, path, settings, resume=resume)
+    with own_folder(path, check, begin, resume=resume, advice=_ADVICE):
         yield folder
 
 
@@ -81,13 +72,8 @@ def is_of_one(path: Path, agents: Iterable[bytes]) -> bool:
 
 def check_run_folder(path: Path, settings: Settings, *, resume: bool) -> None:
     """Raises as :func:`open_run_folder` does, and writes nothing."""
-    nearest = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
-    if not nearest.is_dir():
-        raise RunFolderError(f"output {path} cannot be a folder: {nearest} is a file; choose another --output.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunFolderError(f"output {path} cannot be written: no permission for {nearest}; choose another --output.")
-    entries = list(path.iterdir()) if path.exists() else []
-    found = [entry for entry in entries if entry.name not in (files.LOCK, _LAUNCH) and not files.is_left_over(entry)]
+    check_can_be_written(path, _ADVICE)
+    found = files.contents(path, _LAUNCH)
     holds_run = RunFolder(path).settings.is_file()
     if found and not resume:
         held = "a run already; continue it with --resume" if holds_run else "other files"

@@ -1,10 +1,8 @@
 """What every phase of a run works with, and how a phase trains."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +13,12 @@ from ftfast.distillation.data.datasets import Dataset
 from ftfast.distillation.data.images import Images
 from ftfast.distillation.data.photographs import listing
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, to_photographs
+from ftfast.distillation.data.source import Source
 from ftfast.distillation.models import registry
-from ftfast.distillation.monitor.progress import Progress
-from ftfast.distillation.monitor.telemetry import SECONDS_BETWEEN_LINES
-from ftfast.distillation.monitor.trackers import Trackers
 from ftfast.distillation.phases.run_folder import RunFolder
-from ftfast.distillation.runtime.checkpoint import Checkpoint, save
-from ftfast.distillation.runtime.processes import Processes
 from ftfast.distillation.settings.run_settings import DTYPES, Settings
-from ftfast.distillation.training import resumable
-from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.step.step import Precision
-from ftfast.distillation.training.watched import train_watched
+from ftfast.distillation.training.watched import Watched
 
 
 def with_batch_norms(model: nn.Module, settings: Settings) -> nn.Module:
@@ -52,7 +44,7 @@ def precision_of(settings: Settings) -> Precision:
 
 
 def load_images(
-    settings: Settings, source: datasets.Source | None = None, *, report: Callable[[str], None] = lambda _: None
+    settings: Settings, source: Source | None = None, *, report: Callable[[str], None] = lambda _: None
 ) -> tuple[Images, Images]:
     """The images to train on and to test on, of resolved settings.
 
@@ -83,50 +75,24 @@ def load_images(
     )
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What every phase works with, in each of the run's processes; settings are resolved, images on the device.
-
-    Attributes:
-        counts: whoever counts something puts it here by name, in any process and at any time; lines of telemetry have
-            the sums over the processes.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Setup(Watched):
+    """What every phase works with, in each of the run's processes; settings are resolved, images on the device."""
 
     settings: Settings
-    precision: Precision
-    folder: RunFolder
-    progress: Progress
-    checkpoint_seconds: float
     train: Images
     students: Images
     test: Images
-    processes: Processes
-    trackers: Trackers
-    checkpoints_kept: int = 3
-    telemetry_seconds: float = SECONDS_BETWEEN_LINES
-    counts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where each result lies."""
+        return RunFolder(self.root)
 
     @property
     def part_size(self) -> int:
         """Images in this process's part of a batch."""
         return -(-self.settings.batch_size // self.processes.part.ranks)
-
-    def read_finished(self, path: Path, description: dict[str, Any]) -> Checkpoint | None:
-        """The checkpoint of a phase that has ended, read by the first process; None where it has not.
-
-        Raises:
-            CheckpointError: not as it was written, or of something else.
-        """
-        return self.processes.on_first(lambda: resumable.read_finished(path, description))
-
-    def keep(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint folder, in the first process."""
-        self.processes.on_first(lambda: save(path, checkpoint))
-
-    def forget(self, path: Path) -> None:
-        """Removes a checkpoint folder that has served, in the first process."""
-        if self.processes.is_first:
-            shutil.rmtree(path, ignore_errors=True)
 
     def describe(self, kind: str, model: dict[str, Any], **rest: Any) -> dict[str, Any]:
         settings, dataset = self.settings, self.settings.dataset()
@@ -136,23 +102,6 @@ class Setup:
             of_images["photographs"] = {"classes": dataset.classes, "size": dataset.image_shape[1], **colours}
             of_images |= listing.named(settings.data_dir, settings.loader)
         return {"kind": kind, "model": model, **of_images, "dtype": settings.dtype, **rest}
-
-    def train_to_end(self, training: Training, path: Path, description: dict[str, Any]) -> None:
-        """Trains to the end, with progress, logs and checkpoints, and leaves the checkpoint at ``path``."""
-        train_watched(
-            training,
-            path,
-            description,
-            root=self.folder.path,
-            device=self.precision.device,
-            progress=self.progress,
-            trackers=self.trackers,
-            checkpoint_seconds=self.checkpoint_seconds,
-            kept=self.checkpoints_kept,
-            telemetry_seconds=self.telemetry_seconds,
-            processes=self.processes,
-            counts=self.counts,
-        )
 
 
 def build(

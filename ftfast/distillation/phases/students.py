@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,29 +112,29 @@ def train_students(
     weights = chosen_weights(settings, method, trials)
     progress.begin(f"students of {method}", settings.seeds * settings.student_epochs * len(setup.students))
     start = time.perf_counter()
+
+    def train(seed: int, path: Path, description: dict[str, Any]) -> None:
+        training = student_training(
+            settings,
+            setup.precision,
+            teacher_side,
+            setup.students,
+            method=method,
+            weights=weights,
+            seed=seed,
+            watched=setup.test,
+            processes=setup.processes,
+        )
+        setup.train_to_end(training, path, description)
+
     results = []
     for seed in range(settings.seeds):
         path = setup.folder.student(method, seed)
         named = {"method": method, "seed": seed, "weights": weights}
         description = setup.describe("student", student_description(settings), **named)
-        finished = setup.read_finished(path, description)
-        if finished is None:
-            training = student_training(
-                settings,
-                setup.precision,
-                teacher_side,
-                setup.students,
-                method=method,
-                weights=weights,
-                seed=seed,
-                watched=setup.test,
-                processes=setup.processes,
-            )
-            setup.train_to_end(training, path, description)
-            finished = setup.read_finished(path, description)
-            assert finished is not None
-        else:
+        if path.exists():
             progress.skip(settings.student_epochs * len(setup.students))
+        finished = setup.finished(path, description, partial(train, seed, path, description))
         results.append(student_result(seed, resumable.history_of(finished)))
     progress.end()
     progress.say(f"{method}: {method_line(results)}, {time.perf_counter() - start:.1f} s")

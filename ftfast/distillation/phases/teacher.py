@@ -75,20 +75,22 @@ def prepare_teacher(setup: Setup) -> tuple[torch.nn.Module, Checkpoint, str]:
     source = settings.teacher_source()
     origin: dict[str, Any] = {"seed": settings.seed} if source is None else {"source": source}
     description = setup.describe("teacher", teacher_description(settings), **origin)
-    model = build(description["model"], settings.dataset(), seed=settings.seed, device=setup.precision.device)
     start = time.perf_counter()
-    finished = setup.read_finished(path, description)
-    if finished is None and source is not None:
+
+    def build_teacher() -> torch.nn.Module:
+        return build(description["model"], settings.dataset(), seed=settings.seed, device=setup.precision.device)
+
+    def make() -> None:
+        model = build_teacher()
+        if source is None:
+            _train_teacher(setup, with_batch_norms(model, settings), description)
+            return
         model.load_state_dict(setup.processes.on_first(lambda: read_teacher(settings)))
         accuracy = evaluate(model, setup.test, setup.precision, setup.processes).accuracy
-        kept = {**description, "accuracy": accuracy}
-        setup.keep(path, Checkpoint(model.state_dict(), {"history": []}, kept))
-    elif finished is None:
-        model = with_batch_norms(model, settings)
-        _train_teacher(setup, model, description)
-        model = build(description["model"], settings.dataset(), seed=settings.seed, device=setup.precision.device)
-    finished = finished or setup.read_finished(path, description)
-    assert finished is not None
+        setup.keep(path, Checkpoint(model.state_dict(), {"history": []}, {**description, "accuracy": accuracy}))
+
+    finished = setup.finished(path, description, make)
+    model = build_teacher()
     checkpoint.fill(model, finished.tensors, path, settings.teacher)
     setup.progress.end()
     accuracy, seconds = finished.description["accuracy"], time.perf_counter() - start

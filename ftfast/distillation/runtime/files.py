@@ -143,6 +143,12 @@ def locked(path: Path, seconds: float = 0.0) -> Iterator[None]:
         os.close(handle)  # which gives the lock back, as a kill does
 
 
+def contents(folder: Path, *but: str) -> list[Path]:
+    """What a folder holds beside its lock, what a kill left and ``but``; nothing where it is not there."""
+    entries = folder.iterdir() if folder.exists() else ()
+    return [entry for entry in entries if entry.name not in (LOCK, *but) and not is_left_over(entry)]
+
+
 def is_left_over(path: Path) -> bool:
     """Whether this is what a kill left of a file or folder that was being written."""
     return path.name.startswith(".") and path.name.endswith(_ASIDE)

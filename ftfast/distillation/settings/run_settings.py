@@ -10,32 +10,30 @@ from typing import Any, Self
 import torch
 
 from ftfast.arguments import has_bfloat16
-from ftfast.distillation.data import datasets
-from ftfast.distillation.data.augment import Augmentation
-from ftfast.distillation.data.datasets import DATASETS, Dataset, Source, described_dataset
+from ftfast.distillation.data.datasets import DATASETS
 from ftfast.distillation.data.images import steps_of
 from ftfast.distillation.data.photographs import decoding
-from ftfast.distillation.data.photographs.listing import LOADERS
+from ftfast.distillation.data.source import default_folder
 from ftfast.distillation.models import registry
 from ftfast.distillation.settings import normalisation
 from ftfast.distillation.settings.checks import check_recipe
 from ftfast.distillation.settings.fields import check_fields
-from ftfast.distillation.settings.recipe import DTYPES, Recipe
-from ftfast.distillation.training.methods import METHODS, any_needs
+from ftfast.distillation.settings.meaning import Meaning
+from ftfast.distillation.settings.recipe import DTYPES
+from ftfast.distillation.training.methods import any_needs
 from ftfast.distillation.training.schedule import Schedule
-from ftfast.distillation.training.terms import WEIGHTS, customary
+from ftfast.distillation.training.terms import WEIGHTS
 from ftfast.errors import SettingsError
 
 __all__ = ["DTYPES", "HINTS", "Settings"]
 FORMAT = "ftfast-settings"
 VERSION = 1
-GRID_STEPS = (0.5, 1.0, 2.0)
 # Compiling takes a student seconds, and saves milliseconds a step.
 STEPS_WORTH_COMPILING = 2000
 
 
 @dataclass(frozen=True)
-class Settings(Recipe):
+class Settings(Meaning):
     """The settings of one run; the defaults are the recipe for digits. Each field is an option, ``--field-name``.
 
     Raises:
@@ -49,15 +47,15 @@ class Settings(Recipe):
             return  # photographs that are not counted yet
         self._check_image_counts()
         self._check_folds()
-        if self._student_images() < self.batch_size:
+        if self.images_of_students() < self.batch_size:
             raise SettingsError(
-                f"student_images is {self._student_images()}, fewer than a batch of {self.batch_size}; give more "
+                f"student_images is {self.images_of_students()}, fewer than a batch of {self.batch_size}; give more "
                 "images or a lower --batch-size."
             )
 
     def _check_folds(self) -> None:
         fewest = (2 if self.is_noise else self.dataset().classes) * self.validation_folds
-        images = self._student_images()
+        images = self.images_of_students()
         if len(self.weight_grid()) > 1 and images < fewest:
             raise SettingsError(
                 f"student_images is {images}; to choose weights on {self.validation_folds} folds it takes "
@@ -70,59 +68,13 @@ class Settings(Recipe):
         for name in ("student_images", "paraphraser_held_out"):
             if name == "paraphraser_held_out" and self.store is not None:
                 continue  # no paraphraser is trained
-            value = self._student_images() if name == "student_images" else getattr(self, name)
+            value = self.images_of_students() if name == "student_images" else getattr(self, name)
             is_all = name == "student_images" and value == whole
             if not is_all and not fewest <= value <= whole - fewest:
                 raise SettingsError(
                     f"{name} is {value}; it takes {fewest} to {whole - fewest}, so that each of {fewest} classes is on "
                     "both sides of the cut."
                 )
-
-    def _student_images(self) -> int:
-        return self.student_images or self.dataset().train_images
-
-    def dataset(self) -> Dataset:
-        """The data set; of photographs, what is known of them."""
-        counts = {"classes": self.classes, "train": self.train_images, "test": self.test_images}
-        dataset = described_dataset(self.data, {"size": self.image_size, **counts})
-        return dataset.of_noise(self.noise_images) if self.noise_images else dataset
-
-    def image_source(self) -> Source:
-        """Where the images come from, and how those that are trained on are augmented."""
-        folder = None if self.data_dir is None else Path(self.data_dir)
-        augmentation = Augmentation(self.crop_padding, self.flip, self.cutout)
-        return Source(folder, self.download, augmentation, self.noise_images)
-
-    @property
-    def is_noise(self) -> bool:
-        """Whether the images show nothing."""
-        return self.noise_images > 0 or LOADERS[self.loader].is_noise
-
-    def teacher_source(self) -> str | None:
-        """Where a teacher comes from that is not trained here: a checkpoint's path, or its library."""
-        return self.teacher_checkpoint or (f"{self.teacher} (pretrained)" if self.pretrained else None)
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether convolutions train together with the batch norms behind them."""
-        return self.engine == "fast" and self.device == "cpu"
-
-    def teacher_features(self) -> registry.FeatureMap:
-        """The teacher's layer that is compared, and its shape."""
-        return self._features(self.teacher, self.teacher_channels, self.teacher_layer, "teacher_layer")
-
-    def student_features(self) -> registry.FeatureMap:
-        """The students' layer that is compared, and its shape."""
-        return self._features(self.student, self.student_channels, self.student_layer, "student_layer")
-
-    def _features(self, model: str, channels: int, layer: str | None, option: str) -> registry.FeatureMap:
-        shape = self.dataset().image_shape
-        return registry.feature_map(model, channels, self.shortcut, shape, layer=layer, option=option)
-
-    def map_size(self) -> tuple[int, int]:
-        """Height and width on which the feature maps are compared: the smaller of teacher's and student's."""
-        teacher, student = self.teacher_features(), self.student_features()
-        return min(teacher.height, student.height), min(teacher.width, student.width)
 
     def _check_map_sizes(self) -> None:
         teacher, student = self.teacher_features(), self.student_features()
@@ -133,41 +85,6 @@ class Settings(Recipe):
                 f"{teacher.height}x{teacher.width} and {self.student}'s {student.layer} "
                 f"{student.height}x{student.width}; give --resize-features to pool the larger, or other layers."
             )
-
-    def factor_size(self) -> int:
-        """D, the numbers in one factor."""
-        height, width = self.map_size()
-        return self.factor_channels() * height * width
-
-    def factor_channels(self) -> int:
-        """The channels of a factor."""
-        return max(1, round(self.teacher_features().channels * self.rate))
-
-    def weight_grid(self) -> list[dict[str, float]]:
-        """The weights that the methods try, by name; each method tries those that it has.
-
-        Raises:
-            SettingsError: two weights with unlike numbers of values, neither of them 1.
-        """
-        used = [name for name in WEIGHTS if any(name in METHODS[method].weights for method in self.methods)]
-        grids = {name: self._grid(name) for name in used}
-        counts = {name: len(grid) for name, grid in grids.items() if len(grid) > 1}
-        if len(set(counts.values())) > 1:
-            raise SettingsError(
-                f"{' and '.join(f'{name} has {count} values' for name, count in counts.items())}; give one value or "
-                "equally many, so that every method chooses from a grid of the same size."
-            )
-        count = max(counts.values(), default=1)
-        return [{name: grid[place % len(grid)] for name, grid in grids.items()} for place in range(count)]
-
-    def _grid(self, name: str) -> tuple[float, ...]:
-        if given := getattr(self, name):
-            return given
-        grid = WEIGHTS[name].grid
-        centre = customary(name, self.factor_size() if grid is None else 0)
-        if DATASETS[self.data].is_streamed:
-            return (round(centre, 4),)
-        return grid or tuple(round(centre * step, 4) for step in GRID_STEPS)
 
     def resolved(self) -> Self:
         """The same settings with nothing left to the machine, the data or the models.
@@ -181,7 +98,7 @@ class Settings(Recipe):
         in_files = DATASETS[self.data].in_files
         repeats = "off" if device == "cuda" and DATASETS[self.data].is_streamed else "on"
         self._check_map_sizes()
-        derived: dict[str, Any] = {name: self._grid(name) for name in WEIGHTS}
+        derived: dict[str, Any] = {name: self.values_of_weight(name) for name in WEIGHTS}
         if DATASETS[self.data].is_streamed:
             derived |= normalisation.of_recipe(self)._asdict()
         return dataclasses.replace(
@@ -195,9 +112,9 @@ class Settings(Recipe):
             **derived,
             teacher_checkpoint=_absolute(self.teacher_checkpoint),
             paraphraser_checkpoint=_absolute(self.paraphraser_checkpoint),
-            data_dir=str(Path(self.data_dir or datasets.default_folder()).absolute()) if in_files else None,
+            data_dir=str(Path(self.data_dir or default_folder()).absolute()) if in_files else None,
             store=_absolute(self.store),
-            student_images=self._student_images(),
+            student_images=self.images_of_students(),
             teacher_channels=_channels(self.teacher, self.teacher_channels),
             student_channels=_channels(self.student, self.student_channels),
             teacher_layer=self.teacher_features().layer,
@@ -211,7 +128,7 @@ class Settings(Recipe):
         if listing.LOADERS[self.loader].is_noise:
             found = listing.IMAGENET
         else:
-            found = listing.describe(Path(self.data_dir or datasets.default_folder()), self.loader)
+            found = listing.describe(Path(self.data_dir or default_folder()), self.loader)
             if self.classes not in (0, found.classes):
                 raise SettingsError(
                     f"classes is {self.classes}, and the photographs have {found.classes}; leave --classes out."
@@ -237,7 +154,7 @@ class Settings(Recipe):
     def _resolved_compile(self, device: str) -> str:
         if self.compile != "auto":
             return self.compile
-        steps = self.student_epochs * steps_of(self._student_images(), self.batch_size)
+        steps = self.student_epochs * steps_of(self.images_of_students(), self.batch_size)
         return "on" if device == "cuda" and steps >= STEPS_WORTH_COMPILING else "off"
 
     def why_no_graph(self, device: str) -> str:
@@ -299,20 +216,5 @@ def _absolute(path: str | None) -> str | None:
 
 def schedule_of(settings: Settings, epochs: int) -> Schedule:
     """The settings' schedule, over that many epochs."""
-    return Schedule(
-        epochs,
-        settings.batch_size,
-        settings.learning_rate,
-        settings.momentum,
-        settings.weight_decay,
-        nesterov=settings.nesterov,
-        kind=settings.learning_rate_schedule,
-        milestones=settings.milestones,
-        gamma=settings.gamma,
-        decay_vectors=settings.decayed == "all",
-        clip_gradient=settings.clip_gradient,
-        accumulate=settings.accumulate,
-        ema=settings.ema,
-        optimiser=settings.optimiser,
-        warm_up=settings.warm_up,
-    )
+    kind, decay_vectors = settings.learning_rate_schedule, settings.decayed == "all"
+    return Schedule.like(settings, epochs=epochs, kind=kind, decay_vectors=decay_vectors)

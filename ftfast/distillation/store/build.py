@@ -187,10 +187,8 @@ def _check_path(path: Path, header: Header, *, resume: bool) -> bool:
     """Whether the store is finished already; refuses a folder that is not for this build."""
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; choose another name for the store.")
-    entries = list(path.iterdir()) if path.exists() else []
-    found = [entry for entry in entries if entry.name != files.LOCK and not files.is_left_over(entry)]
     holds_store = (path / headers.FILE).exists()
-    if found and not holds_store:
+    if files.contents(path) and not holds_store:
         raise StoreError(f"{path} holds other files; choose another name for the store.")
     if not holds_store:
         return False

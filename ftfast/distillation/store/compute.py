@@ -18,11 +18,9 @@ from torch import Tensor
 from ftfast.distillation.data.stored_views import ViewedImages
 from ftfast.distillation.phases.trainable import TeacherSide
 from ftfast.distillation.store.header import Header
-from ftfast.distillation.store.read import LOGITS_DTYPE
-from ftfast.distillation.store.shard_files import DTYPES, FACTORS, LABELS, LOGITS, VIEWS, quantise
+from ftfast.distillation.store.shard_files import DTYPES, LOGITS_DTYPE, tensors_of
 from ftfast.distillation.store.teacher_side import factors_of
 from ftfast.distillation.training.step.step import Precision
-from ftfast.errors import StoreError
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,7 @@ class ShardMaker:
         header = self.header
         for images, labels, boxes in self.images.draw(batches, header.views, header.seed):
             factors, logits = factors_of(self.teacher_side, self.precision, images)
-            made = {FACTORS: quantise(factors, DTYPES[header.dtype])}
-            is_finite = torch.isfinite(factors).all()
-            if header.classes:
-                made[LOGITS] = logits.to(LOGITS_DTYPE)
-                is_finite &= torch.isfinite(made[LOGITS]).all()
-            if not bool(is_finite):
-                raise StoreError(
-                    "the teacher or the paraphraser gives numbers that are not finite, or logits beyond float16; look "
-                    "at the run that trained them, or leave --logits out."
-                )
-            views = {name: tensor.unflatten(0, (-1, header.views)).cpu() for name, tensor in made.items()}
-            yield {**views, VIEWS: boxes.cpu(), LABELS: labels.cpu()}
+            yield tensors_of(factors, logits if header.classes else None, boxes, labels, DTYPES[header.dtype])
 
     def make(self, shards: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Each shard and its tensors; images are read ahead across the borders of shards."""

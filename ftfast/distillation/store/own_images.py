@@ -15,16 +15,8 @@ from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.store import header as headers
 from ftfast.distillation.store import shard_files
 from ftfast.distillation.store.header import Header
-from ftfast.distillation.store.read import LOGITS_DTYPE, PARAPHRASER, Rows, Store
-from ftfast.distillation.store.shard_files import (
-    DTYPES,
-    FACTORS,
-    LABELS,
-    LOGITS,
-    VIEWS,
-    read_whole,
-    shard_path,
-)
+from ftfast.distillation.store.read import PARAPHRASER, Rows, Store
+from ftfast.distillation.store.shard_files import DTYPES, FACTORS, LABELS, LOGITS, shard_path
 from ftfast.distillation.training.paraphrasing.feature_batches import images_of, maps_of, taken_by
 from ftfast.errors import StoreError
 from ftfast.modules import Paraphraser
@@ -58,11 +50,7 @@ class FactorStore(Dataset[Any]):
         if not 0 <= view < header.views:
             raise StoreError(f"view is {view}; the store {path} has {header.views}, counted from 0.")
         self.images, self.view = images, view
-        labels = [
-            read_whole(shard_path(self._store.path, shard), head, LABELS, np.dtype("<i8"))
-            for shard, head in enumerate(self._store.heads)
-        ]
-        self._labels = np.concatenate(labels)
+        self._labels = self._store.read_all(LABELS, "<i8")
 
     def __len__(self) -> int:
         return self._store.header.images
@@ -178,30 +166,19 @@ def _batches(
         if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
             labels = torch.full((count,), UNKNOWN)
         factors, said = _computed(teacher, paraphraser, images, logits=logits)
-        yield {
-            FACTORS: shard_files.quantise(factors, dtype).unsqueeze(1).cpu(),
-            VIEWS: torch.zeros(count, 1, 5, dtype=torch.int32),
-            LABELS: labels.cpu().long(),
-            **({} if said is None else {LOGITS: said.unsqueeze(1).cpu()}),
-        }
+        yield shard_files.tensors_of(factors, said, torch.zeros(count, 1, 5, dtype=torch.int32), labels.long(), dtype)
 
 
 @torch.no_grad()
 def _computed(
     teacher: nn.Module, paraphraser: Paraphraser, images: Tensor, *, logits: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Factors ``[N, C, H, W]`` and, where they are wanted, logits in float16; both finite."""
+    """Factors ``[N, C, H, W]`` and, where they are wanted, logits."""
     found = teacher(images.to(**taken_by(teacher)))
     factors = paraphraser.encode(maps_of(found).to(next(paraphraser.parameters())))
     said = getattr(found, "logits", None) if logits else None
     if logits and (said is None or not said.numel()):
         raise StoreError("logits is True and the teacher gives none; take FrozenTeacher(..., classifier=True).")
-    said = None if said is None else said.to(LOGITS_DTYPE)
-    if not all(bool(torch.isfinite(each).all()) for each in (factors, said) if each is not None):
-        raise StoreError(
-            "the teacher or the paraphraser gives numbers that are not finite, or logits beyond float16; look at what "
-            "they were trained on, or leave logits out."
-        )
     return factors, said
 
 

@@ -17,6 +17,7 @@ from ftfast.distillation.store.shard_files import (
     DTYPES,
     FACTORS,
     LOGITS,
+    LOGITS_DTYPE,
     VIEWS,
     Head,
     as_factors,
@@ -29,7 +30,6 @@ from ftfast.errors import CheckpointError, StoreError
 from ftfast.ops.read_rows import RowError, read_rows
 
 TEACHER, PARAPHRASER = "teacher", "paraphraser"
-LOGITS_DTYPE = torch.float16
 
 
 class Rows(NamedTuple):
@@ -58,10 +58,19 @@ class Store:
         for shard in range(self.header.shard_count):
             self.heads.append(read_head(shard_path(path, shard)))
             check_head(shard_path(path, shard), self.heads[-1], self.header, shard)
-        self.boxes = np.concatenate(
-            [read_whole(shard_path(path, shard), head, VIEWS, np.dtype("<i4")) for shard, head in enumerate(self.heads)]
-        )
+        self.boxes = self.read_all(VIEWS, "<i4")
         self._files: dict[int, int] = {}
+
+    def read_all(self, name: str, dtype: str) -> np.ndarray:
+        """One of the tensors of a shard, of all shards one after the other.
+
+        Raises:
+            StoreError: a file that cannot be read or was cut short since it was opened.
+        """
+        paths = (shard_path(self.path, shard) for shard in range(len(self.heads)))
+        return np.concatenate(
+            [read_whole(path, head, name, np.dtype(dtype)) for path, head in zip(paths, self.heads, strict=True)]
+        )
 
     def checkpoint_of(self, name: str) -> Checkpoint:
         """The store's copy of its ``"teacher"`` or ``"paraphraser"``.

@@ -65,6 +65,31 @@ def finish(path: Path, header: Header) -> None:
     headers.write(path, dataclasses.replace(header, shards=heads))
 
 
+def tensors_of(
+    factors: Tensor, logits: Tensor | None, boxes: Tensor, labels: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a shard holds of N images in V views, on the CPU.
+
+    Args:
+        factors, logits: ``[N * V, ...]``, those of one image together.
+        boxes: of the views, ``[N, V, 5]`` int32.
+        labels: ``[N]`` int64.
+        dtype: of the stored factors.
+
+    Raises:
+        StoreError: factors or logits that are not finite.
+    """
+    kept = {} if logits is None else {LOGITS: logits.to(LOGITS_DTYPE)}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (factors, *kept.values())):
+        raise StoreError(
+            "the teacher or the paraphraser gives numbers that are not finite, or logits beyond float16; look at what "
+            "trained them, or leave logits out."
+        )
+    made = {FACTORS: quantise(factors, dtype), **kept}
+    views = {name: tensor.unflatten(0, boxes.shape[:2]).cpu() for name, tensor in made.items()}
+    return {**views, VIEWS: boxes.cpu(), LABELS: labels.cpu()}
+
+
 def shard_path(store: Path, shard: int) -> Path:
     return store / f"shard-{shard:05}.safetensors"
 
@@ -159,6 +184,7 @@ def check_content(path: Path, head: Head) -> None:
             )
 
 
+LOGITS_DTYPE = torch.float16
 DTYPES = {
     "int8": torch.int8,
     "float8_e4m3fn": torch.float8_e4m3fn,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ftfast.distillation.data import class_names
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.photographs.readers import translate_reader_errors
 from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.runtime import checkpoint
@@ -18,7 +17,7 @@ from ftfast.distillation.runtime.signals import Interrupted, Stopped, StopReques
 from ftfast.distillation.runtime.snapshots import Snapshots, is_finite
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.losses import DivergedError
-from ftfast.errors import IN_A_NEW_RUN, CheckpointError, shown
+from ftfast.errors import IN_A_NEW_RUN, CheckpointError, DataError, shown
 
 _MODEL_PREFIX = "model."
 

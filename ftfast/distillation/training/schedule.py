@@ -1,8 +1,8 @@
 """How long and how fast to train."""
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 
 class Customary(NamedTuple):
@@ -49,6 +49,12 @@ class Schedule:
     ema: float | None = None
     optimiser: str = "sgd"
     warm_up: float = 0.0
+
+    @classmethod
+    def like(cls, record: Any, **others: Any) -> Self:
+        """With a record's values of the same names, but for ``others``."""
+        named = {item.name: getattr(record, item.name) for item in fields(cls) if hasattr(record, item.name)}
+        return cls(**named | others)
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over all epochs."""

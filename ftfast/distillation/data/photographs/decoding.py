@@ -8,11 +8,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.in_memory import Normalisation
 from ftfast.distillation.data.photographs import crops, image_files
 from ftfast.distillation.data.photographs.image_files import UndecodableError
-from ftfast.errors import shown
+from ftfast.errors import DataError, shown
 from ftfast.ops.crop_resize import can_crop, crop_resize
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ftfast.distillation.data.class_names import KEY, difference
-from ftfast.distillation.data.datasets import DataError, default_folder
 from ftfast.distillation.data.photographs import tar_shards
 from ftfast.distillation.data.photographs.image_files import KINDS
-from ftfast.errors import shown
+from ftfast.distillation.data.source import default_folder
+from ftfast.errors import DataError, shown
 
 TRAIN, TEST = "train", "val"
 

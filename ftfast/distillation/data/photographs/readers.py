@@ -25,13 +25,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils import signal_handling
 
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.photographs import crops
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, Encoded, Read
 from ftfast.distillation.data.photographs.image_files import UndecodableError
 from ftfast.distillation.data.photographs.listing import Files
 from ftfast.distillation.runtime.signals import SIGNALS
-from ftfast.errors import shown
+from ftfast.errors import DataError, shown
 
 _TRIES = 20
 _SHARED_MEMORY = "/dev/shm"

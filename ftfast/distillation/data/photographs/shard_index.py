@@ -15,8 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from ftfast.distillation.data.datasets import DataError
-from ftfast.errors import shown
+from ftfast.errors import DataError, shown
 from ftfast.user_folder import user_folder
 
 VERSION = 2  # the first knew fewer kinds of pictures

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distillation.data.datasets import DataError, default_folder
 from ftfast.distillation.data.images import Images, steps_of
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distillation.data.photographs.gpu_pipeline import decoded_ahead
@@ -29,9 +28,10 @@ from ftfast.distillation.data.photographs.readers import (
     loader_of,
     translate_loader_errors,
 )
+from ftfast.distillation.data.source import default_folder
 from ftfast.distillation.data.synthetic import Synthetic
 from ftfast.distillation.runtime.processes import WHOLE, Part
-from ftfast.errors import SettingsError, shown
+from ftfast.errors import DataError, SettingsError, shown
 
 # As many are borne with, the larger of the two: of a process's share of a pass, and of all processes' together.
 FEWEST_DAMAGED, DAMAGED_SHARE = 10, 0.01

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ftfast.distillation.data.datasets import DataError
 from ftfast.distillation.data.photographs import shard_index
 from ftfast.distillation.data.photographs.image_files import KINDS
-from ftfast.errors import shown
+from ftfast.errors import DataError, shown
 
 CLASS, DESCRIPTION = "cls", "json"
 MOST_OPEN = 256
