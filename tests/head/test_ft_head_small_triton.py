@@ -45,6 +45,14 @@ NAMES = ("loss", "dx", "dW0", "dW1", "dW2", "db0", "db1", "db2")
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def _interpreted_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no shape varies: without a look for overflows, and with fewer shares of a weight's gradient."""
+    if INTERPRETED and "shape" not in request.fixturenames:
+        request.getfixturevalue("overflow_unchecked")
+        monkeypatch.setattr(weight_kernels, "SHARES", 2)
+
+
 class Shape(NamedTuple):
     samples: int
     student: int
