@@ -74,21 +74,17 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.Popen", Popen)
 
 
-@pytest.fixture(scope="module")
-def overflow_unchecked() -> Iterator[None]:
+@pytest.fixture
+def overflow_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter looks for an overflow in all arithmetic of integers, which is half of its work.
 
-    It does in the kernels' own tests, tests/*/test_*_triton.py, for every shape, layout and option of theirs.
+    It does in the kernels' own tests, tests/*/test_*_triton.py, for every shape and layout of theirs.
     """
-    if not interpreting():
-        yield
-        return
-    from triton.runtime.interpreter import interpreter_builder
+    if interpreting():
+        from triton.runtime.interpreter import interpreter_builder
 
-    unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter_builder, "options", unchecked)
-        yield
+        unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter_builder, "options", unchecked)
 
 
 @pytest.fixture

@@ -27,17 +27,11 @@ if interpreting():  # which takes a second for an image
     SHAPE = (2, *SHAPE[1:])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_shares_of_the_images():
+@pytest.fixture(autouse=True)
+def _few_shares_of_the_images(monkeypatch):
     """Of a weight's gradient; all five are in test_ft_head_small_triton.py."""
-    if not interpreting():
-        yield
-        return
-    from ftfast.kernels import ft_head_small_weights
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ft_head_small_weights, "SHARES", 2)
-        yield
+    if interpreting():
+        monkeypatch.setattr("ftfast.kernels.ft_head_small_weights.SHARES", 2)
 
 
 @pytest.fixture(autouse=True)

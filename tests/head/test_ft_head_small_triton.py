@@ -75,6 +75,14 @@ def pieces_lie_apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert bool((memory[between] == 255).all()), "a kernel wrote beyond its piece of an allocation"
 
 
+@pytest.fixture(autouse=True)
+def _interpreted_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no shape varies: without a look for overflows, and with fewer shares of a weight's gradient."""
+    if INTERPRETED and "shape" not in request.fixturenames:
+        request.getfixturevalue("overflow_unchecked")
+        monkeypatch.setattr(weight_kernels, "SHARES", 2)
+
+
 class Shape(NamedTuple):
     samples: int
     student: int

@@ -14,8 +14,8 @@ from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.trackers import FILE, Trackers, tracker_names
 from ftfast.distillation.run import run
 from ftfast.errors import RunFolderError, SettingsError
-from tests.monitor.test_telemetry import digits_run, scalars
 from tests.monitor.recording_trackers import Recording, put_in_place
+from tests.monitor.test_telemetry import digits_run, scalars
 
 ALL = "tensorboard,wandb,trackio,mlflow"
 
