@@ -13,7 +13,7 @@ from examples.detection.__main__ import main  # noqa: E402
 from examples.detection.data import read  # noqa: E402
 from examples.detection.scenes import LARGEST, MOST_SHAPES, SMALLEST, Scenes  # noqa: E402
 
-TINY = "--images 4 --batch-size 2 --teacher-steps 2 --steps 2 --paraphraser-steps 2".split()
+TINY = ["--images=4", "--batch-size=2", "--teacher-steps=2", "--steps=2", "--paraphraser-steps=2"]
 
 
 def test_a_scene_depends_on_its_seed_and_number_and_its_boxes_enclose_its_shapes():
@@ -114,12 +114,12 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_refuses_other_settings(tm
         (["--teacher", "resnet18"], "take two that agree"),
         (["--steps", "0"], "'0' is no positive whole number"),
     ):
-        with pytest.raises(SystemExit, match="^2$"):
+        with pytest.raises(SystemExit, match=r"^2$"):
             main(wrong if "--output" in wrong else [*wrong, "--output", str(tmp_path / "other")])
         assert sentence in capsys.readouterr().err
 
 
 def test_its_help_answers(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     assert "paraphrase" in capsys.readouterr().out
