@@ -108,7 +108,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"its images.{damaged}",
         "",
         *([f"The frozen teacher: {how}.", ""] if (how := teacher.get("frozen")) else []),
-        *markdown_table(_HEADINGS, method_rows(results)),
+        *markdown_table(_HEADINGS, method_rows(results), words=2),
         "",
         "Accuracy: of the test images, mean and standard deviation over seeds, at the last epoch. Gain: mean "
         "difference to `none` with the same seed, which gives the same first weights and the same batches, and its "
@@ -143,9 +143,10 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A table's lines."""
-    cells = [headings, ("---",) * len(headings), *rows]
+def markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]], words: int | None = None) -> list[str]:
+    """A table's lines; columns after the first ``words`` hold figures, set to the right, and none by default."""
+    rule = tuple("---" if words is None or place < words else "---:" for place in range(len(headings)))
+    cells = [headings, rule, *rows]
     return ["| " + " | ".join(row) + " |" for row in cells]
 
 
