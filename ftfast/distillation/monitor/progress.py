@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -53,8 +54,10 @@ class _RateColumn(ProgressColumn):
 
 
 def _shows_bars(console: Console) -> bool:
-    """Whether it is a notebook or a terminal; FORCE_COLOR makes a file neither."""
-    return console.is_jupyter or (console.is_terminal and console.file.isatty())
+    """Whether it is a notebook that has widgets, or a terminal; FORCE_COLOR makes a file neither."""
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None  # without, rich warns and draws nothing that moves
+    return console.is_terminal and console.file.isatty()
 
 
 def bar(values: Iterable[Value], title: str, steps: int) -> Iterator[Value]:

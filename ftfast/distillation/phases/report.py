@@ -109,7 +109,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"its images.{damaged}",
         "",
         *([f"The frozen teacher: {how}.", ""] if (how := teacher.get("frozen")) else []),
-        *markdown_table(HEADINGS, method_rows(results)),
+        *markdown_table(HEADINGS, method_rows(results), words=2),
         "",
         "Accuracy: of the test images, mean and standard deviation over seeds, at the last epoch. Gain: mean "
         "difference to `none` with the same seed, which gives the same first weights and the same batches, and its "
