@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import import_time
 from bench.harness.gate import Candidate
 from bench.harness.measuring import QUICK_PLAN
 from bench.harness.registry import Bench, Settings, bench_modules
+from bench.kernels import import_time
 from bench.shapes import QUICK_HEADS, QUICK_SHAPES, SHAPES
 from ftfast.tuning.heads import HEADS
 from tests.processes.fork_server import Popen
