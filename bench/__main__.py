@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import guard, readme
+from bench import readme
 from bench.arguments import ALL, build_parser, check_out, settings_from
+from bench.guard import command as guard
 from bench.harness.records import RecordError, Row, load, save
 from bench.harness.registry import discover
 from bench.harness.running import Work, measure, prepare

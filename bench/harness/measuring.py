@@ -5,12 +5,14 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.harness.clocks import Clock
+import torch
+
+from bench.harness.clocks import Clock, clock_for
 from bench.harness.gate import BACKWARD, Candidate, Errors, Gate, Group
 from bench.harness.records import Row, Timing
 
@@ -92,6 +94,28 @@ def measure_group(group: Group, clock: Clock, plan: Plan, advance: Callable[[str
         for row in _measure(group, some, clock, plan, advance):
             plan.known(row)
             rows.append(row)
+    return rows
+
+
+def measure_groups(
+    groups: Iterable[Group],
+    device: torch.device,
+    plan: Plan,
+    advance: Callable[[str], None],
+    unmeasured: Callable[[Group], Iterable[Row]] = lambda _: (),
+) -> list[Row]:
+    """The groups one after the other; ``advance`` is told each candidate with its group's name.
+
+    Args:
+        unmeasured: further rows of a group, of what cannot be measured here.
+    """
+    clock, rows = clock_for(device), []
+    for group in groups:
+
+        def advance_in_group(candidate: str, name: str = group.name) -> None:
+            advance(f"{name}: {candidate}")
+
+        rows += [*measure_group(group, clock, plan, advance_in_group), *unmeasured(group)]
     return rows
 
 

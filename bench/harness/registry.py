@@ -14,7 +14,7 @@ from bench.harness.records import Row
 from bench.shapes import FactorShape
 from ftfast.tuning.heads import HeadShape
 
-PACKAGES = ("bench", "bench.kernels", "bench.machine_code", "bench.training")
+PACKAGES = ("bench.kernels", "bench.machine_code", "bench.training")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import peers
-from bench.harness.clocks import clock_for
 from bench.harness.gate import FORWARD_BACKWARD, Candidate, Group
-from bench.harness.measuring import measure_group
+from bench.harness.measuring import measure_groups
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.kernels.layers import fastest_library
@@ -83,18 +82,10 @@ def size(settings: Settings) -> int:
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     """Measure every group."""
-    clock = clock_for(settings.device)
     # A call takes a good part of a second here on a CPU, and varies little.
     plan = replace(settings.plan, warmups=min(settings.plan.warmups, 1), calls=min(settings.plan.calls, 3))
-    rows = []
     with fastest_library():
-        for group in groups(settings):
-
-            def advance_in_group(candidate: str, name: str = group.name) -> None:
-                advance(f"{name}: {candidate}")
-
-            rows += measure_group(group, clock, plan, advance_in_group)
-    return rows
+        return measure_groups(groups(settings), settings.device, plan, advance)
 
 
 def show(rows: list[Row]) -> Iterator[Table]:

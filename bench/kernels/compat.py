@@ -11,9 +11,8 @@ from functools import partial
 import torch
 from rich.table import Table
 
-from bench.harness.clocks import clock_for
 from bench.harness.gate import FORWARD_BACKWARD, Candidate, Group
-from bench.harness.measuring import measure_group
+from bench.harness.measuring import measure_groups
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.kernels.drop_ins import PAIRS, TINY, Pair, calls
@@ -88,20 +87,15 @@ def size(settings: Settings) -> int:
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     """Measure every group."""
-    clock = clock_for(settings.device)
     absent = {pair.title: pair.absent() for pair in PAIRS if pair.package in settings.peers}
-    rows = []
-    for group in groups(settings):
 
-        def advance_in_group(candidate: str, name: str = group.name) -> None:
-            advance(f"{name}: {candidate}")
-
-        rows += measure_group(group, clock, settings.plan, advance_in_group)
-        if reason := absent.get(group.details.get("peer", "")):
+    def not_installed(group: Group) -> Iterator[Row]:
+        title = group.details.get("peer", "")
+        if reason := absent.get(title):
             details = {**group.details, "not_installed": True}
-            title = group.details["peer"]
-            rows.append(Row(STEM, group.name, title, FORWARD_BACKWARD, None, None, None, reason, details))
-    return rows
+            yield Row(STEM, group.name, title, FORWARD_BACKWARD, None, None, None, reason, details)
+
+    return measure_groups(groups(settings), settings.device, settings.plan, advance, not_installed)
 
 
 @dataclass(frozen=True)

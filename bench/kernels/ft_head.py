@@ -10,9 +10,9 @@ from rich.table import Table
 import ftfast
 from bench import peers
 from bench.harness import gate
-from bench.harness.clocks import clock_for, graph_replay
+from bench.harness.clocks import graph_replay
 from bench.harness.gate import FORWARD, FORWARD_BACKWARD, Candidate, Group
-from bench.harness.measuring import measure_group
+from bench.harness.measuring import measure_groups
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.kernels.heads import HeadJudge, Operands, compiled_head, eager_head, operands, our_head, saved_bytes, ways
@@ -168,16 +168,8 @@ def size(settings: Settings) -> int:
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     """Measure every group."""
-    clock = clock_for(settings.device)
-    rows = []
     with fastest_library():
-        for group in groups(settings):
-
-            def advance_in_group(candidate: str, name: str = group.name) -> None:
-                advance(f"{name}: {candidate}")
-
-            rows += measure_group(group, clock, settings.plan, advance_in_group)
-    return rows
+        return measure_groups(groups(settings), settings.device, settings.plan, advance)
 
 
 def show(rows: list[Row]) -> Iterator[Table]:

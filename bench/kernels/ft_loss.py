@@ -6,9 +6,9 @@ import torch
 
 import ftfast
 from bench import peers
-from bench.harness.clocks import clock_for, graph_replay
+from bench.harness.clocks import graph_replay
 from bench.harness.gate import FORWARD, FORWARD_BACKWARD, STEPS, Candidate, Group
-from bench.harness.measuring import measure_group
+from bench.harness.measuring import measure_groups
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.kernels.ceilings import copy_candidate
@@ -149,21 +149,14 @@ def size(settings: Settings) -> int:
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     """Measure every group."""
-    clock = clock_for(settings.device)
     absent = absent_peers(settings)
-    rows = []
-    for group in groups(settings):
 
-        def advance_in_group(candidate: str, name: str = group.name) -> None:
-            advance(f"{name}: {candidate}")
-
-        rows += measure_group(group, clock, settings.plan, advance_in_group)
+    def not_installed(group: Group) -> Iterator[Row]:
         for name, reason in absent.items():
             details = {**group.details, "not_installed": True}
-            rows.append(
-                Row(STEM, group.name, peers.PEERS[name].title, FORWARD_BACKWARD, None, None, None, reason, details)
-            )
-    return rows
+            yield Row(STEM, group.name, peers.PEERS[name].title, FORWARD_BACKWARD, None, None, None, reason, details)
+
+    return measure_groups(groups(settings), settings.device, settings.plan, advance, not_installed)
 
 
 def markdown(newest: dict[str, tuple[str, Record]], brief: bool = False) -> str:

@@ -10,9 +10,8 @@ from rich.table import Table
 
 import ftfast
 from bench import peers
-from bench.harness.clocks import clock_for
 from bench.harness.gate import FORWARD_BACKWARD, Candidate, Group
-from bench.harness.measuring import Plan, measure_group
+from bench.harness.measuring import Plan, measure_groups
 from bench.harness.records import Record, Row
 from bench.harness.registry import Bench, Settings
 from bench.kernels import ft_head
@@ -152,16 +151,8 @@ def size(settings: Settings) -> int:
 
 def run(settings: Settings, advance: Callable[[str], None]) -> list[Row]:
     """Measure every point."""
-    clock, plan = clock_for(settings.device), plan_of(settings)
-    rows = []
     with fastest_library():
-        for group in groups(settings):
-
-            def advance_in_group(candidate: str, name: str = group.name) -> None:
-                advance(f"{name}: {candidate}")
-
-            rows += measure_group(group, clock, plan, advance_in_group)
-    return rows
+        return measure_groups(groups(settings), settings.device, plan_of(settings), advance)
 
 
 def _lines(points: dict[str, list[curves.Point]]) -> Iterator[list[str]]:

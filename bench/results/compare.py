@@ -1,4 +1,4 @@
-"""``python -m bench compare``: ratios of two records side by side; bench/guard.py takes the same ratios."""
+"""``python -m bench compare``: ratios of two records side by side; bench/guard/command.py takes the same ratios."""
 
 import argparse
 import json

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench import import_time, peers, readme
+from bench import peers, readme
 from bench.__main__ import main
 from bench.harness import records
 from bench.harness.clocks import CpuClock
@@ -22,7 +22,7 @@ from bench.harness.gate import Candidate, Group, Judge
 from bench.harness.measuring import QUICK_PLAN, Plan, measure_group
 from bench.harness.records import Record, RecordError, Row, Timing
 from bench.harness.registry import Settings
-from bench.kernels import ft_loss, loss_cases
+from bench.kernels import ft_loss, import_time, loss_cases
 from bench.results import plots
 from bench.results.tables import derive
 from bench.shapes import parse_shape

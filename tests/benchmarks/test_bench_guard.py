@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import ftfast
-from bench import peers, regression
+from bench import peers
 from bench.__main__ import main
+from bench.guard import regression
 from bench.harness import power, records
 from bench.harness.measuring import Plan
 from bench.harness.records import Record, Row, Timing, comparable

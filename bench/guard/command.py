@@ -1,4 +1,4 @@
-"""``python -m bench guard``: the command; bench/regression.py measures and judges."""
+"""``python -m bench guard``: the command; bench/guard/regression.py measures and judges."""
 
 import argparse
 import json
@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import regression
 from bench.arguments import positive
+from bench.guard import regression
+from bench.guard.regression import MARGIN, GuardError
 from bench.harness import machine, records
 from bench.harness.records import Record, RecordError, load, other_device
 from bench.harness.running import prepare
-from bench.regression import MARGIN, GuardError
 from bench.results.tables import number
 
 

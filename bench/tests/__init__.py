@@ -1,0 +1,1 @@
+"""``pytest bench``: the quick cases of the benches, and what the figures of the heads rest on."""
