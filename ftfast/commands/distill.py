@@ -57,8 +57,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
+    from ftfast.commands.rates import print_rates, run_rates, write_rates
     from ftfast.distillation.phases.report import print_table, write_report
-    from ftfast.distillation.rates import print_rates, run_rates, write_rates
     from ftfast.distillation.run import run as run_distillation
 
     # Beside the run of the teacher, not on it.

@@ -29,8 +29,9 @@ from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.monitor import step_clock
 from ftfast.distillation.monitor.step_clock import StepClock
 from ftfast.distillation.runtime.processes import Part, Processes
+from ftfast.distillation.runtime.seeds import seed_generators
 from ftfast.distillation.settings.run_settings import Settings
-from ftfast.distillation.training.loop import Stopped, Training, seed_generators
+from ftfast.distillation.training.loop import Stopped, Training
 from ftfast.distillation.training.losses import LossRecord
 from ftfast.distillation.training.schedule import Schedule
 from ftfast.distillation.training.step import graph

@@ -2,8 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ftfast.distillation.models import libraries
 from ftfast.distillation.models.cifar import SHORTCUTS, VGG, VGG_STAGES, ResNet, WideResNet
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.errors import SettingsError
 from ftfast.features.tap import FeatureTap
 
@@ -136,14 +136,6 @@ def place(model: Model, device: torch.device) -> Model:
     """The model itself, moved to the device, its convolutions channels_last."""
     model.to(device)
     return model.to(memory_format=torch.channels_last)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws from ``seed`` on the CPU; outside, its random state is as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True)

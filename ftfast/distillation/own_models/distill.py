@@ -22,10 +22,11 @@ from ftfast.distillation.own_models.numbers import Numbers, check_paraphraser, g
 from ftfast.distillation.own_models.sides import Mapped, Side, check_labels, check_models, common_size
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.runtime.seeds import seed_generators
 from ftfast.distillation.runtime.signals import Interrupted
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.evaluate import evaluate
-from ftfast.distillation.training.loop import Training, seed_generators
+from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.losses import DivergedError
 from ftfast.distillation.training.methods import METHODS, any_needs
 from ftfast.distillation.training.paraphrasing.paraphraser import train_paraphraser
