@@ -15,7 +15,7 @@ from bench.harness.registry import Bench, Settings
 from bench.peers import PEERS
 from bench.shapes import DEFAULT_HEADS, DEFAULT_SHAPES, QUICK_HEADS, QUICK_SHAPES, SHAPES, head_on, parse_shape
 from ftfast import dispatch
-from ftfast.tuning.heads import HEADS, parse_head
+from ftfast.commands.tune.heads import HEADS, parse_head
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from ftfast.tuning.heads import HeadShape
+from ftfast.commands.tune.heads import HeadShape
 
 
 class FactorShape(NamedTuple):

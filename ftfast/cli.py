@@ -18,7 +18,7 @@ COMMANDS = {
     "check": ("every kernel that runs here against the float64 reference", "ftfast.diagnosis.check"),
     "distill": ("train a teacher, its paraphraser, and students by several methods", "ftfast.commands.distill"),
     "store": ("factors of fixed views on disk, from which students train without a teacher", "ftfast.commands.store"),
-    "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.commands.tune"),
+    "tune": ("measure which kernels are fastest here, and keep the choice", "ftfast.commands.tune.command"),
     "evaluate": ("the test accuracy of a checkpoint, and what is taken for what", "ftfast.commands.evaluate"),
     "features": ("a model's layers with the shapes of what they give", "ftfast.commands.features"),
     "convert": (

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path(__file__).with_suffix(".json")
 COMPILING = ROOT / "bench/machine_code/compiling.py"
 SHIPPED = ROOT / "bench/machine_code/shipped"
-SHAPES = {ROOT / "bench/shapes.py", ROOT / "ftfast/tuning/heads.py"}
+SHAPES = {ROOT / "bench/shapes.py", ROOT / "ftfast/commands/tune/heads.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,7 +20,7 @@ from bench.kernels import ft_head, ft_loss
 from bench.peers import EAGER, YARDSTICK
 from bench.results.compare import Ratio, ratios, times
 from bench.shapes import SHAPES, head_on
-from ftfast.tuning.heads import HEADS
+from ftfast.commands.tune.heads import HEADS
 
 MARGIN = 1.5
 ATTEMPTS = 3

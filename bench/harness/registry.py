@@ -12,7 +12,7 @@ from rich.table import Table
 from bench.harness.measuring import Plan
 from bench.harness.records import Row
 from bench.shapes import FactorShape
-from ftfast.tuning.heads import HeadShape
+from ftfast.commands.tune.heads import HeadShape
 
 PACKAGES = ("bench.kernels", "bench.machine_code", "bench.training")
 

@@ -20,7 +20,7 @@ from bench.kernels.layers import fastest_library
 from bench.peers import Loss
 from bench.results import tables
 from bench.results.throughput import GRAPHED, MATMUL, throughput_markdown, throughput_tables
-from ftfast.tuning.heads import HeadShape
+from ftfast.commands.tune.heads import HeadShape
 
 STEM = "ft_head"
 OURS = "ftfast"

@@ -14,11 +14,11 @@ from bench.harness import gate
 from bench.peers import Loss
 from ftfast import reference
 from ftfast.backends import Options
+from ftfast.commands.tune.heads import HeadShape
 from ftfast.modules import convolution_stack
 from ftfast.ops.ft_head import function as ft_head
 from ftfast.ops.ft_head.operands import Plan
 from ftfast.ops.ft_head.stack import Stack
-from ftfast.tuning.heads import HeadShape
 
 
 class Operands(NamedTuple):

@@ -26,7 +26,7 @@ from bench.peers import Loss
 from bench.results import tables
 from bench.shapes import SHAPES
 from ftfast import dispatch
-from ftfast.tuning.heads import HEADS, HeadShape
+from ftfast.commands.tune.heads import HEADS, HeadShape
 
 STEM = "host_time"
 EMPTY = "empty autograd.Function"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.tuning.heads import HeadShape
+from ftfast.commands.tune.heads import HeadShape
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = WORKS = ("forward", "input gradient", "weight gradient")
 SLOPE = 0.1

@@ -21,7 +21,7 @@ from bench.kernels.loss_cases import FORMULA, LossCases
 from bench.results import curves, tables
 from bench.results.throughput import MATMUL
 from bench.shapes import FactorShape
-from ftfast.tuning.heads import HeadShape
+from ftfast.commands.tune.heads import HeadShape
 
 STEM = "scaling"
 OURS = "ftfast"

@@ -15,7 +15,7 @@ from bench.harness.registry import Settings
 from bench.kernels import conv3x3, ft_head
 from bench.kernels.layers import Operands
 from bench.results import throughput
-from ftfast.tuning.heads import parse_head
+from ftfast.commands.tune.heads import parse_head
 
 SETTINGS = Settings(
     device=torch.device("cpu"),

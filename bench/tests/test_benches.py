@@ -14,7 +14,7 @@ from bench.harness.gate import Candidate
 from bench.harness.measuring import QUICK_PLAN
 from bench.harness.registry import Bench, Settings, bench_modules
 from bench.shapes import QUICK_HEADS, QUICK_SHAPES, SHAPES
-from ftfast.tuning.heads import HEADS
+from ftfast.commands.tune.heads import HEADS
 from tests.processes.fork_server import Popen
 
 SETTINGS = Settings(

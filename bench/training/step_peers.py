@@ -19,6 +19,7 @@ from ftfast.distillation.models.frozen_teacher import FrozenTeacher
 from ftfast.distillation.phases.setup import precision_of
 from ftfast.distillation.phases.trainable import TeacherSide, trainable_of
 from ftfast.distillation.runtime.processes import ALONE, Processes
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.settings.run_settings import Settings, schedule_of
 from ftfast.distillation.training.step.graph import WARM_UPS
 from ftfast.distillation.training.step.step import LearningStep
@@ -89,7 +90,7 @@ class Operands:
         self.images = torch.randn(batch, 3, pair.size, pair.size, generator=generator).to(device)
         self.labels = torch.randint(pair.classes, (batch,), generator=generator).to(device)
         self._teacher = self._model(pair.teacher, seed)
-        with registry.seeded(seed):
+        with seeded(seed):
             self._paraphraser = ftfast.Paraphraser(self.taught.channels)
             self._translator = ftfast.Translator(self.found.channels, self._paraphraser.factor_channels)
         self._teacher.train()

@@ -66,9 +66,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.print_settings:
         print(json.dumps(settings.resolved().to_json(), indent=2))
         return 0
+    from ftfast.commands.rates import print_rates, run_rates, write_rates
     from ftfast.distillation.monitor.terminal import console_for_tables
     from ftfast.distillation.phases.report import print_table, write_report
-    from ftfast.distillation.rates import print_rates, run_rates, write_rates
     from ftfast.distillation.run import run as run_distillation
 
     # Beside the run of the teacher, not on it.

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ftfast.cli import main
+from ftfast.commands.tune import measuring
+from ftfast.commands.tune.candidates import Candidate
 from ftfast.extension import load_extension
 from ftfast.ops import kernel_table
 from ftfast.ops.conv3x3 import native as conv3x3_native
-from ftfast.tuning import measuring
-from ftfast.tuning.candidates import Candidate
 
 CPU = torch.device("cpu")
 WORK = kernel_table.Work("weight_gradient", "bfloat16", 32, 7, 7, 24, 16)

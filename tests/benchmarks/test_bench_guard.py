@@ -23,7 +23,7 @@ from bench.harness.running import Work, measure
 from bench.kernels import ft_loss
 from bench.results import compare
 from bench.shapes import SHAPES, parse_shape
-from ftfast.tuning.heads import HEADS
+from ftfast.commands.tune.heads import HEADS
 
 CPU = torch.device("cpu")
 # Ours takes most of a millisecond, against which a sleep can be told.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ftfast.distillation.models import registry, training_graph
 from ftfast.distillation.models.training_graph import training_forward
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.extension import load_extension
 from ftfast.ops.batch_norm import Layer, can_run, convolution_norm, fits
 
@@ -37,7 +38,7 @@ def _two_threads() -> Iterator[None]:
 
 def layer_of(shape: tuple[int, ...], relu: bool = True) -> Layer:
     _, channels, _, results, kernel, stride = shape
-    with registry.seeded(3):
+    with seeded(3):
         convolution = nn.Conv2d(channels, results, kernel, stride=stride, padding=kernel // 2, bias=False)
         norm = nn.BatchNorm2d(results)
         nn.init.uniform_(norm.weight, -1.5, 1.5)

@@ -31,13 +31,13 @@ from ftfast import FactorTransfer, Paraphraser, Translator
 from ftfast import extension as extension_module
 from ftfast.backends.native import Native
 from ftfast.commands import info
+from ftfast.commands.tune.heads import HEADS
 from ftfast.diagnosis import check_head
 from ftfast.diagnosis.check_loss import relative_error
 from ftfast.distillation.models.inference_graph import FusedConvolution
 from ftfast.extension import extension, load_extension, why_no_tiles
 from ftfast.ops import batch_norm
 from ftfast.ops.conv3x3 import direct, native
-from ftfast.tuning.heads import HEADS
 
 pytestmark = pytest.mark.skipif(load_extension()[0] is None, reason="the extension is not built")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import ftfast
 from bench.kernels import heads
+from ftfast.commands.tune.heads import HEADS
 from ftfast.ops.ft_head.triton import LAYERS, SINGLE_PASS
-from ftfast.tuning.heads import HEADS
 
 Results = Callable[[], list[Tensor]]
 RUNS = 1000

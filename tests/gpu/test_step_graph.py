@@ -29,8 +29,9 @@ from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.monitor import step_clock
 from ftfast.distillation.monitor.step_clock import StepClock
 from ftfast.distillation.runtime.processes import Part, Processes
+from ftfast.distillation.runtime.seeds import seed_generators, seeded
 from ftfast.distillation.settings.run_settings import Settings
-from ftfast.distillation.training.loop import Stopped, Training, seed_generators
+from ftfast.distillation.training.loop import Stopped, Training
 from ftfast.distillation.training.losses import LossRecord
 from ftfast.distillation.training.schedule import Schedule
 from ftfast.distillation.training.step import graph
@@ -51,7 +52,7 @@ if importlib.util.find_spec("tests.stand_in_gpu") is not None:
 
 
 def network(dropout: float = 0.0) -> nn.Module:
-    with registry.seeded(0):
+    with seeded(0):
         return nn.Sequential(
             *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout)),
             *(nn.Flatten(), nn.Linear(4 * 6 * 6, 4)),
@@ -528,7 +529,7 @@ def test_a_steps_seed_is_that_of_torch() -> None:
 def test_what_is_seeded_on_the_cpu_leaves_the_gpus_generator() -> None:
     """Mixup draws so in each step."""
     torch.cuda.manual_seed(7)
-    with registry.seeded(3):
+    with seeded(3):
         assert torch.initial_seed() == 3
     assert torch.cuda.initial_seed() == 7
 

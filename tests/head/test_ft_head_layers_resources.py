@@ -16,9 +16,9 @@ from bench.machine_code.compiling import ARCHITECTURES, Launch, Machine, cache_k
 from bench.machine_code.shipped import ShippedLaunch
 from bench.machine_code.shipped.ft_head_layers import run_launchers
 from bench.machine_code.shipped.pack_weights import pack_for_head
+from ftfast.commands.tune.heads import HeadShape
 from ftfast.kernels import activation
 from ftfast.kernels.ft_head import copy_weights, ft_head_loss, pack_weights
-from ftfast.tuning.heads import HeadShape
 
 QUICK = {
     "scaled direction 64 of 128x128->64x8x8 bfloat16",

@@ -1,8 +1,6 @@
 """The Triton kernels of attention maps, through their launchers, against the reference in float64."""
 
-import math
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,22 +16,11 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("ftfast.kernels.attention")
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 # A rounding of the result's dtype; the interpreter rounds bfloat16 towards zero.
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-10}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is full of NaN, so that an element that no kernel writes is seen."""
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
-
-        def poisoned(*args: object, _allocate: Callable[..., Tensor] = allocate, **kwargs: object) -> Tensor:
-            tensor = _allocate(*args, **kwargs)
-            return tensor.fill_(math.nan if tensor.is_floating_point() else 77)
-
-        monkeypatch.setattr(torch, name, poisoned)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

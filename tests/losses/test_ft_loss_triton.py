@@ -22,6 +22,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = pytest.importorskip("ftfast.kernels.ft_loss")
 devices = pytest.importorskip("ftfast.kernels.device")
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 # Relative L2 errors: a few roundings of float32 sums; for gradients the rounding to the factor's dtype on top.
@@ -29,19 +31,6 @@ LOSS_ERROR = {torch.float64: 1e-13, torch.float32: 1e-6}
 GRADIENT_ERROR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is full of NaN, so that an element that no kernel writes is seen."""
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
-
-        def poisoned(*args: object, _allocate: Callable[..., Tensor] = allocate, **kwargs: object) -> Tensor:
-            tensor = _allocate(*args, **kwargs)
-            return tensor.fill_(math.nan if tensor.is_floating_point() else 77)
-
-        monkeypatch.setattr(torch, name, poisoned)
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from ftfast.distillation.phases.report import print_table, to_markdown
 from ftfast.distillation.phases.results import collect, student_result
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.settings.presets import settings_of
-from ftfast.distillation.training.methods import Weights
+from ftfast.distillation.training.terms import Weights
 
 
 def spent(machine: str, busy: float | None, own: float, cores: int = 2) -> ProcessorTime:

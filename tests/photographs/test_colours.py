@@ -15,7 +15,8 @@ from ftfast.distillation.data.images import Images
 from ftfast.distillation.data.photographs import listing, streamed
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours
 from ftfast.distillation.data.photographs.streamed import Streamed
-from ftfast.distillation.models import libraries, registry
+from ftfast.distillation.models import libraries
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.settings.presets import settings_of
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.store import header
@@ -121,7 +122,7 @@ def test_every_command_reads_a_run_with_its_own(
     """A teacher of random weights, whose batch norms know the images, stands in for one that was trained."""
 
     def weights(name: str, *, in_channels: int, classes: int) -> dict[str, torch.Tensor]:
-        with registry.seeded(0):
+        with seeded(0):
             model = libraries.build(name, in_channels=in_channels, classes=classes)
         for images in 5 * drawn(folder, HALVES):
             model(images)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ftfast import FeatureTap, Paraphraser
 from ftfast.distillation.data.augment import Mixing
 from ftfast.distillation.data.in_memory import Split
-from ftfast.distillation.models import registry
 from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.phases.trainable import TeacherSide, student_training
+from ftfast.distillation.runtime.seeds import seed_of, seeded
 from ftfast.distillation.settings.presets import settings_of
 from ftfast.distillation.settings.run_settings import Settings
-from ftfast.distillation.training.loop import Training, step_seed
+from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.schedule import Schedule
 from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.terms import Weights
@@ -90,7 +90,7 @@ class Teacher(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        with registry.seeded(1):
+        with seeded(1):
             self.convolution = nn.Conv2d(1, settings.teacher_features().channels, 3, padding=1, stride=4)
         self.seen: list[Tensor] = []
 
@@ -107,7 +107,7 @@ def mixed_training(kind: str) -> tuple[Training, Teacher, Paraphraser, tuple[Ten
         learning_rate=RATE, nesterov=False, weight_decay=0.0, label_smoothing=0.1, device="cpu", dtype="float32",
     ).resolved()  # fmt: skip
     teacher = Teacher(settings)
-    with registry.seeded(2):
+    with seeded(2):
         paraphraser = Paraphraser(settings.teacher_features().channels, settings.rate).eval()
     generator = torch.Generator().manual_seed(3)
     split = Split(torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 10).to(torch.device("cpu"))
@@ -145,7 +145,7 @@ def test_a_step_of_factor_transfer_is_that_of_the_mixed_image(kind: str) -> None
 
     student, translator = (by_hand.trainable.get_submodule(name) for name in ("model", "translator"))
     student.train()
-    torch.manual_seed(step_seed(SEED, 0, 0))
+    torch.manual_seed(seed_of(SEED, 0, 0))
     logits, features = FeatureTap(student, "stage3")(shown[0])
     ours, theirs = (
         F.normalize(factor.flatten(1), dim=1)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ftfast import FactorTransfer, Paraphraser, Translator
 from ftfast.distillation.data.in_memory import Split
-from ftfast.distillation.models import registry
 from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.runtime.processes import ALONE, Processes, joined
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.training.evaluate import evaluate
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.methods import Terms
@@ -53,7 +53,7 @@ def train(
     accumulate: int, count: int, batch_size: int, processes: Processes = ALONE, *, replayed: bool = False
 ) -> dict[str, Tensor]:
     """Parameters, loss means and accuracy after two epochs of Factor Transfer, as tensors by name."""
-    with registry.seeded(4):
+    with seeded(4):
         student = Student()
         teacher = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
         head = FactorTransfer(Paraphraser(8, 0.5), Translator(6, 4), weight=20.0)

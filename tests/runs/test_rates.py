@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ftfast.cli import main
-from ftfast.distillation.rates import run_rates, settings_of_rates, write_rates
+from ftfast.commands.rates import run_rates, settings_of_rates, write_rates
 from ftfast.distillation.runtime import checkpoint
 from ftfast.errors import SettingsError
 from tests.runs.test_distill_run import SMALL_FIXED, what_counts

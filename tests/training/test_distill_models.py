@@ -155,9 +155,13 @@ def test_maps_of_unlike_size_are_refused_with_both_layers_and_sizes_unless_resiz
 
 def test_resizing_takes_the_mean_of_every_part_and_leaves_maps_that_fit() -> None:
     features = torch.randn(2, 3, 8, 8)
-    assert registry.resize(features, (8, 8)) is features
+
+    def resized(size: tuple[int, int]) -> torch.Tensor:
+        return registry.Resized(lambda images: registry.Outputs(images, features), size)(features).features
+
+    assert resized((8, 8)) is features
     expected = features.double().reshape(2, 3, 2, 4, 2, 4).mean((3, 5))
-    torch.testing.assert_close(registry.resize(features, (2, 2)).double(), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(resized((2, 2)).double(), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("in_channels", [1, 3, 4])

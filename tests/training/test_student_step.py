@@ -20,6 +20,7 @@ from ftfast.distillation.models import registry
 from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.models.training_graph import training_forward
 from ftfast.distillation.runtime import signals
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.runtime.signals import Interrupted, Stopped, StopRequest, signals_interrupt
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.evaluate import Accuracies
@@ -43,7 +44,7 @@ def _one_thread() -> Any:
 
 
 def classifier() -> nn.Module:
-    with registry.seeded(0):
+    with seeded(0):
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 4))
 
 
@@ -408,7 +409,7 @@ FLOAT16 = Precision(CPU, torch.float16)
 
 
 def normed_training(images: Tensor, precision: Precision, ema: float | None = None) -> Training:
-    with registry.seeded(0):
+    with seeded(0):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 4))
     trainable = nn.ModuleDict({"model": model})
     schedule = replace(PLAIN, epochs=2, ema=ema)

@@ -6,9 +6,9 @@ import torch
 
 from bench.machine_code.compiling import cache_key, recorded
 from bench.machine_code.shipped import ShippedLaunch
+from ftfast.commands.tune.heads import HEADS, HeadShape
 from ftfast.kernels import activation
 from ftfast.kernels.ft_head import copy_weights, ft_head_loss
-from ftfast.tuning.heads import HEADS, HeadShape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

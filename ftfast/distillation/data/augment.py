@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.distillation.models.registry import seeded
+from ftfast.distillation.runtime.seeds import seeded
 
 
 class Draws(NamedTuple):

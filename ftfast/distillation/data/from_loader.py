@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ftfast.distillation.data.images import Batches
 from ftfast.distillation.runtime.processes import WHOLE, Part
+from ftfast.distillation.runtime.seeds import seed_of
 from ftfast.errors import DistillError
 
 
@@ -107,5 +107,4 @@ class FromLoader(Batches):
 
 
 def _seed(*numbers: int) -> None:
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    torch.default_generator.manual_seed(int(state))
+    torch.default_generator.manual_seed(seed_of(*numbers))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ftfast.distillation.data.stratified import stratified_folds, stratified_rows
@@ -81,6 +82,11 @@ class Images(Batches):
     def test_steps(self, ranks: int) -> int:
         return steps_of(size_of(len(self), ranks, 0), self.test_batch_size)
 
+    def shuffled(self, batch_size: int, seed: int, epoch: int, first_step: int, part: Part) -> list[Tensor]:
+        """Of each batch of an epoch this process's part: numbers among these images, ``[n]`` int64."""
+        wholes = torch.randperm(len(self), generator=epoch_generator(seed, epoch)).tensor_split(self.steps(batch_size))
+        return [whole.tensor_split(part.ranks)[part.rank] for whole in wholes[first_step:]]
+
     @abstractmethod
     def row_labels(self) -> np.ndarray:
         """The label of every image, ``[N]`` int64."""
@@ -107,6 +113,11 @@ class Images(Batches):
         """
         rows = stratified_folds(self.row_labels(), count)
         return [(self.at(fitted), self.at(validated)) for fitted, validated in rows]
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Draws an epoch's order and, after it, what else the epoch draws."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 def steps_of(images: int, batch_size: int) -> int:

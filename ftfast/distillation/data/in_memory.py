@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ftfast.distillation.data.augment import Augmentation
-from ftfast.distillation.data.images import Images, steps_of
+from ftfast.distillation.data.images import Images, epoch_generator, steps_of
 from ftfast.distillation.runtime.processes import WHOLE, Part
 
 # Pixels that a GPU augments together: of many batches, since each launch costs as much as the work of a small one.
@@ -76,7 +76,7 @@ class Split(Images):
         self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, ...]]:
         device, augmentation = self.labels.device, self.augmentation
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = epoch_generator(seed, epoch)
         order = torch.randperm(len(self), generator=generator)
         draws = None
         if augmentation:

@@ -2,11 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ftfast.distillation.models import libraries
 from ftfast.distillation.models.cifar import SHORTCUTS, VGG, VGG_STAGES, ResNet, WideResNet
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.errors import SettingsError
 from ftfast.features.tap import FeatureTap
 
@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
     features: Tensor
 
 
-__all__ = ["SHORTCUTS", "FeatureMap", "ResNet", "build_model", "feature_map", "place", "resize", "seeded"]
+__all__ = ["SHORTCUTS", "FeatureMap", "ResNet", "build_model", "feature_map", "place"]
 LAST_STAGE = "stage3"  # of a ResNet
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -138,14 +138,6 @@ def place(model: Model, device: torch.device) -> Model:
     return model.to(memory_format=torch.channels_last)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws from ``seed`` on the CPU; outside, its random state is as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
 @dataclass(frozen=True)
 class FeatureMap:
     """A layer's name and the shape of its output for one image."""
@@ -232,31 +224,32 @@ class Teacher(nn.Module):
         return Outputs(*self._tap(images))
 
 
-def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Feature maps ``[N, C, H, W]`` pooled to ``size`` (height, width), or themselves where they have it."""
-    return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
-
-
 Network = TypeVar("Network", bound=Callable[[Tensor], Outputs])
 
 
 class Resized(nn.Module):
-    """A network's outputs with its features ``[N, C, H, W]`` pooled to ``size`` (height, width).
+    """A network's outputs with its features as maps ``[N, C, H, W]`` of one size.
 
     Args:
-        network: images to :class:`~ftfast.distillation.models.registry.Outputs`.
-        size: at most that of the features.
+        network: images to :class:`~ftfast.distillation.models.registry.Outputs`, in a module or not.
+        size: height and width to which maps of another size are pooled.
+        as_map: makes maps of what the network has in the features' place.
     """
 
-    def __init__(self, network: Callable[[Tensor], Outputs], size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        network: Callable[[Tensor], Outputs],
+        size: tuple[int, int],
+        as_map: Callable[[Any], Tensor] = lambda features: features,
+    ) -> None:
         super().__init__()
-        self.network = network
-        self.size = size
+        self.network, self.size, self.as_map = network, size, as_map
 
     def forward(self, images: Tensor) -> Outputs:
-        """``[N, C, H, W]`` to logits and pooled features."""
-        logits, features = self.network(images)
-        return Outputs(logits, resize(features, self.size))
+        """``[N, C, H, W]`` to logits and maps."""
+        logits, found = self.network(images)
+        maps = self.as_map(found)
+        return Outputs(logits, maps if maps.shape[2:] == self.size else F.adaptive_avg_pool2d(maps, self.size))
 
 
 def resized(network: Network, features: FeatureMap, size: tuple[int, int]) -> "Network | Resized":

@@ -13,20 +13,21 @@ from torch import nn
 
 from ftfast.distillation.data.from_loader import FromLoader
 from ftfast.distillation.models.frozen_teacher import FrozenTeacher
-from ftfast.distillation.models.registry import Outputs, place
+from ftfast.distillation.models.registry import Outputs, Resized, place
 from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.progress import Progress
 from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.monitor.trackers import DEFAULT, Trackers, tracker_names
 from ftfast.distillation.own_models.folder import training_folder
 from ftfast.distillation.own_models.numbers import Numbers, check_paraphraser, given_weights, precision_of
-from ftfast.distillation.own_models.sides import Mapped, Side, check_labels, check_models, common_size
+from ftfast.distillation.own_models.sides import Side, check_labels, check_models, common_size
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.runtime.seeds import seed_generators
 from ftfast.distillation.runtime.signals import Interrupted
 from ftfast.distillation.training import resumable
 from ftfast.distillation.training.evaluate import evaluate
-from ftfast.distillation.training.loop import Training, seed_generators
+from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.losses import DivergedError
 from ftfast.distillation.training.methods import METHODS, any_needs
 from ftfast.distillation.training.paraphrasing.paraphraser import train_paraphraser
@@ -193,7 +194,7 @@ def distill(
         if METHODS[method].needs:
             has_logits = any_needs([method], "logits")
             frozen = FrozenTeacher(teacher, teacher_layer, dtype=precision.dtype, classifier=has_logits, example=images)
-            taught = Mapped(frozen, of_teacher.as_map, (height, width))
+            taught = Resized(frozen, (height, width), of_teacher.as_map)
         if not any_needs([method], "factors"):
             paraphraser = None
         elif paraphraser is None:
@@ -206,7 +207,7 @@ def distill(
         tap = stack.enter_context(FeatureTap(student, student_layer))
         trainable, terms = taught_student(
             student,
-            Mapped(lambda images: Outputs(*tap(images)), of_student.as_map, (height, width)),
+            Resized(lambda images: Outputs(*tap(images)), (height, width), of_student.as_map),
             student if taught is None else taught,
             method=method,
             pair=Pair(of_student.channels, of_teacher.channels, paraphraser, chosen),

@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ftfast.distillation.models.registry import Outputs, resize
 from ftfast.distillation.training.methods import any_needs
 from ftfast.distillation.training.step.step import Precision
 from ftfast.errors import SettingsError
@@ -60,27 +59,6 @@ class Side:
         except (TypeError, ValueError) as error:
             raise SettingsError(f"{name}_layer is {layer!r}, whose {error}") from None
         return cls(as_map, logits.shape[1], found.shape[1], (found.shape[2], found.shape[3]))
-
-
-class Mapped(nn.Module):
-    """A network's outputs with its features as maps of one size.
-
-    Args:
-        network: images to :class:`Outputs`, in a module or not.
-        as_map: of a :class:`Side`.
-        size: height and width to which maps are pooled.
-    """
-
-    def __init__(
-        self, network: Callable[[Tensor], Outputs], as_map: Callable[[Any], Tensor], size: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        self.network, self.as_map, self.size = network, as_map, size
-
-    def forward(self, images: Tensor) -> Outputs:
-        """``[N, C, H, W]`` to logits and maps."""
-        logits, features = self.network(images)
-        return Outputs(logits, resize(self.as_map(features), self.size))
 
 
 def check_models(teacher: nn.Module, student: nn.Module) -> None:

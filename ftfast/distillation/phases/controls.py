@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftfast.distillation.models.registry import place, seeded
+from ftfast.distillation.models.registry import place
 from ftfast.distillation.phases.paraphraser import teacher_features, train_paraphraser
 from ftfast.distillation.phases.setup import Setup
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training.controls import CONTROLS
 from ftfast.distillation.training.methods import METHODS

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ftfast.distillation.data.images import Images
-from ftfast.distillation.models.registry import place, seeded
+from ftfast.distillation.models.registry import place
 from ftfast.distillation.phases.setup import Setup
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.settings.run_settings import Settings
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.methods import Terms, any_needs

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distillation.data.images import Images, steps_of
+from ftfast.distillation.data.images import Images
 from ftfast.distillation.data.photographs import crops
 from ftfast.distillation.data.stored_views import ViewedImages, sent
 from ftfast.distillation.runtime.processes import WHOLE, Part
@@ -79,10 +79,7 @@ class StoredImages(Images):
         Raises:
             StoreError: a shard that cannot be read.
         """
-        # In the order of images without a store.
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        wholes = order.tensor_split(steps_of(len(self), batch_size))[first_step:]
-        own = [self.rows[whole.tensor_split(part.ranks)[part.rank].numpy()] for whole in wholes]
+        own = [self.rows[places.numpy()] for places in self.shuffled(batch_size, seed, epoch, first_step, part)]
 
         def batches() -> Iterator[Rows]:
             return (Rows(images, self._views(images, seed, epoch)) for images in own)

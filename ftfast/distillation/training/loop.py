@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from ftfast.distillation.monitor.processor_time import EpochClock
 from ftfast.distillation.monitor.step_clock import timed
 from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.runtime.processes import ALONE, Processes
+from ftfast.distillation.runtime.seeds import seed_generators, seed_of
 from ftfast.distillation.runtime.signals import Stopped
 from ftfast.distillation.training.evaluate import Accuracies
 from ftfast.distillation.training.losses import LossRecord
@@ -139,7 +139,7 @@ class Training:
             self.is_between_steps = False
             step = first + self._steps_done
             whole = self._images.step_size(batch_size, self._steps_done) or len(batch[0])
-            seed = step_seed(self._seed, step, self._processes.part.rank)
+            seed = seed_of(self._seed, step, self._processes.part.rank)
             seed_generators(seed, batch[0].device)  # of dropout and the like
             if self._mixing is not None:
                 batch = (*self._mixing(batch[0], batch[1], seed), *batch[2:])
@@ -281,16 +281,3 @@ class Training:
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
     target.load_state_dict(source.state_dict())
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Has torch draw from ``seed`` on the CPU and the device; ``torch.manual_seed`` costs 100 us for all devices."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        place = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[place].manual_seed(seed)
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of what a process draws in a step, so that a resumed training draws what it would have."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ftfast.distillation.models.registry import Outputs, place, seeded
+from ftfast.distillation.models.registry import Outputs, place
 from ftfast.distillation.monitor.step_clock import timed
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.training.methods import METHODS, Terms
 from ftfast.distillation.training.step.step import BesideStudent
 from ftfast.distillation.training.terms import Pair, Stored, Taught

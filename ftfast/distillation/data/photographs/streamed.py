@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftfast.distillation.data.images import Images, steps_of
+from ftfast.distillation.data.images import Images
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, normalise
 from ftfast.distillation.data.photographs.gpu_pipeline import decoded_ahead
 from ftfast.distillation.data.photographs.listing import LOADERS, TEST, TRAIN, Photographs, list_both
@@ -82,10 +82,8 @@ class Streamed(Images):
         self, batch_size: int, *, seed: int, epoch: int, first_step: int = 0, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, ...]]:
         def keys() -> Iterator[list[Key]]:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            for batch in order.tensor_split(steps_of(len(self), batch_size))[first_step:]:
-                own = batch.tensor_split(part.ranks)[part.rank].numpy()
-                yield [(seed, epoch, row) for row in self.rows[own].tolist()]
+            for own in self.shuffled(batch_size, seed, epoch, first_step, part):
+                yield [(seed, epoch, row) for row in self.rows[own.numpy()].tolist()]
 
         yield from self.read("draw", keys, len(self) // part.ranks)
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ftfast.distillation.models.registry import place, seeded
+from ftfast.distillation.models.registry import place
+from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.training.paraphrasing.diagnosis import diagnose_paraphraser
 from ftfast.distillation.training.paraphrasing.feature_batches import autocast, device_of, of_features, of_images
 from ftfast.distillation.training.paraphrasing.reconstruction import DISTANCES, fit

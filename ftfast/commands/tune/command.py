@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from ftfast.commands.tune.candidates import DTYPES, jobs
+from ftfast.commands.tune.heads import HEADS, HeadShape, parse_head
+from ftfast.commands.tune.measuring import agreeing, captured, median_milliseconds
 from ftfast.dispatch import supports
 from ftfast.ops import kernel_table
 from ftfast.ops.kernel_table import Work
-from ftfast.tuning.candidates import DTYPES, jobs
-from ftfast.tuning.heads import HEADS, HeadShape, parse_head
-from ftfast.tuning.measuring import agreeing, captured, median_milliseconds
 
 TUNED = {name: HEADS[name] for name in ("cifar-r56-r20", "cifar-wrn40x2-wrn16x2", "imagenet-r34-r18")}
 """What is measured unless heads are given."""

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ftfast.commands.tune.candidates import DTYPES, Candidate
 from ftfast.ops.kernel_table import Work
-from ftfast.tuning.candidates import DTYPES, Candidate
 
 # Two kernels for one result may differ by this much, relative to it; TF32 rounds float32 operands.
 AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 4e-3}

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ftfast.backends import Options
+from ftfast.commands.tune.heads import HeadShape
 from ftfast.modules import Paraphraser, Translator, convolution_stack
 from ftfast.ops.conv3x3 import native as conv3x3_native
 from ftfast.ops.ft_head import function as ft_head
 from ftfast.ops.ft_head.operands import Plan
 from ftfast.ops.ft_head.stack import Stack
 from ftfast.ops.kernel_table import Work
-from ftfast.tuning.heads import HeadShape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
