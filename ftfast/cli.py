@@ -25,7 +25,10 @@ COMMANDS = {
         "a paraphraser's or translator's checkpoint under another project's names",
         "ftfast.commands.convert",
     ),
-    "export": ("a trained student by itself, as safetensors or a program of torch.export", "ftfast.commands.export"),
+    "export": (
+        "a trained student by itself, as safetensors or a program of torch.export, here or on the Hub",
+        "ftfast.commands.export",
+    ),
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 

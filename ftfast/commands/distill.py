@@ -14,6 +14,7 @@ from ftfast.distillation.monitor.trackers import DEFAULT, LIBRARIES
 from ftfast.distillation.runtime import torchrun
 from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
 from ftfast.distillation.settings import options
+from ftfast.distillation.settings.hub_teacher import with_hub_teacher
 from ftfast.distillation.settings.presets import for_a_try, settings_of
 from ftfast.distillation.store.header import with_store
 from ftfast.errors import DistillError, SettingsError
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = settings_of(args.preset, **with_store(options.given_settings(args)))
+    settings = settings_of(args.preset, **with_store(with_hub_teacher(options.given_settings(args))))
     if args.steps is not None:
         settings = for_a_try(settings, _count("steps", args.steps))
     if args.print_settings:

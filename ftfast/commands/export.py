@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ftfast.commands.model_card import model_card
 from ftfast.commands.trained import Trained, read_trained
 from ftfast.distillation.data import class_names
 from ftfast.distillation.data.photographs.decoding import of_photographs
-from ftfast.distillation.runtime import files
+from ftfast.distillation.runtime import files, hub
 from ftfast.errors import DistillError
 
 SUFFIXES = {
@@ -23,6 +26,7 @@ SUFFIXES = {
     ".pt2": "the program that torch.export makes, for any batch size",
     ".onnx": "the same for other runtimes, by the packages of ftfast[onnx]",
 }
+_PUSHED = (".safetensors", ".pt2")
 PROGRAM_DESCRIPTION = "ftfast.json"
 EXAMPLES = 4
 # Between the model and what is read back from the file, on the same images.
@@ -37,22 +41,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     kinds = "; ".join(f"{suffix}: {what}" for suffix, what in SUFFIXES.items())
     parser.add_argument("checkpoint", metavar="CHECKPOINT_FOLDER", help="a folder with model.safetensors")
-    parser.add_argument("output", metavar="FILE", help=f"what to write ({kinds})")
+    parser.add_argument("output", metavar="FILE", nargs="?", help=f"what to write ({kinds})")
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help=f"put {', '.join(map(_on_hub, _PUSHED))} and a card with the run's table into this model's repository on "
+        "the Hugging Face Hub, and FILE where it is of another kind",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file, reads it back and says how far its logits are from the checkpoint's."""
-    found = export_checkpoint(Path(args.checkpoint), Path(args.output), overwrite=args.overwrite)
+    if args.output is None and args.push is None:
+        raise ExportError("neither FILE nor --push is given; give one of them.")
+    if args.push is not None:
+        hub.check_writable(args.push)
+    found: dict[str, Any] = {}
+    if args.output is not None:
+        found = export_checkpoint(Path(args.checkpoint), Path(args.output), overwrite=args.overwrite)
+    if args.push is not None:
+        also = () if args.output is None else (Path(args.output).suffix,)
+        found["pushed"] = push_checkpoint(Path(args.checkpoint), args.push, dict.fromkeys((*_PUSHED, *also)))
     if args.json:
         print(json.dumps(found, indent=2))
-    else:
+        return 0
+    if args.output is not None:
         print(
             f"{found['output']}: {found['title']}, {found['parameters']:,} parameters, {found['bytes']:,} bytes; read "
             f"back, its logits are off by {found['error']:.1e}"
         )
+    if args.push is not None:
+        print(f"{args.push}: {found['pushed']}")
     return 0
+
+
+def push_checkpoint(folder: Path, repository: str, suffixes: Iterable[str] = _PUSHED) -> str:
+    """Puts the model of a checkpoint folder with its card into a repository on the Hub; returns the commit's address.
+
+    Args:
+        suffixes: of the files, which are named ``model`` there.
+
+    Raises:
+        DistillError: as :func:`export_checkpoint`, or a repository that cannot be written.
+    """
+    with TemporaryDirectory() as made:
+        files_there = [_on_hub(suffix) for suffix in suffixes]
+        for name in files_there:
+            export_checkpoint(folder, Path(made, name))
+        trained = read_trained(folder, torch.device("cpu"))
+        files.write_text(Path(made, "README.md"), model_card(trained, folder, repository, files_there))
+        return hub.publish(Path(made), repository, f"{trained.title}, by ftfast export")
+
+
+def _on_hub(suffix: str) -> str:
+    return f"model{suffix}"
 
 
 def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) -> dict[str, Any]:

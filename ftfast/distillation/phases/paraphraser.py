@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ftfast.distillation.data.images import Images
 from ftfast.distillation.models.registry import place
 from ftfast.distillation.phases.setup import Setup
-from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.runtime import checkpoint, hub
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.runtime.seeds import seeded
 from ftfast.distillation.settings.run_settings import Settings
@@ -50,9 +50,10 @@ def read_paraphraser(settings: Settings) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: not readable, not plain tensors, or not of such a paraphraser.
+        HubError: not to be had from the Hub.
     """
     assert settings.paraphraser_checkpoint is not None
-    path = Path(settings.paraphraser_checkpoint)
+    path = hub.local(settings.paraphraser_checkpoint)
     tensors, description = checkpoint.load_tensors(path)
     if (kind := description.get("kind", "paraphraser")) != "paraphraser":
         raise CheckpointError(

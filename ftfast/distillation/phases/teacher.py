@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ftfast.distillation.models.frozen_teacher import FrozenTeacher
 from ftfast.distillation.models.registry import Teacher, resized
 from ftfast.distillation.models.training_graph import training_forward
 from ftfast.distillation.phases.setup import Setup, build, with_batch_norms
-from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.runtime import checkpoint, hub
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.settings.run_settings import Settings, schedule_of
 from ftfast.distillation.training.evaluate import evaluate
@@ -40,6 +39,7 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: not readable, not plain tensors, of another model, or trained on other classes.
+        HubError: not to be had from the Hub.
         SettingsError: a library's weights that cannot be had, or are for other classes.
     """
     dataset = settings.dataset()
@@ -47,7 +47,7 @@ def read_teacher(settings: Settings) -> dict[str, Tensor]:
         return libraries.pretrained_tensors(
             settings.teacher, in_channels=dataset.image_shape[0], classes=dataset.classes
         )
-    path = Path(settings.teacher_checkpoint)
+    path = hub.local(settings.teacher_checkpoint)
     tensors, description = checkpoint.load_tensors(path)
     expected = teacher_description(settings)
     title = f"a {settings.teacher} with {settings.teacher_channels} channels and {settings.shortcut} shortcuts"

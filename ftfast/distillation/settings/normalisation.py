@@ -1,10 +1,8 @@
 """By which numbers the pixels of photographs are normalised: those that the networks' weights were trained with."""
 
-from pathlib import Path
-
 from ftfast.distillation.data.photographs.decoding import IMAGENET, Colours, of_photographs
 from ftfast.distillation.models import libraries
-from ftfast.distillation.runtime import checkpoint
+from ftfast.distillation.runtime import checkpoint, hub
 from ftfast.distillation.settings.recipe import Recipe
 from ftfast.errors import SettingsError
 
@@ -30,7 +28,7 @@ def of_recipe(recipe: Recipe) -> Colours:
 
 def _of_teacher(recipe: Recipe) -> Colours | None:
     if recipe.teacher_checkpoint is not None:
-        described = checkpoint.describe_weights(Path(recipe.teacher_checkpoint))
+        described = checkpoint.describe_weights(hub.local(recipe.teacher_checkpoint))
         if described is not None:
             return of_photographs(described["photographs"]) if "photographs" in described else None
         return _of_library(recipe.teacher)  # a file of others, trained further from the library's weights perhaps

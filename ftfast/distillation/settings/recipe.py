@@ -72,12 +72,16 @@ class RecipeFields:
     methods: tuple[str, ...] = setting(("none", "ft", "kd", "ft+kd"), "methods to compare", choices=tuple(METHODS))
     seeds: int = setting(6, "students of each method; a seed fixes a student's weights and its batches", least=1)
 
-    teacher: str = setting("resnet20", "the teacher's model")
+    teacher: str = setting(
+        "resnet20", "the teacher's model, or hf://owner/name of one that ftfast export has put on the Hugging Face Hub"
+    )
     teacher_channels: int = setting(16, "channels of the teacher's first stage, 0 for its paper's", least=0)
     teacher_layer: str | None = setting(None, "the teacher's layer whose output is compared (default: the last map's)")
     teacher_epochs: int = setting(20, "epochs of the teacher", least=1)
     teacher_checkpoint: str | None = setting(
-        None, "a trained teacher: a checkpoint folder, a .safetensors file or a torch file of tensors"
+        None,
+        "a trained teacher: a checkpoint folder, a .safetensors file or a torch file of tensors, here or as "
+        "hf://owner/name[/path/to/file][@revision]",
     )
     pretrained: bool = setting(False, "the teacher's weights are those that torchvision or timm has for it")
     student: str = setting("resnet8", "the students' model")
@@ -117,7 +121,9 @@ class RecipeFields:
     cutmix: float = setting(0.0, "alpha of cutmix, 0 for none; with mixup, each batch draws one of the two", least=0)
 
     paraphraser_checkpoint: str | None = setting(
-        None, "a paraphraser trained before: the folder that a run left, a .safetensors file or a torch file of tensors"
+        None,
+        "a paraphraser trained before: the folder that a run left, a .safetensors file or a torch file of tensors, "
+        "here or as hf://owner/name[/path/to/file][@revision]",
     )
     rate: float = setting(0.5, "the paraphraser's k: factor channels over feature channels", positive=True, most=64)
     paraphraser_steps: int = setting(500, "steps of the paraphraser", least=1)

@@ -15,6 +15,7 @@ from ftfast.distillation.data.images import steps_of
 from ftfast.distillation.data.photographs import decoding
 from ftfast.distillation.data.source import default_folder
 from ftfast.distillation.models import registry
+from ftfast.distillation.runtime import hub
 from ftfast.distillation.settings import normalisation
 from ftfast.distillation.settings.checks import check_recipe
 from ftfast.distillation.settings.fields import check_fields
@@ -91,6 +92,7 @@ class Settings(Meaning):
 
         Raises:
             SettingsError: a device that is not there, an unknown layer, or feature maps of unlike size.
+            HubError: a checkpoint that cannot be had from the Hub.
         """
         if DATASETS[self.data].is_streamed and not (self.classes and self.train_images and self.test_images):
             return self._counted().resolved()
@@ -110,8 +112,8 @@ class Settings(Meaning):
             graph=self._resolved_graph(device),
             threads=self.threads or torch.get_num_threads(),
             **derived,
-            teacher_checkpoint=_absolute(self.teacher_checkpoint),
-            paraphraser_checkpoint=_absolute(self.paraphraser_checkpoint),
+            teacher_checkpoint=_pinned(self.teacher_checkpoint),
+            paraphraser_checkpoint=_pinned(self.paraphraser_checkpoint),
             data_dir=str(Path(self.data_dir or default_folder()).absolute()) if in_files else None,
             store=_absolute(self.store),
             student_images=self.images_of_students(),
@@ -212,6 +214,10 @@ def _channels(model: str, channels: int) -> int:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
+
+
+def _pinned(source: str | None) -> str | None:
+    return hub.pinned(source) if source is not None and hub.is_address(source) else _absolute(source)
 
 
 def schedule_of(settings: Settings, epochs: int) -> Schedule:
