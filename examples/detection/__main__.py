@@ -5,6 +5,7 @@ done is kept in the output folder and not done again: a run that was stopped goe
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 8,
         "optimizer": "adamw",
         "learning_rate": 2e-3,
-        "beta": 100.0,
+        "beta": 30.0,
     },
     "voc": {
         "teacher": "resnet101",
@@ -76,9 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--paraphraser-steps", type=_positive, default=300, help="(300)")
     add("--batch-size", type=_positive)
     add("--optimizer", choices=OPTIMIZERS)
-    add("--learning-rate", type=float, help="which falls to 0 as a cosine")
-    add("--rate", type=float, default=0.5, help="k, how many channels a factor has for each of the teacher's (0.5)")
-    add("--beta", type=float, help="what Factor Transfer is multiplied by beside the detector's own losses")
+    add("--learning-rate", type=_above_zero, help="which falls to 0 as a cosine")
+    add(
+        "--rate",
+        type=_above_zero,
+        default=0.5,
+        help="k, how many channels a factor has for each of the teacher's (0.5)",
+    )
+    add("--beta", type=_above_zero, help="what Factor Transfer is multiplied by beside the detector's own losses")
     add("--from-scratch", action="store_true", help="take no weights for ImageNet")
     add("--workers", type=int, default=0, help="processes that read images (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +99,16 @@ def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is no positive whole number")
     return int(word)
+
+
+def _above_zero(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word!r} is no positive number")
+    return value
 
 
 def _bars(console: Console) -> Progress:
@@ -121,9 +137,9 @@ class Comparison:
         optimizer = partial(OPTIMIZERS[asked.optimizer], lr=asked.learning_rate)
         bar = self.bars.add_task(title, total=steps)
 
-        def advance(steps: int) -> None:
+        def advance(count: int) -> None:
             for task in (bar, self.all):
-                self.bars.advance(task, steps)
+                self.bars.advance(task, count)
 
         torch.manual_seed(seed)  # of the boxes that are drawn
         losses = train(model, batches, steps, optimizer, self.device, advance, *transfer)
@@ -156,7 +172,8 @@ class Comparison:
         """The paraphraser of the teacher's maps of images as its own transform makes them."""
         asked, path = self.asked, self.asked.output / "paraphraser.pt"
         if "paraphraser" in self.results:
-            made = Paraphraser(*self.results["paraphraser"]["channels"][:1], rate=asked.rate)
+            in_channels, factor_channels = self.results["paraphraser"]["channels"]
+            made = Paraphraser(in_channels, factor_channels=factor_channels)
             made.load_state_dict(torch.load(path, self.device, weights_only=True))
             return made.to(self.device)
         torch.manual_seed(0)
@@ -184,12 +201,22 @@ class Comparison:
         self.results.keep(name, self._trained(name, model, seed, self.asked.steps, *transfer))
 
 
-def _check_maps(teacher: str, student: str) -> None:
-    sizes = [tuple(models.last_shape(models.detector(name, 2, pretrained=False))[1:]) for name in (teacher, student)]
-    if sizes[0] != sizes[1]:
+def _check_models(asked: argparse.Namespace, classes: int) -> None:
+    """Raises ValueError before anything is trained in vain."""
+    teacher, student = (models.detector(name, classes, pretrained=False) for name in (asked.teacher, asked.student))
+    if asked.teacher_checkpoint:
+        try:
+            teacher.load_state_dict(torch.load(asked.teacher_checkpoint, "cpu", weights_only=True))
+        except Exception as error:  # what is in a file may be anything
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"--teacher-checkpoint {asked.teacher_checkpoint} is none of {asked.teacher}: {reason}"
+            ) from None
+    of_teacher, of_student = (tuple(models.last_shape(model)[1:]) for model in (teacher, student))
+    if of_teacher != of_student:
         raise ValueError(
-            f"--teacher {teacher} makes maps of {sizes[0]} of an image whose maps by --student {student} are "
-            f"{sizes[1]}; take two that agree."
+            f"--teacher {asked.teacher} makes a map of {of_teacher} of an image of which --student {asked.student} "
+            f"makes {of_student}; take two that agree."
         )
 
 
@@ -207,7 +234,8 @@ def main(words: list[str] | None = None) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()}
     try:
         data = read(asked.data, asked.data_dir, asked.images)
-        _check_maps(asked.teacher, asked.student)
+        torch.empty(0, device=asked.device)
+        _check_models(asked, data.classes)
         results = Results(asked.output, {name: value for name, value in settings.items() if name not in FREE})
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))

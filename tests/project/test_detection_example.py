@@ -109,10 +109,12 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_refuses_other_settings(tm
     later = json.loads((tmp_path / "run" / "results.json").read_text())
     assert kept.items() <= later.items()
     for wrong, sentence in (
-        ([*words, "--beta", "7"], "has a run with beta 100.0; name another --output."),
+        ([*words, "--beta", "7"], "has a run with beta 30.0; name another --output."),
         (["--data", "voc"], "--data voc needs --data-dir"),
         (["--teacher", "resnet18"], "take two that agree"),
         (["--steps", "0"], "'0' is no positive whole number"),
+        (["--rate", "nan"], "'nan' is no positive number"),
+        (["--teacher-checkpoint", str(tmp_path / "nothing.pt")], "nothing.pt is none of small-teacher"),
     ):
         with pytest.raises(SystemExit, match=r"^2$"):
             main(wrong if "--output" in wrong else [*wrong, "--output", str(tmp_path / "other")])
