@@ -469,6 +469,25 @@ def test_without_the_features_gradient_the_others_are_the_same() -> None:
     assert all(one is not None and torch.equal(one, two) for one, two in zip(parameters, alone, strict=True))
 
 
+def test_gradients_are_laid_out_as_the_weights_are() -> None:
+    head = make(SMALL)
+    upstream = upstream_of(head, "mean")
+    layers = [(weight.to(memory_format=torch.channels_last), bias) for weight, bias in head.student_layers]
+    bits = []
+    for each in (head, head._replace(student_layers=layers), head._replace(student_layers=layers[:1] + head[2][1:])):
+        _, kept = forward(each)
+        gradients = backward(each, kept, upstream)
+        bits.append(gradients)
+        are_as_weights = [
+            gradient is not None and gradient.stride() == weight.stride()
+            for gradient, (weight, _) in zip(gradients[1:4], each.student_layers, strict=True)
+        ]
+        assert all(are_as_weights) == kept.plan.like_parameters
+    assert not kept.plan.like_parameters  # where not all are laid out alike, the caller copies
+    for one, *others in zip(*bits, strict=True):
+        assert all(one is not None and torch.equal(one, other) for other in others)
+
+
 def test_counters_are_left_at_zero() -> None:
     head = make(SMALL)
     _, kept = forward(head)
