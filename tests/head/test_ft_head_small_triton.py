@@ -477,6 +477,23 @@ def test_without_the_features_gradient_the_others_are_the_same() -> None:
     assert all(one is not None and torch.equal(one, two) for one, two in zip(parameters, alone, strict=True))
 
 
+def test_gradients_are_laid_out_as_the_weights_are() -> None:
+    head = make(Shape(1, 5, 3, 3, 1, 2))
+    upstream = upstream_of(head, "mean")
+    layers = [(weight.to(memory_format=torch.channels_last), bias) for weight, bias in head.student_layers]
+    bits = []
+    for each in (head, head._replace(student_layers=layers)):
+        _, kept = forward(each)
+        bits.append(backward(each, kept, upstream))
+        assert kept.plan.like_parameters
+        for gradient, (weight, _) in zip(bits[-1][1:4], each.student_layers, strict=True):
+            assert gradient is not None
+            assert gradient.stride() == weight.stride()
+    assert all(one is not None and torch.equal(one, other) for one, other in zip(*bits, strict=True))
+    mixed = head._replace(student_layers=layers[:1] + head.student_layers[1:])
+    assert not forward(mixed)[1].plan.like_parameters  # the caller copies
+
+
 def test_counters_are_left_at_zero() -> None:
     head = make(SMALL)
     _, kept = forward(head)

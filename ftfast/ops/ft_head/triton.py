@@ -74,10 +74,6 @@ def choose(
 _plans: Remembered[tuple[Any, ...], SmallHeadPlan] = Remembered()
 
 
-def _kinds(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
-
-
 def _packed(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Memory with the weights packed forward."""
     layout, device = Layout(), weights[0].device
@@ -112,7 +108,8 @@ def _plan(student: Tensor, teacher: Tensor, frozen: Frozen | None, head: Head, k
     of_weight = weight.dtype if isinstance(weight, Tensor) and weight.device == student.device else None
     sizes = (student.shape, student.dtype, student.device, teacher.shape[1], teacher.dtype, frozen is None)
     packed = translator.weights if frozen is None else (*translator.weights, *frozen.weights)
-    key = (*sizes, p, reduction, eps, of_weight, *slopes, keep, *_kinds(packed))
+    kinds = [part for each in packed for part in (each.shape, each.stride(), each.dtype)]
+    key = (*sizes, p, reduction, eps, of_weight, *slopes, keep, *kinds)
     plan = _plans.get(key)
     if plan is None:
         samples, channels, height, width = student.shape
