@@ -1,26 +1,16 @@
 // ftfast._C: raw pointers, sizes and strides in, nothing of torch. Private: ftfast/ops checks every argument before.
-#include <pybind11/pybind11.h>
-
 #include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "batch_norm.h"
+#include "bindings.h"
 #include "fingerprint.h"
 #include "ft_head.h"
 #include "read_rows.h"
 
-namespace py = pybind11;
-
 namespace ftfast {
 namespace {
-
-std::vector<int64_t> numbers(const py::tuple& tuple) {
-  std::vector<int64_t> values;
-  values.reserve(tuple.size());
-  for (const auto& item : tuple) values.push_back(item.cast<int64_t>());
-  return values;
-}
 
 // sums and output may be 0
 void slope(uintptr_t gradient, uintptr_t output, int dtype, int64_t rows, int64_t channels, float slope, uintptr_t sums,

@@ -1,23 +1,13 @@
 // The loss's part of ftfast._C. What does not change from call to call is worked out once, in LossProblem.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "ft_loss.h"
-
-namespace py = pybind11;
 
 namespace ftfast {
 namespace {
-
-std::vector<int64_t> numbers(const py::tuple& tuple) {
-  std::vector<int64_t> values;
-  values.reserve(tuple.size());
-  for (const auto& item : tuple) values.push_back(item.cast<int64_t>());
-  return values;
-}
 
 // strides of all dims
 Factor factor_of(int dtype, const py::tuple& all_strides) {

@@ -67,7 +67,9 @@ def as_saved(tensors: Sequence[Tensor | None], layouts: Sequence[Layout | None])
     else:
         return tuple(tensors)
     pairs = zip(tensors, layouts, strict=True)
-    return tuple(tensor if tensor is None or layout is None else _laid_out(plain(tensor), *layout) for tensor, layout in pairs)
+    return tuple(
+        tensor if tensor is None or layout is None else _laid_out(plain(tensor), *layout) for tensor, layout in pairs
+    )
 
 
 def _laid_out(tensor: Tensor, dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:

@@ -158,14 +158,15 @@ class FTLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: float | Tensor, plan: Any) -> Tensor:
         ctx.plan = plan
-        for_student, for_teacher, *_ = ctx.needs_input_grad
-        upstream = plan.expected_upstream if for_student and not for_teacher else None
+        needed = ctx.needs_input_grad
+        upstream = plan.expected_upstream if needed[0] and not needed[1] else None
         ctx.holds_gradient = upstream is not None
         if upstream is not None:
             ctx.written_for = upstream
             loss, ctx.statistics, ctx.gradient = plan.forward_with_gradient(student, teacher, weight, upstream)
         else:
             loss, ctx.statistics = plan.forward(student, teacher, weight)
+            ctx.gradient = None
         # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
         ctx.inference_teacher = teacher if teacher.is_inference() else None
         ctx.weight, saved_weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
@@ -176,12 +177,10 @@ class FTLossFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         reads_memory = not (torch.is_grad_enabled() or is_batched(upstream))
         runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradient = None
-        if ctx.holds_gradient:
-            gradient = ctx.gradient
-            # The graph may be run again, and whoever receives the gradient may write to it.
-            if not runs_again:
-                ctx.gradient, ctx.holds_gradient = None, False
+        gradient = ctx.gradient
+        # The graph may be run again, and whoever receives the gradient may write to it.
+        if not runs_again:
+            ctx.gradient = None
         if gradient is not None and reads_memory and upstream.item() == ctx.written_for:
             return gradient.clone() if runs_again else gradient, None, None, None
         student, teacher, weight = ctx.saved_tensors

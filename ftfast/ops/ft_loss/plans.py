@@ -16,7 +16,9 @@ def loss_plan(launchers: ModuleType, student: Tensor, teacher: Tensor, p: int, r
     """``launchers.LossPlan`` for factors of this kind, made once."""
     sides = (student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype)
     key = (launchers, student.device, p, reduction, eps, *sides)
-    return _plans.get(key) or _plans.keep(key, _made(launchers.LossPlan(student, teacher, p, reduction, eps), student, teacher))
+    return _plans.get(key) or _plans.keep(
+        key, _made(launchers.LossPlan(student, teacher, p, reduction, eps), student, teacher)
+    )
 
 
 def _made(plan: LossPlan, student: Tensor, teacher: Tensor) -> LossPlan:
