@@ -139,22 +139,36 @@ void forward(const Problem& problem, C* loss, C* statistics) {
   const RowKernels row = row_kernels(student_as, teacher_as);
   const bool with_gradient = problem.student_gradient.data != nullptr;
   const bool past_caches = goes_past_caches(problem, problem.student_gradient);
+  const bool two_in_first_cache = 2 * size * (bytes_of(student_as) + bytes_of(teacher_as)) <= first_cache_bytes;
   // Below it a norm whose squares may have vanished is clamped all the same.
   const double sure_floor = std::sqrt(2 * Range<C>::least * double(size));
   share_samples(problem, [&](int64_t first, int64_t last) {
     RowBuffer student(problem, problem.student, student_as), teacher(problem, problem.teacher, teacher_as);
     RowBuffer target(problem, with_gradient ? problem.student_gradient : problem.student, student_as);
     Directions directions(problem);
-    double squares[2], sums[3];
-    const void *s = nullptr, *t = nullptr;
-    bool is_read = false;
+    double sums[3];
+    struct Read {
+      const void *s = nullptr, *t = nullptr;
+      double squares[2];
+    } now, next;
+    bool is_read = false;  // the next one, and its squares are summed
+    const auto read_next = [&](int64_t n) {
+      is_read = true;
+      next.s = student.read(n + 1);
+      next.t = teacher.read(n + 1);
+    };
     for (int64_t n = first; n < last; ++n) {
-      if (!is_read) {
-        s = student.read(n);
-        t = teacher.read(n);
-        row.squares(s, t, size, squares);
+      if (is_read) {
+        now = next;
+      } else {
+        now.s = student.read(n);
+        now.t = teacher.read(n);
+        row.squares(now.s, now.t, size, now.squares);
       }
       is_read = false;
+      next = Read();
+      const void *s = now.s, *t = now.t;
+      double* squares = now.squares;
       if (problem.eps < sure_floor) {
         if (squares[0] < Range<C>::least * double(size)) squares[0] = Directions::squares(s, student_as, size);
         if (squares[1] < Range<C>::least * double(size)) squares[1] = Directions::squares(t, teacher_as, size);
@@ -163,7 +177,8 @@ void forward(const Problem& problem, C* loss, C* statistics) {
       const double si = s_norm.inverse, ti = t_norm.inverse;
       bool ordinary = fits<C>(si, ti);
       if (ordinary) {
-        row.distances(s, t, size, p, ti / si, sums);
+        if (two_in_first_cache && n + 1 < last) read_next(n);
+        row.distances(s, t, size, p, ti / si, sums, next.s, next.t, next.squares);
         ordinary = holds<C>(sums[0], double(size));
       }
       if (!ordinary) {
@@ -186,13 +201,10 @@ void forward(const Problem& problem, C* loss, C* statistics) {
         directions.student_gradient(target.target(n), student_as, h, student_product, scale * si);
       } else {
         const double along_d = p == 1 ? 1 : h * si, along_s = student_product * si;
-        if (n + 1 < last) {
-          const void *next_s = student.read(n + 1), *next_t = teacher.read(n + 1);
-          row.gradient_and_next_squares(s, t, target.target(n), size, p, ti / si, along_d, along_s, scale * si, next_s,
-                                        next_t, squares, past_caches);
-          s = next_s;
-          t = next_t;
-          is_read = true;
+        if (!is_read && n + 1 < last) {
+          read_next(n);
+          row.gradient_and_next_squares(s, t, target.target(n), size, p, ti / si, along_d, along_s, scale * si, next.s,
+                                        next.t, next.squares, past_caches);
         } else {
           row.gradient(s, t, target.target(n), size, p, ti / si, along_d, along_s, scale * si, past_caches);
         }

@@ -13,8 +13,10 @@ enum class DType : int { float64, float32, bfloat16, float16, int8, float8_e4m3f
 struct RowKernels {
   // sums[2]: |s|^2 and |t|^2; reads every element once
   void (*squares)(const void* s, const void* t, int64_t size, double* sums);
-  // sums[2]: sum |d| and <sign d, s> for p=1, sum d^2 and <d, s> for p=2
-  void (*distances)(const void* s, const void* t, int64_t size, int p, double r, double* sums);
+  // sums[2]: sum |d| and <sign d, s> for p=1, sum d^2 and <d, s> for p=2; and in the same walk the squares of a next
+  // sample, if there is one: reading it hides behind the arithmetic. That pays where two samples lie in the first cache.
+  void (*distances)(const void* s, const void* t, int64_t size, int p, double r, double* sums, const void* next_s,
+                    const void* next_t, double* next_sums);
   // out = c * (g - x * k) with g = h * sign d for p=1 and h * d for p=2; x is s, or t for the teacher's side, and out
   // has its dtype. Both sides see the same d, so that rounding cannot give them unlike signs. past_caches: the gradients
   // are too many to stay in cache until somebody reads them.

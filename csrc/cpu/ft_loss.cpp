@@ -60,14 +60,14 @@ struct Row {
     }
   };
 
-  // Calls each(i) for whole steps, with a fold after so many of them; returns where the tail begins.
-  template <class Each>
-  static int64_t for_steps(int64_t size, Sums& sums, Each each) {
+  // Calls each(i) for whole steps, with a fold of all sums after so many of them; returns where the tail begins.
+  template <class Each, class... AllSums>
+  static int64_t for_steps(int64_t size, Each each, AllSums&... sums) {
     const int64_t stop = size / step * step;
     for (int64_t i = 0; i < stop;) {
       const int64_t end = stop - i > fold_steps * step ? i + fold_steps * step : stop;
       for (; i < end; i += step) each(i);
-      if (i < stop) sums.fold();
+      if (i < stop) (sums.fold(), ...);
     }
     return stop;
   }
@@ -82,9 +82,10 @@ struct Row {
     const S* s = static_cast<const S*>(student);
     const T* t = static_cast<const T*>(teacher);
     Sums sums;
-    const int64_t stop = for_steps(size, sums, [&](int64_t i) {
+    const auto add_step = [&](int64_t i) {
       for (int u = 0; u < unroll; ++u) add_squares(sums, s + i + u * lanes<C>, t + i + u * lanes<C>, u);
-    });
+    };
+    const int64_t stop = for_steps(size, add_step, sums);
     finish_squares(s, t, stop, size, sums, result);
   }
 
@@ -96,25 +97,42 @@ struct Row {
   }
 
   template <int P>
-  static void distances_of(const S* s, const T* t, int64_t size, C r, double* result) {
+  static void distances_of(const S* s, const T* t, int64_t size, C r, double* result, const S* next_s, const T* next_t,
+                           double* next_result) {
     const Values ratio = Values{} + r;
-    Sums sums;
+    Sums sums, next_sums;
     const auto add = [&](const S* s_at, const T* t_at, int u) {
       const Values x = load(s_at), d = subtract_product(x, load(t_at), ratio);
       Values &l = sums.first[u], &product = sums.second[u];
       l = P == 1 ? l + absolute<C>(d) : multiply_add(d, d, l);
       product = P == 1 ? add_signed<C>(product, d, x) : multiply_add(d, x, product);
     };
-    const int64_t stop = for_steps(size, sums, [&](int64_t i) {
+    const auto add_step = [&](int64_t i) {
       for (int u = 0; u < unroll; ++u) add(s + i + u * lanes<C>, t + i + u * lanes<C>, u);
-    });
+    };
+    int64_t stop = 0;
+    if (next_s) {
+      stop = for_steps(
+          size,
+          [&](int64_t i) {
+            add_step(i);
+            for (int u = 0; u < unroll; ++u)
+              add_squares(next_sums, next_s + i + u * lanes<C>, next_t + i + u * lanes<C>, u);
+          },
+          sums, next_sums);
+      finish_squares(next_s, next_t, stop, size, next_sums, next_result);
+    } else {
+      stop = for_steps(size, add_step, sums);
+    }
     for_tail<C>(s, t, stop, size, [&](const S* s_tail, const T* t_tail, int64_t, int) { add(s_tail, t_tail, 0); });
     sums.put(result);
   }
 
-  static void distances(const void* s, const void* t, int64_t size, int p, double r, double* sums) {
+  static void distances(const void* s, const void* t, int64_t size, int p, double r, double* sums, const void* next_s,
+                        const void* next_t, double* next_sums) {
     const auto of = p == 1 ? distances_of<1> : distances_of<2>;
-    of(static_cast<const S*>(s), static_cast<const T*>(t), size, C(r), sums);
+    of(static_cast<const S*>(s), static_cast<const T*>(t), size, C(r), sums, static_cast<const S*>(next_s),
+       static_cast<const T*>(next_t), next_sums);
   }
 
   // Loads go ahead of the stores: a store holds up the loads after it that look like its own address in the low bits.
@@ -124,7 +142,7 @@ struct Row {
     const Values ratio = Values{} + r, along_d = Values{} + h, along_s = Values{} + k, whole = Values{} + c;
     Values results[unroll];
     Sums sums;
-    const int64_t stop = for_steps(size, sums, [&](int64_t i) {
+    const auto each = [&](int64_t i) {
       for (int u = 0; u < unroll; ++u) {
         const int64_t at = i + u * lanes<C>;
         if (streaming) {
@@ -137,7 +155,8 @@ struct Row {
         add_squares(sums, next_s + at, next_t + at, u);
       }
       for (int u = 0; u < unroll; ++u) put<streaming>(out + i + u * lanes<C>, results[u]);
-    });
+    };
+    const int64_t stop = for_steps(size, each, sums);
     if (streaming) fence_streams();
     gradient_of<false, P, false, S>(s + stop, t + stop, out + stop, size - stop, r, h, k, c);
     finish_squares(next_s, next_t, stop, size, sums, next_sums);

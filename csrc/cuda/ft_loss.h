@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "ft_loss.h"
+#include "../ft_loss.h"
 
 namespace ftfast::cuda {
 

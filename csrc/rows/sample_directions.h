@@ -35,8 +35,8 @@ class Directions {
   // sums[3]: sum |a - b|, <sign(a - b), a> and <sign(b - a), b> for p=1, and as RowKernels has them for p=2. The last is
   // not taken from the others: sign(NaN) is 0, so that it may be a number where they are none. But 0 times a NaN is NaN.
   void distances(double* sums) const {
-    kernels_.distances(b_.data(), a_.data(), size_, p_, 1, sums + 1);  // the third; the second is overwritten
-    kernels_.distances(a_.data(), b_.data(), size_, p_, 1, sums);
+    kernels_.distances(b_.data(), a_.data(), size_, p_, 1, sums + 1, nullptr, nullptr, nullptr);  // the third; the second is overwritten
+    kernels_.distances(a_.data(), b_.data(), size_, p_, 1, sums, nullptr, nullptr, nullptr);
     sums[1] += of_a_;
     sums[2] += of_b_;
   }

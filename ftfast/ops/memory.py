@@ -1,6 +1,6 @@
 """Tensors on their way to kernels that read memory: what lies there has to be what torch would compute with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,29 +43,43 @@ def is_batched(gradient: Tensor) -> bool:
     return bool(functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient))
 
 
+Layout = tuple[torch.dtype, tuple[int, ...]]
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """A tensor's dtype and order of memory."""
+    return tensor.dtype, tensor.stride()
+
+
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """``ctx.save_for_backward``; :func:`saved` gives them back."""
     ctx.save_for_backward(*tensors)
-    ctx.saved_layouts = [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in tensors]
+    ctx.saved_layouts = [None if tensor is None else layout_of(tensor) for tensor in tensors]
 
 
-def saved(ctx: Any, last: int = 0) -> tuple[Any, ...]:
-    """What :func:`save` saved, each in the dtype and order of memory that it had; the ``last`` alone, if not 0.
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save` saved, each in the dtype and order of memory that it had.
 
     Hooks on saved tensors, as ``torch.autograd.graph.save_on_cpu`` sets them, may hand back others.
     """
-    tensors, layouts = ctx.saved_tensors[-last:], ctx.saved_layouts[-last:]
+    return as_saved(ctx.saved_tensors, ctx.saved_layouts)
+
+
+def as_saved(tensors: Sequence[Tensor | None], layouts: Sequence[Layout | None]) -> tuple[Any, ...]:
+    """Saved tensors, each in the layout that it had; None as it is."""
     for tensor, layout in zip(tensors, layouts, strict=True):
-        if tensor is not None and ((tensor.dtype, tensor.stride()) != layout or not lies_in_memory(tensor)):
+        if tensor is not None and (layout_of(tensor) != layout or not lies_in_memory(tensor)):
             break
     else:
         return tuple(tensors)
     pairs = zip(tensors, layouts, strict=True)
-    return tuple(None if tensor is None else _laid_out(plain(tensor), *layout) for tensor, layout in pairs)
+    return tuple(
+        tensor if tensor is None or layout is None else _laid_out(plain(tensor), *layout) for tensor, layout in pairs
+    )
 
 
 def _laid_out(tensor: Tensor, dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:
-    if (tensor.dtype, tensor.stride()) == (dtype, strides):
+    if layout_of(tensor) == (dtype, strides):
         return tensor
     # Of an expanded argument one copy is written.
     once = tensor[tuple(slice(1) if step == 0 else slice(None) for step in strides)]

@@ -12,7 +12,7 @@ from ftfast.backends import KernelBackend, LossPlan, Options
 from ftfast.dispatch import BACKENDS, choose, resolve
 from ftfast.ops.ft_loss import compiled as ft_loss_compiled
 from ftfast.ops.ft_loss.plans import loss_plan
-from ftfast.ops.memory import is_batched, lies_in_memory, plain, save, saved
+from ftfast.ops.memory import as_saved, is_batched, lies_in_memory, plain
 from ftfast.ops.remembered import ORDINARY, Remembered, kind_of_weight
 from ftfast.reference import scalar
 
@@ -89,7 +89,8 @@ def _kind_of(
         return None
     if type(reduction) is not str:
         return None
-    options = (p, reduction, eps, kind_of_weight(weight), resolve(backend), teacher.requires_grad)
+    of_weight = float if type(weight) is float else kind_of_weight(weight)
+    options = (p, reduction, eps, of_weight, resolve(backend), teacher.requires_grad)
     try:
         of_student = (student.shape, student.stride(), student.dtype, student.device)
         return (*options, *of_student, teacher.shape, teacher.stride(), teacher.dtype, teacher.device)
@@ -159,44 +160,46 @@ def _intercepts(kind: type[Tensor]) -> bool:
 
 
 class FTLossFunction(torch.autograd.Function):
-    """Saves the factors and O(N) scalars, and the student's gradient where the backend had better write it."""
+    """Saves the factors; O(N) scalars, and the student's gradient where the backend had better write it, lie beside."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: float | Tensor, plan: Any) -> Tensor:
         ctx.plan = plan
         needed = ctx.needs_input_grad
-        ctx.written_for = plan.expected_upstream if needed[0] and not needed[1] else None
-        ctx.holds_gradient = ctx.written_for is not None
-        gradient = None
-        if ctx.holds_gradient:
-            loss, statistics, gradient = plan.forward_with_gradient(student, teacher, weight, ctx.written_for)
+        upstream = plan.expected_upstream if needed[0] and not needed[1] else None
+        ctx.holds_gradient = upstream is not None
+        if upstream is not None:
+            ctx.written_for = upstream
+            loss, ctx.statistics, ctx.gradient = plan.forward_with_gradient(student, teacher, weight, upstream)
         else:
-            loss, statistics = plan.forward(student, teacher, weight)
+            loss, ctx.statistics = plan.forward(student, teacher, weight)
+            ctx.gradient = None
         # A tensor made under inference_mode cannot be saved, and has no version that saving would guard.
         ctx.inference_teacher = teacher if teacher.is_inference() else None
         ctx.weight, saved_weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-        save(ctx, student, teacher if ctx.inference_teacher is None else None, statistics, saved_weight, gradient)
+        ctx.save_for_backward(student, teacher if ctx.inference_teacher is None else None, saved_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        differentiable = torch.is_grad_enabled()
-        batched = is_batched(upstream)
-        reads_memory = not (differentiable or batched)
-        if ctx.holds_gradient and reads_memory and upstream.item() == ctx.written_for:
-            (gradient,) = saved(ctx, last=1)
-            # The graph may be run again, and whoever receives this may write to it.
-            runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
+        reads_memory = not (torch.is_grad_enabled() or is_batched(upstream))
+        runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
+        gradient = ctx.gradient
+        # The graph may be run again, and whoever receives the gradient may write to it.
+        if not runs_again:
+            ctx.gradient = None
+        if gradient is not None and reads_memory and upstream.item() == ctx.written_for:
             return gradient.clone() if runs_again else gradient, None, None, None
-        student, teacher, statistics, weight, _ = saved(ctx)
+        student, teacher, weight = ctx.saved_tensors
+        student, teacher = as_saved((student, teacher), ctx.plan.layouts)
         teacher = ctx.inference_teacher if teacher is None else teacher
-        weight = ctx.weight if weight is None else weight
+        weight = ctx.weight if weight is None else plain(weight)
         needed = ctx.needs_input_grad[:2]
         if not reads_memory:
             with torch.enable_grad():
                 options = Options(ctx.plan.p, ctx.plan.reduction, ctx.plan.eps, weight)
                 return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
-        return (*ctx.plan.backward(student, teacher, statistics, plain(upstream), weight, needed), None, None)
+        return (*ctx.plan.backward(student, teacher, ctx.statistics, plain(upstream), weight, needed), None, None)
 
 
 def _differentiable_backward(

@@ -1,7 +1,9 @@
-"""The loss through ftfast._C on the CPU: allocates the results and hands addresses and strides to C++.
+"""The loss through ftfast._C on the CPU: allocates the results and hands addresses to C++.
 
 The arguments were checked by ftfast.ops.ft_loss.function; the extension trusts what it gets.
 """
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +21,7 @@ _DTYPE_CODES = {
     torch.float8_e4m3fn: 5,
 }
 
-Described = tuple[int, int, tuple[int, ...]]
-
-
-def _describe(factor: Tensor) -> Described:
-    return factor.data_ptr(), _DTYPE_CODES[factor.dtype], factor.stride()
+GradientT = TypeVar("GradientT", Tensor, None)
 
 
 class LossPlan:
@@ -33,13 +31,19 @@ class LossPlan:
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, p: int, reduction: str, eps: float) -> None:
-        self.shape, self.device = student.shape, student.device
-        self.number = compute_dtype(student, teacher)
+        shape, number = student.shape, compute_dtype(student, teacher)
         self.p, self.reduction, self.eps = p, reduction, eps
         self.mean_of_rows = reduction != "none"
-        self.loss_shape = () if self.mean_of_rows else self.shape[:1]
-        self.divisor = reduction_divisor(self.shape[0], self.shape[1:].numel(), p=p, reduction=reduction)
-        self.kind = (p, student.shape[1])
+        self.divisor = reduction_divisor(shape[0], shape[1:].numel(), p=p, reduction=reduction)
+        self.kind = (p, shape[1])
+        # Results are made like these: that is faster than to name their shape, dtype and device.
+        self.loss = torch.empty(() if self.mean_of_rows else shape[:1], dtype=number)
+        self.statistics = torch.empty((5, shape[0]), dtype=number)
+        described = [
+            (_DTYPE_CODES[factor.dtype], factor.stride(), torch.empty_like(factor).stride())
+            for factor in (student, teacher)
+        ]
+        self.problem = extension().LossProblem(shape, *described[0], *described[1], p, self.mean_of_rows, eps)
 
     @property
     def expected_upstream(self) -> float | None:
@@ -49,41 +53,31 @@ class LossPlan:
     def _scale(self, weight: float | Tensor) -> float:
         return (weight.item() if isinstance(weight, Tensor) else weight) / self.divisor
 
-    def _forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        gradient: Described | None,
-        weight: float | Tensor,
-        upstream: float,
-    ) -> tuple[Tensor, Tensor]:
-        statistics = torch.empty((5, self.shape[0]), dtype=self.number, device=self.device)
-        loss = torch.empty(self.loss_shape, dtype=self.number, device=self.device)
-        extension().ft_loss_forward(
-            self.shape,
-            _describe(student),
-            _describe(teacher),
-            gradient,
-            loss.data_ptr(),
-            statistics.data_ptr(),
-            self.p,
-            self.mean_of_rows,
-            self.eps,
-            self._scale(weight),
-            upstream,
-            torch.get_num_threads(),
-        )
-        return loss, statistics
-
     def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
-        return self._forward(student, teacher, None, weight, 1.0)
+        loss, statistics, _ = self._forward(student, teacher, None, weight, 1.0)
+        return loss, statistics
 
     def forward_with_gradient(
         self, student: Tensor, teacher: Tensor, weight: float | Tensor, upstream: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(loss, statistics, gradient)``: the student's gradient as :meth:`backward` gives it for ``upstream``."""
-        gradient = torch.empty_like(student)
-        return *self._forward(student, teacher, _describe(gradient), weight, upstream), gradient
+        return self._forward(student, teacher, torch.empty_like(student), weight, upstream)
+
+    def _forward(
+        self, student: Tensor, teacher: Tensor, gradient: GradientT, weight: float | Tensor, upstream: float
+    ) -> tuple[Tensor, Tensor, GradientT]:
+        loss, statistics = torch.empty_like(self.loss), torch.empty_like(self.statistics)
+        self.problem.forward(
+            student.data_ptr(),
+            teacher.data_ptr(),
+            0 if gradient is None else gradient.data_ptr(),
+            loss.data_ptr(),
+            statistics.data_ptr(),
+            self._scale(weight),
+            upstream,
+            torch.get_num_threads(),
+        )
+        return loss, statistics, gradient
 
     def backward(
         self,
@@ -98,16 +92,14 @@ class LossPlan:
             note_upstream(self.kind, upstream.item())
         for_student = torch.empty_like(student) if needed[0] else None
         for_teacher = torch.empty_like(teacher) if needed[1] else None
-        extension().ft_loss_backward(
-            self.shape,
-            _describe(student),
-            _describe(teacher),
-            None if for_student is None else _describe(for_student),
-            None if for_teacher is None else _describe(for_teacher),
+        self.problem.backward(
+            student.data_ptr(),
+            teacher.data_ptr(),
+            0 if for_student is None else for_student.data_ptr(),
+            0 if for_teacher is None else for_teacher.data_ptr(),
             statistics.data_ptr(),
             upstream.data_ptr(),
             upstream.stride(0) if upstream.dim() else 0,
-            self.p,
             self._scale(weight),
             torch.get_num_threads(),
         )

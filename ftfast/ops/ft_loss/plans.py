@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ftfast.backends import LossPlan
+from ftfast.ops.memory import layout_of
 from ftfast.ops.remembered import Remembered
 
 _plans: Remembered[tuple[Any, ...], LossPlan] = Remembered()
@@ -15,4 +16,11 @@ def loss_plan(launchers: ModuleType, student: Tensor, teacher: Tensor, p: int, r
     """``launchers.LossPlan`` for factors of this kind, made once."""
     sides = (student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype)
     key = (launchers, student.device, p, reduction, eps, *sides)
-    return _plans.get(key) or _plans.keep(key, launchers.LossPlan(student, teacher, p, reduction, eps))
+    return _plans.get(key) or _plans.keep(
+        key, _made(launchers.LossPlan(student, teacher, p, reduction, eps), student, teacher)
+    )
+
+
+def _made(plan: LossPlan, student: Tensor, teacher: Tensor) -> LossPlan:
+    plan.layouts = layout_of(student), layout_of(teacher)
+    return plan
