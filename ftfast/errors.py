@@ -10,8 +10,14 @@ def shown(text: str) -> str:
 
     What does not print, such as a terminal's escape codes, is escaped, and the middle of what is long is left out.
     """
-    cut = text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
+    return printable(
+        text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
+    )
+
+
+def printable(text: str) -> str:
+    """The same, whole: a path may hold bytes that UTF-8 has no text for, which no terminal and no file of text takes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class DistillError(ValueError):

@@ -17,7 +17,7 @@ from ftfast.distillation.settings import options
 from ftfast.distillation.settings.hub_teacher import with_hub_teacher
 from ftfast.distillation.settings.presets import for_a_try, settings_of
 from ftfast.distillation.store.header import with_store
-from ftfast.errors import DistillError, SettingsError
+from ftfast.errors import DistillError, SettingsError, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=2))
     else:
         show(results, console_for_tables())
-        print(f"Report: {output / report}")
+        print(f"Report: {printable(str(output / report))}")
         if rates is None and not settings.is_noise:
             print("Next:", *_next_commands(output, results), sep="\n  ")
     return 0
@@ -114,7 +114,7 @@ def _next_commands(output: Path, results: dict[str, Any]) -> list[str]:
         ["ftfast", "evaluate", student, *(["--data-dir", data] if data else []), "--confusion", "confusion.png"],
         ["ftfast", "export", student, "student.pt2"],
     ]
-    return [shlex.join([_as_called(str(program)), *map(str, words)]) for program, *words in commands]
+    return [printable(shlex.join([_as_called(str(program)), *map(str, words)])) for program, *words in commands]
 
 
 def _as_called(program: str) -> str:

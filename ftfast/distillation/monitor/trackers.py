@@ -18,7 +18,7 @@ from ftfast.distillation.monitor.epochs import Epoch
 from ftfast.distillation.monitor.log_files import STEPS
 from ftfast.distillation.monitor.tracker_libraries import LibraryRun, Mlflow, Named, TensorBoard, Trackio, Wandb
 from ftfast.distillation.runtime import files
-from ftfast.errors import RunFolderError, SettingsError, shown
+from ftfast.errors import RunFolderError, SettingsError, printable, shown
 
 FILE = "trackers.json"
 
@@ -138,7 +138,8 @@ class Trackers:
         return runs
 
     def _open(self, name: str, title: str, settings: Mapping[str, Any]) -> LibraryRun:
-        return LIBRARIES[name].run(Named(self._kept["name"], title, self._folder, self.say), settings)
+        named = Named(self._kept["name"], title, self._folder, self.say)
+        return LIBRARIES[name].run(named, {setting: _written(value) for setting, value in settings.items()})
 
     def _tell(self, runs: Mapping[str, LibraryRun], act: _Act) -> None:
         for name, run in runs.items():
@@ -195,6 +196,10 @@ class TrackedTraining:
     def _add(self, kind: str, step: int, act: _Act) -> None:
         if self._runs:
             self._trackers.tell_once(self._title, kind, step, self._runs, act)
+
+
+def _written(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
@@ -25,4 +24,6 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 def seed_of(*numbers: int) -> int:
     """Of a training's seed, a step, a process: no two lists of numbers share one but by chance."""
+    import numpy as np  # not there where ftfast was installed alone, and a frozen teacher needs none
+
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
