@@ -16,7 +16,7 @@ def shown(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The same, whole: a path may hold bytes that UTF-8 has no text for, which no terminal and no file of text takes."""
+    """The same, whole: a path may hold bytes that are no text in UTF-8, which no terminal and no file of text takes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
