@@ -33,18 +33,27 @@ def _norm_layers(norm: str | None, channels: list[int]) -> nn.ModuleList | None:
 
 def _is_watched(layer: nn.Module) -> bool:
     """Whether somebody expects the layer itself to be called: it was replaced, or has hooks."""
-    if type(layer) not in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, Translator):
-        return True
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if type(layer) not in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, Translator) or "forward" in layer.__dict__:
         return True
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks)
+    return any(_GLOBAL_HOOKS) or any(hooks)
 
 
 def _keeps_size(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    """Whether it still is the 3x3 convolution that it was built as."""
+    """Whether it still is the 3x3 convolution that it was built as, with parameters of its own size."""
+    channels = (layer.out_channels, layer.in_channels)
+    weight_shape = (*(channels[::-1] if isinstance(layer, nn.ConvTranspose2d) else channels), 3, 3)
+    if layer.weight.shape != weight_shape or (layer.bias is not None and layer.bias.shape != channels[:1]):
+        return False
     sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding)
     return (*sizes, layer.groups, layer.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), (0, 0), 1, "zeros")
+
+
+def _follow_each_other(network: "Paraphraser | Translator") -> bool:
+    """Whether the encoder's layers are still three, from the network's channels to those of its factor."""
+    taken = [layer.in_channels for layer in network.encoder]
+    made = [layer.out_channels for layer in network.encoder]
+    return len(taken) == 3 and [*taken, network.factor_channels] == [network.in_channels, *made]
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -83,6 +92,12 @@ def _convolutions(channels: list[int]) -> nn.ModuleList:
 # What of a layer decides whether it is the plain convolution that it was built as.
 _SIZES = itemgetter("kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 
 
 class _Inspected(NamedTuple):
@@ -101,17 +116,20 @@ def _inspected_state(network: nn.Module) -> list[Any] | None:
     modules = own["_modules"]
     if network.__class__ not in _OWN or modules.get("norm") is not None:
         return None
-    hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks, *_HOOKS(own)]
-    state: list[Any] = [own["negative_slope"]]
+    watchers = [*_GLOBAL_HOOKS, *_HOOKS(own), "forward" in own, "encode" in own]
+    state: list[Any] = [own["negative_slope"], own["in_channels"], own["factor_channels"]]
     for layer in modules["encoder"].__dict__["_modules"].values():
         if layer.__class__ is not nn.Conv2d:
             return None
         of_layer = layer.__dict__
         parameters = of_layer["_parameters"]
-        hooks += _HOOKS(of_layer)
-        # What compares with each other by its elements is compared by its id; the stack holds the parameters.
-        state += (id(parameters.get("weight")), id(parameters.get("bias")), _SIZES(of_layer))
-    state.append(any(hooks))
+        watchers += (*_HOOKS(of_layer), "forward" in of_layer)
+        state.append(_SIZES(of_layer))
+        for name in ("weight", "bias"):
+            parameter = parameters.get(name)
+            # By its id, as tensors compare by their elements; the stack holds it. Another .data has another shape.
+            state += (id(parameter), None if parameter is None else parameter.shape)
+    state.append(any(watchers))
     return state
 
 
@@ -137,7 +155,8 @@ def convolution_stack(network: "Paraphraser | Translator") -> Stack | str:
 def _inspect(network: "Paraphraser | Translator") -> Stack | str:
     side = "the paraphraser" if isinstance(network, Paraphraser) else "the translator"
     for owner, method in ((Paraphraser, "encode"), (Translator, "forward")):
-        if isinstance(network, owner) and getattr(type(network), method) is not getattr(owner, method):
+        is_own = getattr(type(network), method, None) is getattr(owner, method) and method not in network.__dict__
+        if isinstance(network, owner) and not is_own:
             return f"{side} has a {method} of its own"
     if not isinstance(network, Paraphraser | Translator):
         return f"the {type(network).__name__} is not of ftfast's own classes"
@@ -161,6 +180,8 @@ def _inspect(network: "Paraphraser | Translator") -> Stack | str:
             return f"the parameters of {side} are DTensors"
         weights.append(layer.weight)
         biases.append(layer.bias)
+    if not _follow_each_other(network):
+        return f"the convolutions of {side} are no longer those that it was built with"
     for norm in network.norm or ():
         assert isinstance(norm, nn.BatchNorm2d)
         if norm.training or norm.running_mean is None or norm.running_var is None:

@@ -61,13 +61,13 @@ class LossPlan(Protocol):
         expected_upstream: the upstream gradient for which forward had better write the student's gradient, where that
             alone is needed; None where it had better not. With it the plan also has
             ``forward_with_gradient(student, teacher, weight, upstream)``, ``(loss, statistics, gradient)``.
-        layouts: dtype and strides of both factors; :func:`ftfast.ops.ft_loss.plans.loss_plan` sets it.
+        layouts: dtype, shape and strides of both factors; :func:`ftfast.ops.ft_loss.plans.loss_plan` sets it.
     """
 
     p: int
     reduction: str
     eps: float
-    layouts: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    layouts: tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...]], ...]
 
     @property
     def expected_upstream(self) -> float | None: ...

@@ -155,7 +155,7 @@ class _ConvolutionNorm(torch.autograd.Function):
         if samples * height * width == 1:
             raise ValueError("a batch norm in training was given a single number for each channel; take more images.")
         y = torch.empty_like(z)
-        statistics = torch.empty(2, channels)
+        statistics = torch.empty(2, channels, dtype=torch.float32, device=z.device)
         addresses = (z, residual, y, norm_weight, norm_bias, norm.running_mean, norm.running_var, *statistics)
         extension().batch_norm_forward(
             _addresses(addresses),

@@ -84,7 +84,7 @@ def crop_resize(
         (photograph.data_ptr(), *photograph.stride(), *(int(value) for value in window))
         for photograph, window in zip(photographs, windows, strict=True)
     ]
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     gains = tuple(1 / (255 * value) for value in deviation)

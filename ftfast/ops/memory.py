@@ -43,12 +43,12 @@ def is_batched(gradient: Tensor) -> bool:
     return bool(functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient))
 
 
-Layout = tuple[torch.dtype, tuple[int, ...]]
+Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
 def layout_of(tensor: Tensor) -> Layout:
-    """A tensor's dtype and order of memory."""
-    return tensor.dtype, tensor.stride()
+    """A tensor's dtype, shape and order of memory."""
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -66,7 +66,11 @@ def saved(ctx: Any) -> tuple[Any, ...]:
 
 
 def as_saved(tensors: Sequence[Tensor | None], layouts: Sequence[Layout | None]) -> tuple[Any, ...]:
-    """Saved tensors, each in the layout that it had; None as it is."""
+    """Saved tensors, each in the layout that it had; None as it is.
+
+    Raises:
+        RuntimeError: a tensor that has another size now, which torch's version counters do not tell.
+    """
     for tensor, layout in zip(tensors, layouts, strict=True):
         if tensor is not None and (layout_of(tensor) != layout or not lies_in_memory(tensor)):
             break
@@ -78,9 +82,14 @@ def as_saved(tensors: Sequence[Tensor | None], layouts: Sequence[Layout | None])
     )
 
 
-def _laid_out(tensor: Tensor, dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:
-    if layout_of(tensor) == (dtype, strides):
+def _laid_out(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    if layout_of(tensor) == (dtype, shape, strides):
         return tensor
+    if tensor.shape != shape:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(shape)} that forward kept has shape {tuple(tensor.shape)} in backward; leave "
+            "its .data as it is until then."
+        )
     # Of an expanded argument one copy is written.
     once = tensor[tuple(slice(1) if step == 0 else slice(None) for step in strides)]
     return torch.empty_strided(once.shape, strides, dtype=dtype, device=tensor.device).copy_(once).expand(tensor.shape)

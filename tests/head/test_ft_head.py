@@ -318,6 +318,19 @@ def test_a_convolution_that_is_no_longer_3x3_is_torchs(backend, device):
         assert max(errors(found, exact(head, student, teacher))) < 3e-5
 
 
+def test_parameters_of_another_size_are_not_read_past_their_ends(backend, device):
+    student, teacher = make_features(device=device)
+    for side in ("translator", "paraphraser"):
+        for name, shape in (("weight", (1, 1)), ("weight", (5, 5)), ("bias", ())):
+            head = make_head(backend=backend).to(device)
+            head(student, teacher)
+            parameter = getattr(getattr(head, side).encoder[1], name)
+            size = (*parameter.shape[:2], *shape) if name == "weight" else (parameter.shape[0] + 1,)
+            parameter.data = torch.randn(size, device=device)
+            with pytest.raises((RuntimeError, ValueError), match=r"shape|bias"):
+                head(student, teacher)
+
+
 def test_a_paraphraser_sharded_alone_is_refused_in_a_sentence_or_unshards(backend, device):
     if device != "cpu":
         pytest.skip("a group of one process is on the CPU")
@@ -600,7 +613,27 @@ def replaced_layer(head, seen):
     head.translator.encoder[1].register_forward_pre_hook(lambda *_: seen.append(1))
 
 
-@pytest.mark.parametrize("watch", [hooked_translator, hooked_layer, replaced_layer])
+def of_ones_own(method, seen):
+    return lambda x: seen.append(1) or method(x)
+
+
+def patched_translator(head, seen):
+    head.translator.forward = of_ones_own(head.translator.forward, seen)
+
+
+def patched_encode(head, seen):
+    head.paraphraser.encode = of_ones_own(head.paraphraser.encode, seen)
+
+
+def patched_layer(head, seen):
+    layer = head.translator.encoder[1]
+    layer.forward = of_ones_own(layer.forward, seen)
+
+
+WATCHES = [hooked_translator, hooked_layer, replaced_layer, patched_translator, patched_encode, patched_layer]
+
+
+@pytest.mark.parametrize("watch", WATCHES)
 def test_hooks_and_replaced_layers_are_called(backend, device, watch):
     head = make_head(backend=backend).to(device)
     student, teacher = make_features(device=device)
@@ -608,10 +641,23 @@ def test_hooks_and_replaced_layers_are_called(backend, device, watch):
     seen = []
     watch(head, seen)
     assert "separate" not in head.explain(student, teacher)
-    assert "replaced" in head.explain(student, teacher) or "hooks" in head.explain(student, teacher)
+    assert any(word in head.explain(student, teacher) for word in ("replaced", "hooks", "of its own"))
     found = head(student, teacher)
     assert seen == [1]
     torch.testing.assert_close(found, wanted)
+
+
+def test_backward_hooks_of_all_modules_are_called(backend, device):
+    head = make_head(backend=backend).to(device)
+    student, teacher = make_features(device=device)
+    head(student, teacher)
+    seen = []
+    hook = torch.nn.modules.module.register_module_full_backward_hook(lambda module, *_: seen.append(module))
+    try:
+        head(student, teacher).backward()
+    finally:
+        hook.remove()
+    assert {*head.translator.encoder, head.translator} <= {*seen}
 
 
 def test_a_translator_with_batch_norm_says_so(backend, device):

@@ -292,6 +292,25 @@ def test_a_factor_changed_after_the_call_is_told_of_or_does_not_reach_the_gradie
         torch.autograd.grad(loss, given)
 
 
+def test_a_factor_of_another_size_in_backward_is_refused(backend, device):
+    student, teacher = (torch.nn.Parameter(torch.randn(4, 70, device=device)) for _ in range(2))
+    for changed in (student, teacher):
+        loss = ftfast.ft_loss(student, teacher, backend=backend)
+        before, changed.data = changed.data, torch.randn(2, 3, device=device)
+        with pytest.raises(RuntimeError, match="shape"):
+            torch.autograd.grad(loss, (student, teacher), torch.tensor(2.0).to(loss))
+        changed.data = before
+
+
+def test_the_default_device_is_not_that_of_the_factors(backend, device):
+    student, teacher = torch.randn(3, 47, device=device, requires_grad=True), torch.randn(3, 47, device=device)
+    with torch.device("meta"):
+        loss = ftfast.ft_loss(student, teacher, backend=backend)
+        loss.backward()
+    torch.testing.assert_close(loss, reference.ft_loss(student, teacher))
+    assert student.grad.device == student.device
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_steady_upstream_gradient_is_written_in_forward_with_backwards_bits(monkeypatch, backend, device, p, dtype):

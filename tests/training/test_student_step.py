@@ -28,6 +28,7 @@ from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.losses import DivergedError, LossRecord
 from ftfast.distillation.training.methods import Terms
 from ftfast.distillation.training.schedule import Schedule
+from ftfast.distillation.training.step.average import Average
 from ftfast.distillation.training.step.step import BesideStudent, LearningStep, Precision
 
 CPU = torch.device("cpu")
@@ -272,6 +273,22 @@ def test_a_student_with_dropout_goes_on_bit_equal() -> None:
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(second)[name], tensor), name
     assert any(not torch.equal(weights(undropped)[name], tensor) for name, tensor in weights(whole).items())
+
+
+def test_buffers_of_every_dtype_are_averaged() -> None:
+    model = nn.Linear(2, 1)
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("index", torch.tensor([2**24 + 1, 7], dtype=torch.int64))
+    model.register_buffer("phase", torch.tensor([1j, 2.0]))
+    average = Average(model, 0.75)
+    for _ in range(3):
+        average.update_parameters(model)
+        average.n_averaged += 1
+    for own, new in zip(average.module.buffers(), model.buffers(), strict=True):
+        assert torch.equal(own, new)
+    model.phase.zero_()
+    average.update_parameters(model)
+    torch.testing.assert_close(average.module.phase, torch.tensor([0.75j, 1.5]))
 
 
 def test_the_average_is_what_is_kept_and_watched() -> None:

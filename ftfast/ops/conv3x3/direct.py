@@ -80,7 +80,7 @@ def pack(weight: Tensor, *, for_gradient: bool = False, kernel: str | None = Non
     outputs, channels = weight.shape[:2]
     of_result, summed = (channels, outputs) if for_gradient else (outputs, channels)
     filled = -(-summed // _TILE) * _TILE if kernel == TILES else summed
-    words = torch.empty(of_result * filled * 9, dtype=torch.bfloat16)
+    words = torch.empty(of_result * filled * 9, dtype=torch.bfloat16, device=weight.device)
     getattr(extension(), f"pack_{kernel}_weight")(
         weight.data_ptr(),
         weight.stride(),

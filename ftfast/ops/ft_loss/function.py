@@ -191,8 +191,8 @@ class FTLossFunction(torch.autograd.Function):
         if gradient is not None and reads_memory and upstream.item() == ctx.written_for:
             return gradient.clone() if runs_again else gradient, None, None, None
         student, teacher, weight = ctx.saved_tensors
-        student, teacher = as_saved((student, teacher), ctx.plan.layouts)
         teacher = ctx.inference_teacher if teacher is None else teacher
+        student, teacher = as_saved((student, teacher), ctx.plan.layouts)
         weight = ctx.weight if weight is None else plain(weight)
         needed = ctx.needs_input_grad[:2]
         if not reads_memory:

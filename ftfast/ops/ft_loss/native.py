@@ -37,8 +37,8 @@ class LossPlan:
         self.divisor = reduction_divisor(shape[0], shape[1:].numel(), p=p, reduction=reduction)
         self.kind = (p, shape[1])
         # Results are made like these: that is faster than to name their shape, dtype and device.
-        self.loss = torch.empty(() if self.mean_of_rows else shape[:1], dtype=number)
-        self.statistics = torch.empty((5, shape[0]), dtype=number)
+        self.loss = student.new_empty(() if self.mean_of_rows else shape[:1], dtype=number)
+        self.statistics = student.new_empty((5, shape[0]), dtype=number)
         described = [
             (_DTYPE_CODES[factor.dtype], factor.stride(), torch.empty_like(factor).stride())
             for factor in (student, teacher)

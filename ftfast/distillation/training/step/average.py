@@ -38,14 +38,19 @@ class Average(AveragedModel):
             for own, new in pairs:
                 own.copy_(new)
             return
-        weights = [pair for pair in pairs if pair[0].is_floating_point()]
+        weights = [pair for pair in pairs if _is_continuous(pair[0])]
         averages = [own for own, _ in weights]
         steps = torch._foreach_sub([new for _, new in weights], averages)
         torch._foreach_mul_(steps, self._share)
         torch._foreach_add_(averages, steps)
+        share = self._share.double()
         for own, new in pairs:
-            if not own.is_floating_point():  # a count of batches
-                own.copy_(own + (new - own) * self._share)
+            if not _is_continuous(own):  # a count of batches, an index, a mask
+                own.copy_(torch.lerp(own.double(), new.double(), share))
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
