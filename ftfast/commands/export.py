@@ -111,13 +111,15 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
 
     Raises:
         CheckpointError: not a whole checkpoint of a teacher or student.
-        ExportError: another suffix, a file that is there, one that does not give the model's logits, or packages that
-            are missing.
+        ExportError: another suffix, a file that is there or has no folder, one that does not give the model's logits,
+            or packages that are missing.
     """
     if output.suffix not in SUFFIXES:
         raise ExportError(f"output is {output}; it takes a name that ends in {', '.join(SUFFIXES)}.")
     if output.exists() and not overwrite:
         raise ExportError(f"output {output} is there already; give --overwrite or another name.")
+    if not output.parent.is_dir():
+        raise ExportError(f"output is {output}, and {output.parent} is no folder; make it, or give another name.")
     trained = read_trained(folder, torch.device("cpu"))
     model = trained.model.to(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(0)

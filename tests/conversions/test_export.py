@@ -109,6 +109,14 @@ def test_another_suffix_is_refused(trained: tuple[Path, torch.nn.Module], tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_a_folder_that_is_not_there_is_told_of_in_a_sentence(
+    trained: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    """For a program it ended with torch's traceback."""
+    with pytest.raises(DistillError, match=r"nowhere is no folder; make it, or give another name\."):
+        export_checkpoint(trained[0], tmp_path / "nowhere" / "student.pt2")
+
+
 def test_a_wrong_export_leaves_no_file(
     trained: tuple[Path, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
