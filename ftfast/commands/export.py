@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -111,15 +112,13 @@ def export_checkpoint(folder: Path, output: Path, *, overwrite: bool = False) ->
 
     Raises:
         CheckpointError: not a whole checkpoint of a teacher or student.
-        ExportError: another suffix, a file that is there or has no folder, one that does not give the model's logits,
-            or packages that are missing.
+        ExportError: another suffix, a file that is there, one that does not give the model's logits, or packages that
+            are missing.
     """
     if output.suffix not in SUFFIXES:
         raise ExportError(f"output is {output}; it takes a name that ends in {', '.join(SUFFIXES)}.")
     if output.exists() and not overwrite:
         raise ExportError(f"output {output} is there already; give --overwrite or another name.")
-    if not output.parent.is_dir():
-        raise ExportError(f"output is {output}, and {output.parent} is no folder; make it, or give another name.")
     trained = read_trained(folder, torch.device("cpu"))
     model = trained.model.to(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +175,9 @@ def _program(trained: Trained, model: nn.Module, images: Tensor) -> ExportedProg
 
 def _write_program(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
     program = _program(trained, model, images)
-    torch.export.save(program, path, extra_files={PROGRAM_DESCRIPTION: _described(trained)})
+    content = BytesIO()  # torch would end with a traceback where the file cannot be written
+    torch.export.save(program, content, extra_files={PROGRAM_DESCRIPTION: _described(trained)})
+    files.write_bytes(path, content.getvalue())
     return torch.export.load(path).module()(images[:2])
 
 

@@ -109,12 +109,17 @@ def test_another_suffix_is_refused(trained: tuple[Path, torch.nn.Module], tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_a_folder_that_is_not_there_is_told_of_in_a_sentence(
-    trained: tuple[Path, torch.nn.Module], tmp_path: Path
+def test_a_folder_is_made_and_one_that_cannot_be_is_told_of_in_a_sentence(
+    trained: tuple[Path, torch.nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For a program it ended with torch's traceback."""
-    with pytest.raises(DistillError, match=r"nowhere is no folder; make it, or give another name\."):
-        export_checkpoint(trained[0], tmp_path / "nowhere" / "student.pt2")
+    """For a program both ended with torch's traceback."""
+    words = ["export", str(trained[0])]
+    assert main([*words, str(tmp_path / "new" / "student.pt2")]) == 0
+    capsys.readouterr()
+    assert main([*words, "/proc/student.pt2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ftfast export: error: /proc/")
+    assert said.count("\n") == 1
 
 
 def test_a_wrong_export_leaves_no_file(

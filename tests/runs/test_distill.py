@@ -156,7 +156,9 @@ def test_stopped_within_an_epoch_it_goes_on_to_the_same_bits(optimizer, teacher,
     options |= {"output": tmp_path / "run", "resume": True}
     second = ftfast.distill(teacher, network(8, seed=2), loader(), loader(20), **options)
     assert equal(second.student, whole.student)
-    assert [replace(epoch, seconds=0) for epoch in second.history] == [replace(it, seconds=0) for it in whole.history]
+    measured = {"seconds": 0, "others_share": None}  # of the machine, which has other work at times
+    first, again = ([replace(epoch, **measured) for epoch in each.history] for each in (whole, second))
+    assert first == again
     read = ftfast.distill(teacher, network(8, seed=3), loader(), loader(20), **options)
     assert equal(read.student, whole.student)
     assert read.accuracy == whole.accuracy
