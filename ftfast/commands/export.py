@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -174,7 +175,9 @@ def _program(trained: Trained, model: nn.Module, images: Tensor) -> ExportedProg
 
 def _write_program(trained: Trained, model: nn.Module, images: Tensor, path: Path) -> Tensor:
     program = _program(trained, model, images)
-    torch.export.save(program, path, extra_files={PROGRAM_DESCRIPTION: _described(trained)})
+    content = BytesIO()  # torch would end with a traceback where the file cannot be written
+    torch.export.save(program, content, extra_files={PROGRAM_DESCRIPTION: _described(trained)})
+    files.write_bytes(path, content.getvalue())
     return torch.export.load(path).module()(images[:2])
 
 

@@ -109,6 +109,19 @@ def test_another_suffix_is_refused(trained: tuple[Path, torch.nn.Module], tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_a_folder_is_made_and_one_that_cannot_be_is_told_of_in_a_sentence(
+    trained: tuple[Path, torch.nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For a program both ended with torch's traceback."""
+    words = ["export", str(trained[0])]
+    assert main([*words, str(tmp_path / "new" / "student.pt2")]) == 0
+    capsys.readouterr()
+    assert main([*words, "/proc/student.pt2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ftfast export: error: /proc/")
+    assert said.count("\n") == 1
+
+
 def test_a_wrong_export_leaves_no_file(
     trained: tuple[Path, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

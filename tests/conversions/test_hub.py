@@ -115,6 +115,10 @@ def test_a_teacher_s_file_that_does_not_say_what_it_is_of_asks_for_its_name(hub:
     [
         ("hf://me", None, "is no address on the Hub; it takes hf://owner/name[/path/to/file][@revision]."),
         ("hf://me/student@", None, "is no address on the Hub"),
+        ("hf://me too/student", None, "is no address on the Hub"),
+        ("hf://me/student--1", None, "is no address on the Hub"),
+        ("hf://me/student//no.pt", None, "is no address on the Hub"),
+        ("hf://me/student/../no.pt", None, "is no address on the Hub"),
         ("hf://you/nothing", None, "there is no such repository, or your token may not see it"),
         ("hf://me/student@v9", None, "the repository has no such revision."),
         ("hf://me/student/no.pt", None, "the repository has no such file."),
@@ -141,6 +145,7 @@ def test_what_cannot_be_had_from_the_hub_is_said_in_a_sentence(
     ("repository", "token", "fails", "reason"),
     [
         ("student", "t", None, "push is 'student'; it takes owner/name."),
+        ("me too/student", "t", None, "push is 'me too/student'; it takes owner/name."),
         ("me/student", None, None, "there is no token for the Hub; run hf auth login, or set HF_TOKEN."),
         ("me/other", "t", None, "me/other: there is no such repository, or your token may not see it"),
         ("me/student", "t", HfHubHTTPError(403), "me/student: your token may not do that"),

@@ -65,6 +65,19 @@ def test_a_phase_has_rate_and_time_left_in_its_first_epoch_and_skipped_images_ha
     assert progress.images_left() == 256_000 - 256 * (steps + 1)
 
 
+def test_a_bar_is_one_line_on_a_terminal_of_40_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images a second took a second line below each bar."""
+    clock, written = Clock(), StringIO()
+    progress = Progress(1000, Console(file=written, width=40))
+    monkeypatch.setattr(progress._bars, "get_time", clock)
+    progress.begin("students of ft+kd", 500)
+    for _ in range(3):
+        clock.seconds += 0.1
+        progress.advance(50)
+    progress.console.print(progress._bars.get_renderable())
+    assert len(written.getvalue().splitlines()) == 2
+
+
 def test_an_epochs_line_has_losses_accuracies_rate_and_time_left() -> None:
     record = Epoch(3, {"labels": 3.2, "factors": 1.9}, 45.678, 4000, 2.0, 70.0)
     assert epoch_line("students/ft/seed0", 90, record, 27_600.0) == (

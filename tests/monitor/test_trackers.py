@@ -159,9 +159,10 @@ def test_a_tracker_that_takes_nothing_is_told_of_before_anything_is_computed(
     trackers = Trackers(("wandb",), tmp_path)
     with pytest.raises(SettingsError, match=r"track has wandb, which .*: no API key configured. Use wandb login; mend"):
         trackers.begin({})
-    (tmp_path / FILE).write_text('{"name": "x y"')
-    with pytest.raises(RunFolderError, match="is not as it was written"):
-        trackers.begin({})
+    for damaged in ('{"name": "x y"', '{"name": "x"}'):
+        (tmp_path / FILE).write_text(damaged)
+        with pytest.raises(RunFolderError, match="is not as it was written"):
+            trackers.begin({})
 
 
 def test_a_student_of_ones_own_is_tracked_too(tmp_path: Path, libraries: dict[str, Recording]) -> None:

@@ -34,6 +34,13 @@ def test_every_public_name_is_on_the_api_page():
     assert shown("reference/api.md") == {f"ftfast.{name}" for name in ftfast.__all__ if name != "__version__"}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_that_a_page_links_to_exist(page):
+    """Three links led to where pages had lain, which the site's build tells only where its packages are installed."""
+    for path in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+        assert (page.parent / path).exists(), path
+
+
 def test_every_peer_is_on_the_compat_page():
     folder = ROOT / "ftfast" / "compat"
     modules = [path for path in folder.glob("*.py") if path.stem != "__init__"]

@@ -28,7 +28,12 @@ class FromLoader(Batches):
         loader: batches that begin with images ``[N, C, H, W]``, floating, and labels ``[N]``, int64; gone through again
             for every epoch, and with a length.
         name: of the argument, for errors.
+
+    Attributes:
+        classes: of the student, once they are known; labels of others are refused from then on.
     """
+
+    classes: int | None = None
 
     def __init__(self, loader: Iterable[Any], name: str, device: torch.device) -> None:
         self._loader, self._name, self._device = loader, name, device
@@ -74,6 +79,15 @@ class FromLoader(Batches):
         """A batch, to see what it is like."""
         return next(self.in_order(0))
 
+    def check_labels(self, labels: Tensor) -> None:
+        """Raises LoaderError where one is of no class of the student's."""
+        if self.classes is None:
+            return
+        least, most = labels.aminmax()
+        if least < 0 or most >= self.classes:
+            wrong = int(least if least < 0 else most)
+            raise LoaderError(f"{self._name} has label {wrong} and student gives logits of {self.classes} classes.")
+
     def _batches(self, before: Callable[[int], None] = lambda _: None) -> Iterator[Any]:
         """A pass; ``before`` is called before the pass, and before each batch is asked for, with its step."""
         before(self._steps)
@@ -102,6 +116,10 @@ class FromLoader(Batches):
                 f"{name} gives labels {list(labels.shape)} of {labels.dtype} with {len(images)} images; it takes one "
                 "whole number for each."
             )
+        if not len(images):
+            raise LoaderError(f"{name} gives a batch without images; it takes batches of at least one.")
+        if labels.device.type == "cpu":  # to read them on a GPU would wait for it at every step
+            self.check_labels(labels)
         images = images.to(self._device, torch.float32, non_blocking=True)
         return images.contiguous(memory_format=torch.channels_last), labels.to(self._device, torch.int64)
 

@@ -23,6 +23,7 @@ from rich.progress import (
     track,
 )
 from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.text import Text
 
 from ftfast.distillation.monitor.epochs import Epoch
@@ -83,7 +84,7 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
-            _RateColumn(),
+            _RateColumn(table_column=Column(no_wrap=True)),  # a bar is one line on a narrow terminal too
             TimeRemainingColumn(),
             console=self.console,
             speed_estimate_period=STEADY_SECONDS,

@@ -161,7 +161,7 @@ class Trackers:
         if not path.exists():
             folder = re.sub(r"[^\w.-]", "-", self._folder.absolute().name)[:40]
             return {"name": f"{folder}-{uuid4().hex[:6]}", "told": {}}
-        with suppress(OSError, ValueError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
             kept = json.loads(path.read_text())
             numbers = [step for steps in kept["told"].values() for step in steps.values()]
             if re.fullmatch(r"[\w.-]+", kept["name"]) and all(isinstance(number, int) for number in numbers):

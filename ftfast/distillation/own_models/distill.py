@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from ftfast.distillation.monitor.telemetry import RunLog
 from ftfast.distillation.monitor.trackers import DEFAULT, Trackers, tracker_names
 from ftfast.distillation.own_models.folder import training_folder
 from ftfast.distillation.own_models.numbers import Numbers, check_paraphraser, given_weights, precision_of
-from ftfast.distillation.own_models.sides import Side, check_labels, check_models, common_size
+from ftfast.distillation.own_models.sides import Side, check_classes, check_models, common_size
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
 from ftfast.distillation.runtime.seeds import seed_generators
@@ -158,6 +159,9 @@ def distill(
         raise SettingsError("resume is True and output is None; give the folder of the training to go on with.")
     if track is not None and output is None:
         raise SettingsError(f"track is {track!r} and output is None; give a folder, in which the tracked run is named.")
+    for name, value, kinds, taken in (("output", output, str | PathLike, "a path"), ("track", track, str, "a string")):
+        if value is not None and not isinstance(value, kinds):
+            raise TypeError(f"{name} is a {type(value).__name__}; it takes {taken} or None.")
     told = () if output is None else tracker_names(DEFAULT if track is None else track)
     check_models(teacher, student)
     precision = precision_of(device, dtype, student)
@@ -169,7 +173,11 @@ def distill(
         images, labels = batches.first()
         of_teacher = Side.of("teacher", place(teacher, home), teacher_layer, images, precision)
         of_student = Side.of("student", place(student, home), student_layer, images, precision)
-        check_labels(labels, method, of_teacher, of_student)
+        for given_batches in (batches, watched):
+            if given_batches is not None:
+                given_batches.classes = of_student.classes
+        batches.check_labels(labels)
+        check_classes(method, of_teacher, of_student)
         height, width = common_size(method, of_teacher, of_student, pools=resize_features)
         factor_channels = max(1, round(of_teacher.channels * rate))
         if paraphraser is not None:
@@ -185,7 +193,7 @@ def distill(
             "dtype": str(precision.dtype).removeprefix("torch."),
             **dataclasses.asdict(numbers),
         }
-        settings["milestones"] = list(milestones)
+        settings["milestones"] = list(numbers.milestones)
         del settings["checkpoint_seconds"]  # which changes nothing that is computed
         folder = None if output is None else stack.enter_context(training_folder(Path(output), settings, resume=resume))
         trackers = Trackers(told, folder or Path())

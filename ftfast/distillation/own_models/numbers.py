@@ -1,7 +1,7 @@
 """The arguments of ftfast.distill that are numbers and names: what they take, and what they mean."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -15,8 +15,10 @@ from ftfast.distillation.training.methods import METHODS
 from ftfast.distillation.training.schedule import CUSTOMARY, Schedule
 from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.terms import WEIGHTS, Weights
-from ftfast.errors import SettingsError
+from ftfast.errors import SettingsError, shown
 from ftfast.modules import Paraphraser
+
+_SWITCHES = ("resize_features", "graph", "resume", "progress")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,15 @@ class Numbers:
         Raises:
             SettingsError: a value outside what is taken.
         """
-        if (optimizer := arguments["optimizer"]) not in CUSTOMARY:
+        for name in _SWITCHES:
+            if not isinstance(arguments[name], bool):
+                raise SettingsError(f"{name} is {shown(repr(arguments[name]))}; it takes True or False.")
+        if (optimizer := arguments["optimizer"]) not in tuple(CUSTOMARY):
             raise SettingsError(f"optimizer is {optimizer!r}; it takes {' or '.join(CUSTOMARY)}.")
         values: dict[str, Any] = {item.name: arguments[item.name] for item in fields(cls)}
-        values["milestones"] = tuple(values["milestones"])
+        if not isinstance(milestones := values["milestones"], Iterable):
+            raise SettingsError(f"milestones is {milestones!r}; it takes a list of int values.")
+        values["milestones"] = tuple(milestones)
         own = CUSTOMARY[optimizer]._asdict()
         return cls(**values | {name: own[name] for name in own.keys() & values.keys() if values[name] is None})
 
@@ -74,6 +81,8 @@ def given_weights(method: str, beta: float | None, weights: Mapping[str, float] 
     taken = [name for name, each in METHODS.items() if each.control is None]  # controls are trained by a whole run
     if method not in taken:
         raise SettingsError(f"method is {method!r}; it takes {', '.join(taken)}.")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise SettingsError(f"weights is {shown(repr(weights))}; it takes a dictionary of numbers by name.")
     given = dict(weights or {})
     if beta is not None and "beta" in given:
         raise SettingsError(f"beta is {beta} and weights has {given['beta']}; give one of them.")
@@ -92,12 +101,17 @@ def precision_of(device: torch.device | str | None, dtype: torch.dtype | None, s
     if device is None:
         own = next(student.parameters()).device
         device = own if own.type != "cpu" or not torch.cuda.is_available() else "cuda"
-    home = torch.device(device)
-    if home.type not in ("cpu", "cuda") or (home.type == "cuda" and not torch.cuda.is_available()):
-        raise SettingsError(f"device is {str(home)!r}; it takes 'cpu' or, where torch finds one, a CUDA device.")
+    try:
+        home = torch.device(device)
+    except (RuntimeError, TypeError):  # of words that torch does not know, and of what is none
+        home = None
+    if home is None or home.type not in ("cpu", "cuda") or (home.type == "cuda" and not torch.cuda.is_available()):
+        raise SettingsError(
+            f"device is {shown(repr(str(device)))}; it takes 'cpu' or, where torch finds one, a CUDA device."
+        )
     if dtype is None:
         dtype = torch.bfloat16 if has_bfloat16(home.type) else torch.float32
-    if dtype not in LIMITS or (dtype == torch.float16 and home.type == "cpu"):
+    if dtype not in tuple(LIMITS) or (dtype == torch.float16 and home.type == "cpu"):
         raise SettingsError(f"dtype is {dtype}; it takes torch.float32, torch.bfloat16 or, on a GPU, torch.float16.")
     return Precision(home, dtype)
 

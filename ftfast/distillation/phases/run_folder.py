@@ -96,7 +96,7 @@ def read_settings(path: Path) -> Settings:
     except (OSError, ValueError) as error:
         if isinstance(error, SettingsError):
             raise
-        raise RunFolderError(f"{path} cannot be read, so the run cannot be resumed; choose another --output.") from None
+        raise RunFolderError(f"{path} cannot be read, so its folder is none of a run; give another.") from None
 
 
 def _compare(kept: Settings, asked: Settings) -> None:

@@ -3,6 +3,7 @@
 An address is ``hf://owner/name[/path/to/file][@revision]``.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from ftfast.errors import DistillError, shown
 
 PREFIX = "hf://"
 MODEL_FILE = "model.safetensors"  # where an address names none
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{,94}\w)?", re.ASCII)
 
 
 class HubError(DistillError):
@@ -59,8 +61,8 @@ def local(text: str) -> Path:
 
 def check_writable(repository: str) -> None:
     """Raises HubError where :func:`publish` would end without having written anything, as far as can be known."""
-    if len(parts := repository.split("/")) != 2 or not all(parts):
-        raise HubError(f"push is {repository!r}; it takes owner/name.")
+    if not _REPOSITORY.fullmatch(repository):
+        raise HubError(f"push is {shown(repr(repository))}; it takes owner/name.")
     library = _library(f"push is {repository!r}")
     if library.get_token() is None:
         raise HubError(
@@ -85,7 +87,8 @@ def _parse(text: str) -> Address:
     path, _, revision = text.removeprefix(PREFIX).partition("@")
     owner, _, rest = path.partition("/")
     name, _, file = rest.partition("/")
-    if not owner or not name or ("@" in text and not revision) or file.endswith("/"):
+    strays = file != "" and not {"", ".", ".."}.isdisjoint(file.split("/"))
+    if not _REPOSITORY.fullmatch(f"{owner}/{name}") or ("@" in text and not revision) or strays:
         raise HubError(
             f"{shown(text)} is no address on the Hub; it takes {PREFIX}owner/name[/path/to/file][@revision]."
         )
