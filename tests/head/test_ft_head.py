@@ -31,7 +31,7 @@ if interpreting():  # which takes a second for an image
 def _few_shares_of_the_images(monkeypatch):
     """Of a weight's gradient; all five are in test_ft_head_small_triton.py."""
     if interpreting():
-        monkeypatch.setattr("ftfast.kernels.ft_head_small_weights.SHARES", 2)
+        monkeypatch.setattr("ftfast.kernels.ft_head.ft_head_small_weights.SHARES", 2)
 
 
 @pytest.fixture(autouse=True)
