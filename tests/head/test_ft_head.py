@@ -31,7 +31,7 @@ if interpreting():  # which takes a second for an image
 def _few_shares_of_the_images(monkeypatch):
     """Of a weight's gradient; all five are in test_ft_head_small_triton.py."""
     if interpreting():
-        monkeypatch.setattr("ftfast.kernels.ft_head_small_weights.SHARES", 2)
+        monkeypatch.setattr("ftfast.kernels.ft_head.ft_head_small_weights.SHARES", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -579,6 +579,21 @@ def test_a_weight_tensor_may_change_and_be_trained(backend, device):
     loss = head(student, teacher)
     (for_weight,) = torch.autograd.grad(loss, [head.loss.weight])
     assert relative_error(for_weight, loss.detach().double() / 3) < 1e-6
+
+
+def test_a_weight_changed_after_the_call_is_told_of_or_does_not_reach_the_gradient(backend, device):
+    head = make_head(backend=backend).to(device)
+    student, teacher = make_features(device=device)
+    (expected,) = torch.autograd.grad(head(student, teacher), student)
+    head.loss.weight = torch.tensor(1.0, device=device)
+    loss = head(student, teacher)
+    head.loss.weight.fill_(100.0)
+    try:
+        (got,) = torch.autograd.grad(loss, student)
+    except RuntimeError as error:
+        assert "inplace operation" in str(error)  # noqa: PT017
+    else:
+        assert relative_error(got, expected.double()) < 1e-5
 
 
 def test_a_second_derivative_is_refused_in_a_sentence(backend, device):

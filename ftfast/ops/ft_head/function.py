@@ -77,7 +77,8 @@ class FTHeadFunction(torch.autograd.Function):
         with no_autocast(student.device.type):
             kernels = _kernels(head.plan, student.device)
             loss, kept = kernels.ft_head_forward(student, teacher, teacher_factor, head, keep=True)
-        save(ctx, *kept.tensors)
+        weight = head.options.weight
+        save(ctx, weight if isinstance(weight, Tensor) else None, *kept.tensors)
         ctx.head, ctx.plan = head, kept.plan
         ctx.student_dtype = student.dtype
         return loss
@@ -90,9 +91,11 @@ class FTHeadFunction(torch.autograd.Function):
                 'backend="reference" for it.'
             )
         needed, upstream = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]), plain(upstream)
+        weight, *tensors = saved(ctx)
+        head = ctx.head if weight is None else ctx.head._replace(options=ctx.head.options._replace(weight=weight))
         with no_autocast(upstream.device.type):
-            kernels = _kernels(ctx.head.plan, upstream.device)
-            gradients = kernels.ft_head_backward(Kept(saved(ctx), ctx.plan), upstream, ctx.head, needed)
+            kernels = _kernels(head.plan, upstream.device)
+            gradients = kernels.ft_head_backward(Kept(tensors, ctx.plan), upstream, head, needed)
         if gradients[0] is not None and gradients[0].dtype != ctx.student_dtype:
             gradients[0] = gradients[0].to(ctx.student_dtype)
         return gradients[0], None, None, None, *gradients[1:]
