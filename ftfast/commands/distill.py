@@ -110,7 +110,7 @@ def _next_commands(output: Path, results: dict[str, Any]) -> list[str]:
     student = output / "students" / list(results["methods"])[-1] / "seed0"
     data = results["settings"]["data_dir"]
     commands = [
-        ["tensorboard", "--logdir", output / "tensorboard"],
+        *([["tensorboard", "--logdir", logs]] if (logs := output / "tensorboard").is_dir() else []),
         ["ftfast", "evaluate", student, *(["--data-dir", data] if data else []), "--confusion", "confusion.png"],
         ["ftfast", "export", student, "student.pt2"],
     ]

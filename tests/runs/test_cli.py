@@ -373,3 +373,13 @@ def test_a_missing_package_is_named_with_its_remedy(
 
 def _without_rich(name: str) -> None:
     raise ModuleNotFoundError("No module named 'rich'", name="rich")
+
+
+def test_a_run_without_tensorboard_s_files_does_not_advise_to_look_at_them(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It named a folder that is not there."""
+    folder = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
+    assert main([*TINY, "--output", str(folder), "--resume", "--track", ""]) == 0
+    _, _, next_commands = capsys.readouterr().out.partition("Next:\n")
+    assert [line.split()[1] for line in next_commands.splitlines()] == ["evaluate", "export"]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ftfast
 from ftfast.distillation.training.loop import Training
 from ftfast.distillation.training.methods import METHODS
-from ftfast.errors import DistillError, RunFolderError
+from ftfast.errors import DistillError, ParaphraserError, RunFolderError
 
 LAYERS = {"teacher_layer": "features", "student_layer": "features"}
 QUICK = {**LAYERS, "dtype": torch.float32, "device": "cpu", "progress": False}
@@ -292,6 +292,14 @@ def test_bad_arguments_are_refused_in_a_sentence(changed, error, message, teache
     with pytest.raises(error, match=message) as caught:
         ftfast.distill(teacher, **given)
     assert str(caught.value).endswith(".")
+
+
+def test_a_paraphraser_that_learns_nothing_is_told_of_in_arguments_of_distill(teacher, monkeypatch):
+    """It advised of steps, strict and a learning_rate, which distill has not or has for the student."""
+    monkeypatch.setattr("ftfast.distillation.training.paraphrasing.paraphraser.STEPS", 20)
+    images = torch.ones(16, 3, 8, 8)
+    with pytest.raises(ParaphraserError, match=r"; see that teacher is trained, .* a paraphraser of"):
+        ftfast.distill(teacher, network(8), [(images, PAIRS[1])], **QUICK)
 
 
 def test_a_student_that_shares_with_its_teacher_is_refused(teacher):

@@ -83,7 +83,7 @@ class FromLoader(Batches):
         """Raises LoaderError where one is of no class of the student's."""
         if self.classes is None:
             return
-        least, most = labels.aminmax()
+        least, most = labels.to(torch.int64).aminmax()
         if least < 0 or most >= self.classes:
             wrong = int(least if least < 0 else most)
             raise LoaderError(f"{self._name} has label {wrong} and student gives logits of {self.classes} classes.")

@@ -36,7 +36,7 @@ from ftfast.distillation.training.step.step import Precision
 from ftfast.distillation.training.taught_student import taught_student
 from ftfast.distillation.training.terms import Pair, customary
 from ftfast.distillation.training.watched import Watched
-from ftfast.errors import SettingsError
+from ftfast.errors import ParaphraserError, SettingsError
 from ftfast.features.tap import FeatureTap
 from ftfast.modules import Paraphraser
 
@@ -258,15 +258,22 @@ def _trained_paraphraser(
         kept = place(Paraphraser(channels, numbers.rate), precision.device)
         checkpoint.fill(kept, found.tensors, path, "this paraphraser")
         return kept.eval()
-    made = train_paraphraser(
-        taught,
-        batches,
-        rate=numbers.rate,
-        seed=numbers.seed,
-        device=precision.device,
-        dtype=precision.dtype,
-        progress=progress,
-    )
+    try:
+        made = train_paraphraser(
+            taught,
+            batches,
+            rate=numbers.rate,
+            seed=numbers.seed,
+            device=precision.device,
+            dtype=precision.dtype,
+            progress=progress,
+        )
+    except ParaphraserError as error:
+        what = str(error).partition(";")[0]
+        raise ParaphraserError(
+            f"{what}; see that teacher is trained, and give an earlier teacher_layer, or a paraphraser of "
+            "ftfast.train_paraphraser with more steps."
+        ) from None
     if path is not None:
         checkpoint.save(path, Checkpoint(made.state_dict(), {}, description))
     return made
