@@ -103,14 +103,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.getoption("--keep-machine-code"):
         return
-    outcomes: dict[str, set[str]] = {}
+    outcomes: dict[Path, set[str]] = {}
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
-            if isinstance(report, pytest.TestReport) and "_resources.py" in report.nodeid:
-                outcomes.setdefault(report.nodeid.partition("::")[0], set()).add(outcome)
-    good = {
-        Path(name).name: digest(ROOT / name) for name, found in outcomes.items() if found <= {"passed", "skipped", ""}
-    }
+            test = ROOT / report.nodeid.partition("::")[0] if isinstance(report, pytest.TestReport) else ROOT
+            if shipped_file(test).is_file():
+                outcomes.setdefault(test, set()).add(outcome)
+    good = {test.name: digest(test) for test, found in outcomes.items() if found <= {"passed", "skipped", ""}}
     content = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     content[triton_version()] = dict(sorted({**content.get(triton_version(), {}), **good}.items()))
     RECORD.write_text(json.dumps(content, indent=1) + "\n")
