@@ -30,6 +30,16 @@ void attention_map(const AttentionMap& work);
 // result = upstream * e / C * f^(e - 1), rounded once
 void attention_gradient(const AttentionMap& work);
 
+// The mean over samples and pixels of |q_s - q_t|^p, q being a map over its norm, and the gradient of the student's
+// features: one sample after the other, so that the features are read for the gradient while they are in cache.
+struct AttentionDifference {
+  AttentionMap student, teacher;  // their results: the gradient, and nothing
+  int p = 1;                      // 1 or 2
+  double eps = 0;                 // the floor of a norm
+  double upstream = 1;            // what the gradient is written for
+};
+float attention_difference(const AttentionDifference& work);
+
 // A part of one sample, whose first number the pointers are at. Of the map: some pixels, at most pixels_at_once. Of the
 // gradient: some rows as they lie in memory, channels of [C, H * W] and pixels of [H * W, C].
 struct AttentionKernels {

@@ -39,13 +39,10 @@ void taps_last(uintptr_t from, uintptr_t to, int dtype, int64_t outputs, int64_t
                    threads);
 }
 
-// upstream is 0 for the map, else result is the features' gradient
-void attention(uintptr_t features, uintptr_t upstream, uintptr_t result, int dtype, int64_t samples, int64_t channels,
-               int64_t pixels, bool channels_last, int exponent, int threads) {
+AttentionMap map_of(uintptr_t features, int dtype, int64_t samples, int64_t channels, int64_t pixels,
+                    bool channels_last, int exponent, int threads) {
   AttentionMap work;
   work.features = reinterpret_cast<void*>(features);
-  work.upstream = reinterpret_cast<float*>(upstream);
-  work.result = reinterpret_cast<void*>(result);
   work.dtype = DType(dtype);
   work.samples = samples;
   work.channels = channels;
@@ -53,8 +50,24 @@ void attention(uintptr_t features, uintptr_t upstream, uintptr_t result, int dty
   work.channels_last = channels_last;
   work.exponent = exponent;
   work.threads = threads;
+  return work;
+}
+
+// upstream is 0 for the map, else result is the features' gradient
+void attention(const AttentionMap& map, uintptr_t upstream, uintptr_t result) {
+  AttentionMap work = map;
+  work.upstream = reinterpret_cast<float*>(upstream);
+  work.result = reinterpret_cast<void*>(result);
   py::gil_scoped_release release;
   (upstream ? attention_gradient : attention_map)(work);
+}
+
+float difference(const AttentionMap& student, const AttentionMap& teacher, uintptr_t gradient, int p, double eps,
+                 double upstream) {
+  AttentionDifference work{student, teacher, p, eps, upstream};
+  work.student.result = reinterpret_cast<void*>(gradient);
+  py::gil_scoped_release release;
+  return attention_difference(work);
 }
 
 // addresses as NormForward has them; residual may be 0
@@ -141,7 +154,9 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Private kernels of ftfast; use ftfast.ft_loss.";
   module.def("instruction_set", &ftfast::instruction_set);
   module.def("leaky_relu_backward", &ftfast::slope);
+  py::class_<ftfast::AttentionMap>(module, "AttentionMap").def(py::init(&ftfast::map_of));
   module.def("attention", &ftfast::attention);
+  module.def("attention_difference", &ftfast::difference);
   module.def("batch_norm_forward", &ftfast::norm_forward);
   module.def("batch_norm_backward", &ftfast::norm_backward);
   module.def("fingerprint", &ftfast::fingerprint_of);

@@ -11,7 +11,7 @@ RepDistiller, distiller_zoo/FT.py and AT.py.
 """
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ftfast import reference
 from ftfast.dispatch import kernels_for, resolve
+from ftfast.ops.ft_loss.expected_upstream import Kind, expected_upstream, note_upstream
 from ftfast.ops.ft_loss.function import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
 from ftfast.ops.memory import is_batched, plain, save, saved
@@ -26,6 +27,8 @@ from ftfast.ops.memory import is_batched, plain, save, saved
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_EXPONENT = 4
 _EPS = 1e-12
+# So many samples are enough to share among threads, each whole. How many threads there are must not change a bit.
+_SAMPLES_TO_SHARE = 8
 
 
 def attention_difference(
@@ -52,11 +55,74 @@ def attention_difference(
     if wanted == "reference" or p not in (1, 2) or needs_torch_operators(student_features, teacher_features):
         return reference.attention_difference(student_features, teacher_features, exponent=exponent, p=p)
     size = min(student_features.shape[2], teacher_features.shape[2])
-    maps = [attention_map(_pooled(side, size), exponent, wanted) for side in (student_features, teacher_features)]
+    student, teacher = (_pooled(side, size) for side in (student_features, teacher_features))
+    kind = ("attention", int(p), student.shape[1])
+    upstream = None if torch.compiler.is_compiling() else expected_upstream(kind)
+    kernels = None if upstream is None else _kernels_with_gradient(student, teacher, exponent, wanted)
+    if kernels is None:
+        return _difference_of_maps(student, teacher, exponent, p, backend)
+    return AttentionDifferenceFunction.apply(student, teacher, Difference(int(exponent), int(p), kernels, kind, upstream))
+
+
+def _difference_of_maps(student: Tensor, teacher: Tensor, exponent: float, p: float, backend: str) -> Tensor:
+    maps = [attention_map(side, exponent, resolve(backend)) for side in (student, teacher)]
     if p == 1:
         return run(*maps, p=1, reduction="mean", eps=_EPS, weight=1.0, backend=backend)
     lengths = run(*maps, p=2, reduction="none", eps=_EPS, weight=1.0, backend=backend)
     return lengths.square().mean() / maps[0].shape[1]
+
+
+def _kernels_with_gradient(student: Tensor, teacher: Tensor, exponent: float, backend: str) -> ModuleType | None:
+    """Whose kernels write the student's gradient along with the loss; None where that is not wanted, or by nobody."""
+    wanted = torch.is_grad_enabled() and student.requires_grad and not teacher.requires_grad
+    # What was made under inference_mode cannot be saved.
+    if not wanted or student.shape[0] < _SAMPLES_TO_SHARE or student.is_inference() or teacher.is_inference():
+        return None
+    kernels, of_teacher = (_kernels(side, exponent, backend) for side in (student, teacher))
+    return kernels if kernels is of_teacher and hasattr(kernels, "attention_difference") else None
+
+
+class Difference(NamedTuple):
+    """How two attention maps are compared, and for which upstream gradient the student's is written."""
+
+    exponent: int
+    p: int
+    kernels: Any
+    kind: Kind
+    upstream: float
+
+
+class AttentionDifferenceFunction(torch.autograd.Function):
+    """Holds the student's gradient, and keeps both features for the case that another upstream gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, how: Difference) -> Tensor:
+        ctx.how = how
+        save(ctx, student, teacher)
+        dense = _dense(student), _dense(teacher)
+        loss, ctx.gradient = how.kernels.attention_difference(*dense, how.exponent, how.p, _EPS, how.upstream)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        how, gradient = ctx.how, ctx.gradient
+        reads_memory = not (torch.is_grad_enabled() or is_batched(upstream))
+        runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
+        # The graph may be run again, and whoever receives the gradient may write to it.
+        if not runs_again:
+            ctx.gradient = None
+        if gradient is not None and reads_memory:
+            number = upstream.item()
+            if number == how.upstream:
+                return gradient.clone() if runs_again else gradient, None, None
+            note_upstream(how.kind, number)
+        student, teacher = saved(ctx)
+        if reads_memory:
+            student = student.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = _difference_of_maps(student, teacher, how.exponent, how.p, "native" if reads_memory else "reference")
+            (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=not reads_memory)
+        return gradient, None, None
 
 
 def attention_map(features: Tensor, exponent: float, backend: str = "auto") -> Tensor:

@@ -1,4 +1,6 @@
-"""Attention maps and the gradient of their features on the CPU, in C++ of our own."""
+"""Attention maps, the gradient of their features and the difference of two maps on the CPU, in C++ of our own."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,24 +12,41 @@ _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 def attention_map(features: Tensor, exponent: int) -> Tensor:
     """``[N, C, H, W]``, contiguous or channels_last, to the mean over channels of its power, ``[N, H*W]`` float32."""
-    maps = torch.empty(features.shape[0], features.shape[2] * features.shape[3], dtype=torch.float32)
-    _run(features, None, maps, exponent)
+    samples, _, height, width = features.shape
+    maps = features.new_empty(samples, height * width, dtype=torch.float32)
+    extension().attention(_map_of(features, exponent), 0, maps.data_ptr())
     return maps
 
 
 def attention_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Tensor:
     """The gradient of ``features``, in their dtype and layout, from that of their map ``[N, H*W]`` float32."""
     gradient = torch.empty_like(features)
-    _run(features, upstream, gradient, exponent)
+    extension().attention(_map_of(features, exponent), upstream.data_ptr(), gradient.data_ptr())
     return gradient
 
 
-def _run(features: Tensor, upstream: Tensor | None, result: Tensor, exponent: int) -> None:
+def attention_difference(
+    student: Tensor, teacher: Tensor, exponent: int, p: int, eps: float, upstream: float
+) -> tuple[Tensor, Tensor]:
+    """``mean |q_s - q_t| ** p`` of maps over their norms, 0-d float32, and the student's gradient for ``upstream``.
+
+    Every sample's features are still in cache when its gradient is written, which spares reading them again.
+
+    Args:
+        student, teacher: ``[N, C, H, W]`` of one H*W, contiguous or channels_last.
+        exponent, p: 1 to 4, and 1 or 2.
+        eps: the floor of a norm.
+    """
+    gradient = torch.empty_like(student)
+    maps = (_map_of(side, exponent) for side in (student, teacher))
+    loss = extension().attention_difference(*maps, gradient.data_ptr(), p, eps, upstream)
+    return torch.tensor(loss, dtype=torch.float32, device=student.device), gradient
+
+
+def _map_of(features: Tensor, exponent: int) -> Any:
     samples, channels, height, width = features.shape
-    extension().attention(
+    return extension().AttentionMap(
         features.data_ptr(),
-        0 if upstream is None else upstream.data_ptr(),
-        result.data_ptr(),
         _CODES[features.dtype],
         samples,
         channels,

@@ -130,16 +130,63 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(attention_difference(student, teacher), expected)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "slices"])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
+def test_batches_whose_gradient_is_written_with_the_loss(dtype: torch.dtype, p: int, layout: str) -> None:
+    scale = 2.0**16 if dtype == torch.float16 else 1.0  # as a GradScaler keeps gradients from becoming subnormal
+    for exponent, shape in ((2, (9, 12, 7, 7)), (3, (8, 5, 50, 60)), (1, (16, 33, 1, 5))):
+        student = features_of(shape, dtype, 31, layout).abs().requires_grad_()
+        teacher = features_of((shape[0], 7, *shape[2:]), torch.float32, 32).abs()
+        wide = student.detach().double().requires_grad_()
+        reference.attention_difference(wide, teacher.double(), exponent=exponent, p=p).backward()
+        for upstream in (scale, scale, 250 * scale, 250 * scale, 250 * scale):  # unlike at times, then as expected
+            student.grad = None
+            loss = attention_difference(student, teacher, exponent=exponent, p=p)
+            (loss * upstream).backward()
+            assert relative(loss, reference.attention_difference(wide, teacher.double(), exponent=exponent, p=p)) < 2e-5
+            assert relative(student.grad, wide.grad * upstream) < max(2e-4, 2 * ROUNDED_ONCE[dtype])
+            assert student.grad.stride() == student.stride() or layout == "slices"
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_batch_walked_twice_and_a_gradient_that_was_written_to(p: int) -> None:
+    student = features_of((8, 4, 5, 5), torch.float32, 33).requires_grad_()
+    loss = attention_difference(student, features_of((8, 4, 5, 5), torch.float32, 34), p=p)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, student, retain_graph=True)
+    assert torch.equal(second, expected)
+    (twice,) = torch.autograd.grad(loss, student, create_graph=True)
+    assert relative(twice, expected) < 1e-5
+    assert torch.autograd.grad(twice.square().sum(), student)[0].isfinite().all()
+
+
+def test_a_teacher_changed_before_backward_is_noticed_where_it_is_read() -> None:
+    student = features_of((8, 4, 5, 5), torch.float32, 35).requires_grad_()
+    teacher = features_of((8, 4, 5, 5), torch.float32, 36)
+    loss = attention_difference(student, teacher)
+    teacher.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss * 3.7).backward()
+
+
 def test_every_bit_is_the_same_on_any_number_of_threads() -> None:
     student, teacher = (features_of((4, 40, 30, 30), torch.float32, seed) for seed in (14, 15))
-    threads, results = torch.get_num_threads(), []
+    threads, results, gradients = torch.get_num_threads(), [], []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(torch.stack([attention_map(student, 2), attention_map(teacher, 3)]))
+            batch = features_of((12, 6, 9, 9), torch.float32, 37).requires_grad_()
+            losses = [attention_difference(batch, features_of(batch.shape, torch.float32, 38), p=p) for p in (1, 2)]
+            sum(losses).backward()
+            gradients.append(torch.cat([batch.grad.flatten(), *(loss.detach()[None] for loss in losses)]))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_inference_tensors_compiled_functions_and_vmap() -> None:

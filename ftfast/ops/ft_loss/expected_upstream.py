@@ -6,8 +6,8 @@ number comes, backward computes the gradient from the factors, with the same bit
 """
 
 # Several layers' losses differ in channels at most; batches and map sizes change from step to step.
-Kind = tuple[int, int]
-"""p and the channels of a factor."""
+Kind = tuple[str | int, ...]
+"""Which loss, its p and the channels that it is of."""
 
 # The last upstream gradient that was not expected, and whether it came twice running.
 _seen: dict[Kind, tuple[float, bool]] = {}

@@ -35,7 +35,7 @@ class LossPlan:
         self.p, self.reduction, self.eps = p, reduction, eps
         self.mean_of_rows = reduction != "none"
         self.divisor = reduction_divisor(shape[0], shape[1:].numel(), p=p, reduction=reduction)
-        self.kind = (p, shape[1])
+        self.kind = ("factors", p, shape[1])
         # Results are made like these: that is faster than to name their shape, dtype and device.
         self.loss = student.new_empty(() if self.mean_of_rows else shape[:1], dtype=number)
         self.statistics = student.new_empty((5, shape[0]), dtype=number)
