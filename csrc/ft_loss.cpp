@@ -189,11 +189,13 @@ void forward(const Problem& problem, C* loss, C* statistics) {
       // In C, so that a gradient written now is bit-equal to one that backward writes from the statistics.
       const C distance = C(it.distance), student_product = s_norm.clamped ? C(0) : C(it.student_product);
       loss[n] = distance;
-      statistics[n] = s_norm.inverse;
-      statistics[samples + n] = t_norm.inverse;
-      statistics[2 * samples + n] = student_product;
-      statistics[3 * samples + n] = t_norm.clamped ? C(0) : C(it.teacher_product);
-      statistics[4 * samples + n] = ordinary ? distance : std::copysign(distance, C(-1));
+      if (statistics) {
+        statistics[n] = s_norm.inverse;
+        statistics[samples + n] = t_norm.inverse;
+        statistics[2 * samples + n] = student_product;
+        statistics[3 * samples + n] = t_norm.clamped ? C(0) : C(it.teacher_product);
+        statistics[4 * samples + n] = ordinary ? distance : std::copysign(distance, C(-1));
+      }
       if (!with_gradient) continue;
       const double h = inverse_distance(p, distance), scale = problem.scale * problem.upstream;
       if (!ordinary || !fits_gradient<C>(p, size, si, ti, distance, scale)) {

@@ -56,8 +56,8 @@ struct Problem {
 
 // statistics: [5, N] of float or double: si = 1/max(|s|, eps), ti = 1/max(|t|, eps), <g, a>, -<g, b>, and l, with its
 // sign set where C did not hold the sums, so that backward goes forward's way. The inner products are 0 where a norm is
-// clamped. loss: one number, or [N]. Both are of the compute type. With problem.student_gradient, ds is written too, with
-// the bits that backward gives it for problem.upstream.
+// clamped. Null where nobody wants them. loss: one number, or [N]. Both are of the compute type. With
+// problem.student_gradient, ds is written too, with the bits that backward gives it for problem.upstream.
 void ft_loss_forward(const Problem& problem, void* loss, void* statistics);
 
 // upstream: one number (stride 0) or [N], of the compute type.

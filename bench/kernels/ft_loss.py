@@ -97,7 +97,7 @@ def our_entries(cases: LossCases, layout: str) -> list[Candidate]:
         loss.backward()
     details = {
         "backend": ftfast.explain(cases.student, cases.teacher).partition(" ")[0],
-        "gradient_in_forward": bool(getattr(graph, "holds_gradient", False)),
+        "gradient_in_forward": getattr(graph, "written_for", None) is not None,
         **cases.kept_by(ours),
     }
     other_upstream, other_teacher = f"{OURS}, upstream {OTHER_UPSTREAM:g}", f"{OURS}, teacher {other_layout}"

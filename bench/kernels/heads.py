@@ -181,6 +181,8 @@ class HeadJudge:
             if length in limits:
                 # A sign of a - b that rounding turns moves the gradient, and its length by a part of that.
                 limits[length] += 0.15 * error
+                # A bias's gradient is a sum of such signs: with few samples its length is off by chance, in eager too.
+                limits[length] += 1 / self._size**0.5 if rounds and name.endswith("bias") else 0.0
                 limits[name] += 2 * (self._undecided / self._size) ** 0.5
         return gate.within(self.errors(loss), limits)
 

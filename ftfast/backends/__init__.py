@@ -25,15 +25,6 @@ class Options(NamedTuple):
     weight: float | Tensor
 
 
-class Written(NamedTuple):
-    """What a forward pass wrote: ``gradient`` has the bits of a backward pass that is given ``upstream``."""
-
-    loss: Tensor
-    statistics: Tensor
-    gradient: Tensor
-    upstream: float
-
-
 class Backend:
     """A way to compute the loss.
 
@@ -60,7 +51,7 @@ class LossPlan(Protocol):
         p, reduction, eps: as it was made for.
         expected_upstream: the upstream gradient for which forward had better write the student's gradient, where that
             alone is needed; None where it had better not. With it the plan also has
-            ``forward_with_gradient(student, teacher, weight, upstream)``, ``(loss, statistics, gradient)``.
+            ``forward_with_gradient(student, teacher, weight, upstream)``, ``(loss, gradient)``.
         layouts: dtype, shape and strides of both factors; :func:`ftfast.ops.ft_loss.plans.loss_plan` sets it.
     """
 

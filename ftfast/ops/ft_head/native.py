@@ -88,7 +88,7 @@ def ft_head_forward(
     plan: Any = loss_plan(ft_loss, student_factor, teacher_factor, p, reduction, eps)
     if not keep:
         return plan.forward(student_factor, teacher_factor, loss_weight)[0], Kept()
-    loss, _, gradient = plan.forward_with_gradient(student_factor, teacher_factor, loss_weight, 1.0)
+    loss, gradient = plan.forward_with_gradient(student_factor, teacher_factor, loss_weight, 1.0)
     conv3x3.leaky_relu_backward_(gradient, student_factor, translator.negative_slope)
     return loss, Kept((student, *maps[1:], gradient, *translator.weights))
 

@@ -160,17 +160,16 @@ def _intercepts(kind: type[Tensor]) -> bool:
 
 
 class FTLossFunction(torch.autograd.Function):
-    """Saves the factors; O(N) scalars, and the student's gradient where the backend had better write it, lie beside."""
+    """Saves the factors; beside lie O(N) scalars or, where the backend had better write it, the student's gradient."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: float | Tensor, plan: Any) -> Tensor:
         ctx.plan = plan
         needed = ctx.needs_input_grad
-        upstream = plan.expected_upstream if needed[0] and not needed[1] else None
-        ctx.holds_gradient = upstream is not None
-        if upstream is not None:
-            ctx.written_for = upstream
-            loss, ctx.statistics, ctx.gradient = plan.forward_with_gradient(student, teacher, weight, upstream)
+        ctx.written_for = plan.expected_upstream if needed[0] and not needed[1] else None
+        if ctx.written_for is not None:
+            loss, ctx.gradient = plan.forward_with_gradient(student, teacher, weight, ctx.written_for)
+            ctx.statistics = None
         else:
             loss, ctx.statistics = plan.forward(student, teacher, weight)
             ctx.gradient = None
@@ -199,7 +198,10 @@ class FTLossFunction(torch.autograd.Function):
             with torch.enable_grad():
                 options = Options(ctx.plan.p, ctx.plan.reduction, ctx.plan.eps, weight)
                 return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
-        return (*ctx.plan.backward(student, teacher, ctx.statistics, plain(upstream), weight, needed), None, None)
+        statistics = ctx.statistics
+        if statistics is None:
+            _, statistics = ctx.plan.forward(student, teacher, weight)
+        return (*ctx.plan.backward(student, teacher, statistics, plain(upstream), weight, needed), None, None)
 
 
 def _differentiable_backward(

@@ -3,8 +3,6 @@
 The arguments were checked by ftfast.ops.ft_loss.function; the extension trusts what it gets.
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,6 @@ _DTYPE_CODES = {
     torch.int8: 4,
     torch.float8_e4m3fn: 5,
 }
-
-GradientT = TypeVar("GradientT", Tensor, None)
-
 
 class LossPlan:
     """The loss of factors of one kind on the CPU, and its gradients; see :class:`ftfast.backends.LossPlan`.
@@ -54,30 +49,32 @@ class LossPlan:
         return (weight.item() if isinstance(weight, Tensor) else weight) / self.divisor
 
     def forward(self, student: Tensor, teacher: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
-        loss, statistics, _ = self._forward(student, teacher, None, weight, 1.0)
-        return loss, statistics
+        statistics = torch.empty_like(self.statistics)
+        return self._forward(student, teacher, 0, statistics.data_ptr(), weight, 1.0), statistics
 
     def forward_with_gradient(
         self, student: Tensor, teacher: Tensor, weight: float | Tensor, upstream: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(loss, statistics, gradient)``: the student's gradient as :meth:`backward` gives it for ``upstream``."""
-        return self._forward(student, teacher, torch.empty_like(student), weight, upstream)
+    ) -> tuple[Tensor, Tensor]:
+        """``(loss, gradient)``: the student's gradient as :meth:`backward` gives it for ``upstream``."""
+        gradient = torch.empty_like(student)
+        return self._forward(student, teacher, gradient.data_ptr(), 0, weight, upstream), gradient
 
     def _forward(
-        self, student: Tensor, teacher: Tensor, gradient: GradientT, weight: float | Tensor, upstream: float
-    ) -> tuple[Tensor, Tensor, GradientT]:
-        loss, statistics = torch.empty_like(self.loss), torch.empty_like(self.statistics)
+        self, student: Tensor, teacher: Tensor, gradient: int, statistics: int, weight: float | Tensor, upstream: float
+    ) -> Tensor:
+        """The loss; gradient and statistics, where they are wanted, go to these addresses."""
+        loss = torch.empty_like(self.loss)
         self.problem.forward(
             student.data_ptr(),
             teacher.data_ptr(),
-            0 if gradient is None else gradient.data_ptr(),
+            gradient,
             loss.data_ptr(),
-            statistics.data_ptr(),
+            statistics,
             self._scale(weight),
             upstream,
             torch.get_num_threads(),
         )
-        return loss, statistics, gradient
+        return loss
 
     def backward(
         self,
