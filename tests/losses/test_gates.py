@@ -61,8 +61,8 @@ def test_a_wrong_gradient_on_the_way_that_training_takes_is_seen(monkeypatch, ba
     def replaced(*args, **options):
         if launcher == "backward":
             return tuple(wrong(right(*args, **options)))
-        loss, statistics, gradient = right(*args, **options)
-        return loss, statistics, wrong([gradient])[0]
+        loss, gradient = right(*args, **options)
+        return loss, wrong([gradient])[0]
 
     assert check_case(BACKENDS[backend], torch.device(device), torch.float32, 1, "nchw", frozen=True).ok
     monkeypatch.setattr(LossPlan, launcher, replaced)
