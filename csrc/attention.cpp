@@ -86,8 +86,9 @@ float attention_difference(const AttentionDifference& work) {
     Problem one = loss;
     one.student.data = reinterpret_cast<char*>(student_map);
     one.teacher.data = reinterpret_cast<char*>(teacher_map);
-    one.student_gradient.data = reinterpret_cast<char*>(upstream);
+    one.student_gradient.data = student.result ? reinterpret_cast<char*>(upstream) : nullptr;
     ft_loss_forward(one, &distances[n], nullptr);
+    if (!student.result) return;
     if (work.p == 2) {  // the loss has the square of that distance
       const float factor = float(2 * scale * work.upstream * distances[n]);
       for (int64_t i = 0; i < pixels; ++i) upstream[i] *= factor;

@@ -12,6 +12,7 @@ from typing import Any
 
 from ftfast.distillation.monitor.trackers import DEFAULT, LIBRARIES
 from ftfast.distillation.runtime import torchrun
+from ftfast.distillation.runtime.output_folder import folder_at
 from ftfast.distillation.runtime.signals import Interrupted, signals_interrupt
 from ftfast.distillation.settings import options
 from ftfast.distillation.settings.hub_teacher import with_hub_teacher
@@ -73,7 +74,10 @@ def _run(args: argparse.Namespace) -> int:
     from ftfast.distillation.run import run as run_distillation
 
     # Beside the run of the teacher, not on it.
-    output = Path(args.output or f"runs/{args.preset or settings.data}{'-store' * (settings.store is not None)}")
+    if args.output is None:
+        output = Path(f"runs/{args.preset or settings.data}{'-store' * (settings.store is not None)}")
+    else:
+        output = folder_at(args.output)
     rates = _rates(args.rates) if args.rates is not None else None
     run = run_distillation if rates is None else partial(run_rates, rates=rates)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ftfast import reference
 from ftfast.dispatch import kernels_for, resolve
-from ftfast.ops.ft_loss.expected_upstream import Kind, expected_upstream, note_upstream
+from ftfast.ops.ft_loss.expected_upstream import expected_upstream, note_upstream
 from ftfast.ops.ft_loss.function import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
 from ftfast.ops.memory import is_batched, plain, save, saved
@@ -56,12 +56,10 @@ def attention_difference(
         return reference.attention_difference(student_features, teacher_features, exponent=exponent, p=p)
     size = min(student_features.shape[2], teacher_features.shape[2])
     student, teacher = (_pooled(side, size) for side in (student_features, teacher_features))
-    kind = ("attention", int(p), student.shape[1])
-    upstream = None if torch.compiler.is_compiling() else expected_upstream(kind)
-    kernels = None if upstream is None else _kernels_with_gradient(student, teacher, exponent, wanted)
-    if kernels is None:
-        return _difference_of_maps(student, teacher, exponent, p, backend)
-    return AttentionDifferenceFunction.apply(student, teacher, Difference(int(exponent), int(p), kernels, kind, upstream))
+    kernels = _kernels_with_gradient(student, teacher, exponent, wanted)
+    if kernels is not None:
+        return AttentionDifferenceFunction.apply(student, teacher, Difference(int(exponent), int(p), kernels))
+    return _difference_of_maps(student, teacher, exponent, p, backend)
 
 
 def _difference_of_maps(student: Tensor, teacher: Tensor, exponent: float, p: float, backend: str) -> Tensor:
@@ -75,6 +73,7 @@ def _difference_of_maps(student: Tensor, teacher: Tensor, exponent: float, p: fl
 def _kernels_with_gradient(student: Tensor, teacher: Tensor, exponent: float, backend: str) -> ModuleType | None:
     """Whose kernels write the student's gradient along with the loss; None where that is not wanted, or by nobody."""
     wanted = torch.is_grad_enabled() and student.requires_grad and not teacher.requires_grad
+    wanted = wanted and not torch.compiler.is_compiling()
     # What was made under inference_mode cannot be saved.
     if not wanted or student.shape[0] < _SAMPLES_TO_SHARE or student.is_inference() or teacher.is_inference():
         return None
@@ -83,46 +82,51 @@ def _kernels_with_gradient(student: Tensor, teacher: Tensor, exponent: float, ba
 
 
 class Difference(NamedTuple):
-    """How two attention maps are compared, and for which upstream gradient the student's is written."""
+    """How two attention maps are compared."""
 
     exponent: int
     p: int
     kernels: Any
-    kind: Kind
-    upstream: float
 
 
 class AttentionDifferenceFunction(torch.autograd.Function):
-    """Holds the student's gradient, and keeps both features for the case that another upstream gradient comes."""
+    """Keeps both features; beside lies the student's gradient for the upstream gradient that is expected."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, how: Difference) -> Tensor:
-        ctx.how = how
+        ctx.how, ctx.kind = how, ("attention", how.p, student.shape[1])
+        ctx.written_for = expected_upstream(ctx.kind)
         save(ctx, student, teacher)
-        dense = _dense(student), _dense(teacher)
-        loss, ctx.gradient = how.kernels.attention_difference(*dense, how.exponent, how.p, _EPS, how.upstream)
+        loss, ctx.gradient = _with_gradient(student, teacher, how, ctx.written_for)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         how, gradient = ctx.how, ctx.gradient
         reads_memory = not (torch.is_grad_enabled() or is_batched(upstream))
         runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
         # The graph may be run again, and whoever receives the gradient may write to it.
         if not runs_again:
             ctx.gradient = None
-        if gradient is not None and reads_memory:
-            number = upstream.item()
-            if number == how.upstream:
-                return gradient.clone() if runs_again else gradient, None, None
-            note_upstream(how.kind, number)
-        student, teacher = saved(ctx)
-        if reads_memory:
-            student = student.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = _difference_of_maps(student, teacher, how.exponent, how.p, "native" if reads_memory else "reference")
-            (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=not reads_memory)
-        return gradient, None, None
+        if not reads_memory:
+            student, teacher = saved(ctx)
+            with torch.enable_grad():
+                loss = reference.attention_difference(student, teacher, exponent=how.exponent, p=how.p)
+                return torch.autograd.grad(loss, student, upstream, create_graph=True)[0], None, None
+        number = upstream.item()
+        if gradient is not None and number == ctx.written_for:
+            return gradient.clone() if runs_again else gradient, None, None
+        note_upstream(ctx.kind, number)
+        return _with_gradient(*saved(ctx), how, number)[1], None, None
+
+
+def _with_gradient(
+    student: Tensor, teacher: Tensor, how: Difference, upstream: float | None
+) -> tuple[Tensor, Tensor | None]:
+    found: tuple[Tensor, Tensor | None] = how.kernels.attention_difference(
+        _dense(student), _dense(teacher), how.exponent, how.p, _EPS, upstream
+    )
+    return found
 
 
 def attention_map(features: Tensor, exponent: float, backend: str = "auto") -> Tensor:

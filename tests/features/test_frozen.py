@@ -303,6 +303,8 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
     arguments = {"layer": "stage3", "dtype": torch.float32, "example": torch.randn(2, 3, 8, 8), **changes}
     with pytest.raises(TeacherError, match=message):
         FrozenTeacher(resnet(), **arguments)
+    with pytest.raises(TeacherError, match="model is a str; it takes the teacher"):
+        FrozenTeacher("resnet20", "stage3")  # type: ignore[arg-type]
 
 
 def test_features_that_are_not_finite_are_refused() -> None:

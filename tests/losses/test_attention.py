@@ -150,6 +150,21 @@ def test_batches_whose_gradient_is_written_with_the_loss(dtype: torch.dtype, p: 
 
 
 @pytest.mark.parametrize("p", [1, 2])
+def test_no_bit_depends_on_the_upstream_gradients_before(p: int) -> None:
+    """A training that goes on in a new process has seen none of them."""
+    student = features_of((8, 13, 6, 6), torch.float32, 39).requires_grad_()
+    teacher = features_of((8, 13, 6, 6), torch.float32, 40)
+    results = []
+    for upstream in (7.3, 7.3, 7.3, 1.9, 2.9, 7.3, 7.3, 7.3):
+        student.grad = None
+        loss = attention_difference(student, teacher, p=p)
+        (loss * upstream).backward()
+        if upstream == 7.3:
+            results.append(torch.cat([student.grad.flatten(), loss.detach()[None]]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("p", [1, 2])
 def test_a_batch_walked_twice_and_a_gradient_that_was_written_to(p: int) -> None:
     student = features_of((8, 4, 5, 5), torch.float32, 33).requires_grad_()
     loss = attention_difference(student, features_of((8, 4, 5, 5), torch.float32, 34), p=p)

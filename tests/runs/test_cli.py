@@ -291,6 +291,7 @@ def test_output_folders_that_cannot_be_used_are_refused(
     assert "is a file" in refused(capsys, *TINY, "--output", str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
     assert "--resume" in refused(capsys, *TINY, "--output", str(finished[0]))
+    assert "output is ''; it takes a folder's path" in refused(capsys, *TINY, "--output", "")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -281,6 +281,8 @@ PAIRS = data(16).tensors
         ({"dtype": ["float32"]}, DistillError, r"it takes torch\.float32, torch\.bfloat16"),
         ({"resize_features": "no"}, DistillError, "resize_features is 'no'; it takes True or False"),
         ({"output": 5}, TypeError, "output is a int; it takes a path or None"),
+        ({"output": ""}, DistillError, "output is ''; it takes a folder's path"),
+        ({"output": "a\0b"}, DistillError, "and has no NUL in it"),
         ({"output": "/proc/training", "track": ["wandb"]}, TypeError, "track is a list; it takes a string or None"),
         ({"val": [(PAIRS[0], PAIRS[0])]}, DistillError, r"val gives labels \[16, 3, 8, 8\]"),
     ],

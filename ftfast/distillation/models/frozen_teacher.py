@@ -72,6 +72,8 @@ class FrozenTeacher(nn.Module):
         limit: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TeacherError(f"model is a {type(model).__name__}; it takes the teacher as an nn.Module.")
         self.layer, self.dtype, self.classifier = layer, dtype, classifier
         self._notes: list[str] = []
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -24,6 +24,7 @@ from ftfast.distillation.own_models.numbers import Numbers, check_paraphraser, g
 from ftfast.distillation.own_models.sides import Side, check_classes, check_models, common_size
 from ftfast.distillation.runtime import checkpoint
 from ftfast.distillation.runtime.checkpoint import Checkpoint
+from ftfast.distillation.runtime.output_folder import folder_at
 from ftfast.distillation.runtime.seeds import seed_generators
 from ftfast.distillation.runtime.signals import Interrupted
 from ftfast.distillation.training import resumable
@@ -195,7 +196,9 @@ def distill(
         }
         settings["milestones"] = list(numbers.milestones)
         del settings["checkpoint_seconds"]  # which changes nothing that is computed
-        folder = None if output is None else stack.enter_context(training_folder(Path(output), settings, resume=resume))
+        folder = (
+            None if output is None else stack.enter_context(training_folder(folder_at(output), settings, resume=resume))
+        )
         trackers = Trackers(told, folder or Path())
         trackers.begin(settings)
         taught: nn.Module | None = None

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from os import PathLike, fspath
 from pathlib import Path
 
 from ftfast.distillation.runtime import files
@@ -10,6 +11,14 @@ from ftfast.errors import RunFolderError
 
 # A process that was killed may take moments to go, and one that was told to stop saves first.
 LOCK_SECONDS = 10.0
+
+
+def folder_at(output: str | PathLike[str]) -> Path:
+    """The folder's path; raises RunFolderError where no folder can have it."""
+    path = fspath(output)
+    if not path or "\0" in path:
+        raise RunFolderError(f"output is {path!r}; it takes a folder's path, which is not empty and has no NUL in it.")
+    return Path(path)
 
 
 def check_can_be_written(path: Path, advice: str) -> None:

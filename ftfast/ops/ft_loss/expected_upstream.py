@@ -5,12 +5,14 @@ that number forward can write the final gradient while the factors are in cache.
 number comes, backward computes the gradient from the factors, with the same bits.
 """
 
+from ftfast.ops.remembered import Remembered
+
 # Several layers' losses differ in channels at most; batches and map sizes change from step to step.
 Kind = tuple[str | int, ...]
 """Which loss, its p and the channels that it is of."""
 
 # The last upstream gradient that was not expected, and whether it came twice running.
-_seen: dict[Kind, tuple[float, bool]] = {}
+_seen: Remembered[Kind, tuple[float, bool]] = Remembered()
 
 
 def expected_upstream(kind: Kind) -> float | None:
@@ -21,4 +23,4 @@ def expected_upstream(kind: Kind) -> float | None:
 
 def note_upstream(kind: Kind, upstream: float) -> None:
     """To be told of every upstream gradient that was not expected."""
-    _seen[kind] = upstream, upstream == _seen.get(kind, (1.0, True))[0]
+    _seen.keep(kind, (upstream, upstream == _seen.get(kind, (1.0, True))[0]))

@@ -19,6 +19,7 @@ _DTYPE_CODES = {
     torch.float8_e4m3fn: 5,
 }
 
+
 class LossPlan:
     """The loss of factors of one kind on the CPU, and its gradients; see :class:`ftfast.backends.LossPlan`.
 
