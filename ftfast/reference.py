@@ -129,7 +129,7 @@ def attention_map(features: Tensor, exponent: float) -> Tensor:
 def attention_difference(
     student_features: Tensor, teacher_features: Tensor, *, exponent: float = 2, p: float = 1
 ) -> Tensor:
-    """The difference of two attention maps, as :func:`ftfast.ops.attention.attention_difference`."""
+    """The difference of two attention maps, as :func:`ftfast.ops.attention.difference.attention_difference`."""
     check_attention(student_features, teacher_features, exponent, p)
     height = min(student_features.shape[2], teacher_features.shape[2])
     directions = []

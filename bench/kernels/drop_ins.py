@@ -12,7 +12,7 @@ from bench import peers
 from bench.peers import ATTENTION, OFFICIAL, Formula, Loss, NotInstalledError, attention, official_formula
 from bench.shapes import FactorShape
 from ftfast.compat import mmrazor, official, repdistiller, zoo
-from ftfast.ops.attention import attention_difference
+from ftfast.ops.attention.difference import attention_difference
 
 # So small that only Python is timed.
 TINY = FactorShape("tiny", 2, 2, 2, 2)

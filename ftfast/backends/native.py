@@ -17,7 +17,7 @@ class Native(KernelBackend):
     automatic_on = ("cpu", "cuda")
     device_types = ("cpu", "cuda")
     expects_upstream = True
-    modules = MappingProxyType({"attention": "ftfast.ops.attention_native", "conv3x3": "ftfast.ops.conv3x3.native"})
+    modules = MappingProxyType({"attention": "ftfast.ops.attention.native", "conv3x3": "ftfast.ops.conv3x3.native"})
 
     def supports(self, device: torch.device, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Support:
         if device.type not in self.device_types:

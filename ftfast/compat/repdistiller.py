@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ftfast.compat.directions import direction, is_overridden
 from ftfast.compat.networks import PeerNetwork, check_channels, convolutions, truncated_channels
-from ftfast.ops.attention import attention_difference
+from ftfast.ops.attention.difference import attention_difference
 from ftfast.reference import attention_map
 
 __all__ = ["Attention", "FactorTransfer", "Paraphraser", "Translator"]
@@ -40,7 +40,7 @@ class FactorTransfer(nn.Module):
 
         Raises:
             TypeError, ValueError: maps or powers that cannot be compared, as
-                :func:`ftfast.ops.attention.attention_difference`.
+                :func:`ftfast.ops.attention.difference.attention_difference`.
         """
         return self.factor_loss(f_s, f_t)
 

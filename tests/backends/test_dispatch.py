@@ -14,7 +14,7 @@ import ftfast
 from ftfast import dispatch
 from ftfast.backends import KernelBackend, Support, native
 from ftfast.extension import load_extension
-from ftfast.ops.attention import attention_map
+from ftfast.ops.attention.map import attention_map
 from ftfast.ops.crop_resize import Window, can_crop, crop_resize
 from ftfast.ops.ft_loss import function as op
 from ftfast.ops.ft_loss import plans

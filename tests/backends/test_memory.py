@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ftfast
 from ftfast.backends.triton import interpreting
 from ftfast.ops import batch_norm
-from ftfast.ops.attention import attention_difference
+from ftfast.ops.attention.difference import attention_difference
 from ftfast.ops.batch_norm import Layer, convolution_norm
 from ftfast.ops.conv3x3.function import conv3x3_leaky_relu
 from ftfast.ops.crop_resize import Window, can_crop, crop_resize

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ftfast import reference
-from ftfast.ops.attention import attention_difference, attention_map
+from ftfast.ops.attention.difference import attention_difference
+from ftfast.ops.attention.map import attention_map
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDED_ONCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}

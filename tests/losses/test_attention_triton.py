@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ftfast import reference
-from ftfast.ops.attention import attention_difference
+from ftfast.ops.attention.difference import attention_difference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if not INTERPRETED and not torch.cuda.is_available():

@@ -15,7 +15,7 @@ from ftfast.distillation.models.registry import Outputs
 from ftfast.distillation.training.controls import CONTROLS
 from ftfast.head import FactorTransfer
 from ftfast.modules import Paraphraser, Translator
-from ftfast.ops.attention import attention_difference
+from ftfast.ops.attention.difference import attention_difference
 
 TEMPERATURE = 4.0
 

@@ -4,10 +4,12 @@
 
     p = 1: mean over n and i of |q_s - q_t|                       p = 2: mean over n and i of (q_s - q_t)^2
 
-The maps take nearly all the time: one read of each feature map forward, and backward one read and one write of the
-student's. What lies between is a factor transfer loss of H*W numbers a sample, and is computed as one. Backward keeps
-the features and the maps. Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017; HobbitLong's
-RepDistiller, distiller_zoo/FT.py and AT.py.
+The maps take nearly all the time: a read of both features, and a read of the student's and a write for its gradient.
+What lies between is a factor transfer loss of H*W numbers a sample, and is computed as one. On a CPU the gradient is
+written in forward, while a sample is in cache.
+
+Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017; HobbitLong's RepDistiller,
+distiller_zoo/FT.py and AT.py.
 """
 
 from types import ModuleType
@@ -18,14 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast import reference
-from ftfast.dispatch import kernels_for, resolve
+from ftfast.dispatch import resolve
+from ftfast.ops.attention.map import attention_map, dense, map_kernels
 from ftfast.ops.ft_loss.expected_upstream import expected_upstream, note_upstream
 from ftfast.ops.ft_loss.function import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
-from ftfast.ops.memory import is_batched, plain, save, saved
+from ftfast.ops.memory import is_batched, save, saved
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_EXPONENT = 4
 _EPS = 1e-12
 # So many samples are enough to share among threads, each whole. How many threads there are must not change a bit.
 _SAMPLES_TO_SHARE = 8
@@ -77,7 +78,7 @@ def _kernels_with_gradient(student: Tensor, teacher: Tensor, exponent: float, ba
     # What was made under inference_mode cannot be saved.
     if not wanted or student.shape[0] < _SAMPLES_TO_SHARE or student.is_inference() or teacher.is_inference():
         return None
-    kernels, of_teacher = (_kernels(side, exponent, backend) for side in (student, teacher))
+    kernels, of_teacher = (map_kernels(side, exponent, backend) for side in (student, teacher))
     return kernels if kernels is of_teacher and hasattr(kernels, "attention_difference") else None
 
 
@@ -124,61 +125,9 @@ def _with_gradient(
     student: Tensor, teacher: Tensor, how: Difference, upstream: float | None
 ) -> tuple[Tensor, Tensor | None]:
     found: tuple[Tensor, Tensor | None] = how.kernels.attention_difference(
-        _dense(student), _dense(teacher), how.exponent, how.p, _EPS, upstream
+        dense(student), dense(teacher), how.exponent, how.p, _EPS, upstream
     )
     return found
-
-
-def attention_map(features: Tensor, exponent: float, backend: str = "auto") -> Tensor:
-    """``features ** exponent`` averaged over channels, ``[N, H*W]`` in float32 (float64 for float64).
-
-    Args:
-        features: ``[N, C, H, W]``, any strides.
-        backend: "auto", "native" or "triton".
-    """
-    kernels = _kernels(features, exponent, backend)
-    if kernels is None:
-        return reference.attention_map(features, exponent)
-    if torch.is_grad_enabled() and features.requires_grad:
-        return AttentionMapFunction.apply(features, int(exponent), kernels)
-    return kernels.attention_map(_dense(features), int(exponent))
-
-
-def _kernels(features: Tensor, exponent: float, backend: str) -> ModuleType | None:
-    """Whose kernels compute this map; None for torch's operators."""
-    if torch.compiler.is_compiling() or exponent not in range(1, _LARGEST_EXPONENT + 1) or features.numel() == 0:
-        return None
-    return kernels_for("attention", features.device, features.dtype, backend) if features.dtype in _DTYPES else None
-
-
-class AttentionMapFunction(torch.autograd.Function):
-    """Keeps the features alone."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, exponent: int, kernels: ModuleType) -> Tensor:
-        ctx.exponent, ctx.kernels = exponent, kernels
-        save(ctx, features)
-        return kernels.attention_map(_dense(features), exponent)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (features,) = saved(ctx)
-        if torch.is_grad_enabled() or is_batched(upstream):
-            return _differentiable_gradient(features, upstream, ctx.exponent), None, None
-        return ctx.kernels.attention_gradient(_dense(features), plain(upstream).contiguous(), ctx.exponent), None, None
-
-
-def _differentiable_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Tensor:
-    samples, channels, height, width = features.shape
-    factor = upstream.view(samples, 1, height, width) * (exponent / channels)
-    return (features.to(factor.dtype).pow(exponent - 1) * factor).to(features.dtype)
-
-
-def _dense(features: Tensor) -> Tensor:
-    features = plain(features)
-    if features.is_contiguous() or features.is_contiguous(memory_format=torch.channels_last):
-        return features
-    return features.contiguous()
 
 
 def _pooled(features: Tensor, height: int) -> Tensor:
