@@ -62,9 +62,9 @@ void attention_gradient(const AttentionMap& work) {
 }
 
 float attention_difference(const AttentionDifference& work) {
-  const AttentionMap &student = work.student, &teacher = work.teacher;
-  const AttentionKernels of_student = kernels_of(student), of_teacher = kernels_of(teacher);
-  const int64_t samples = student.samples, pixels = student.pixels, row = 3 * pixels;
+  const AttentionMap& student = work.student;
+  const AttentionKernels kernels = kernels_of(student);
+  const int64_t samples = student.samples, pixels = student.pixels;
   const double scale = 1 / (double(samples) * double(pixels));
   Problem loss;  // of one sample's maps
   loss.samples = loss.dims = 1;
@@ -77,15 +77,13 @@ float attention_difference(const AttentionDifference& work) {
   loss.scale = 1;
   loss.upstream = work.p == 1 ? scale * work.upstream : 1;
   loss.mean_of_rows = false;
-  const std::unique_ptr<float[]> rows(new float[samples * row]), distances(new float[samples]);
-  const int64_t bytes = samples * (2 * bytes_of_sample(student) + bytes_of_sample(teacher));
-  share(samples, bytes, student.threads, [&](int64_t n) {
-    float *student_map = &rows[n * row], *teacher_map = student_map + pixels, *upstream = teacher_map + pixels;
-    for (int64_t part = 0; part < parts_of(teacher); ++part) map_part(teacher, of_teacher, n, part, teacher_map);
-    for (int64_t part = 0; part < parts_of(student); ++part) map_part(student, of_student, n, part, student_map);
+  const std::unique_ptr<float[]> rows(new float[samples * 2 * pixels]), distances(new float[samples]);
+  share(samples, 2 * samples * bytes_of_sample(student), student.threads, [&](int64_t n) {
+    float *map = &rows[n * 2 * pixels], *upstream = map + pixels;
+    for (int64_t part = 0; part < parts_of(student); ++part) map_part(student, kernels, n, part, map);
     Problem one = loss;
-    one.student.data = reinterpret_cast<char*>(student_map);
-    one.teacher.data = reinterpret_cast<char*>(teacher_map);
+    one.student.data = reinterpret_cast<char*>(map);
+    one.teacher.data = reinterpret_cast<char*>(const_cast<float*>(work.teacher_map + n * pixels));
     one.student_gradient.data = student.result ? reinterpret_cast<char*>(upstream) : nullptr;
     ft_loss_forward(one, &distances[n], nullptr);
     if (!student.result) return;
@@ -93,7 +91,7 @@ float attention_difference(const AttentionDifference& work) {
       const float factor = float(2 * scale * work.upstream * distances[n]);
       for (int64_t i = 0; i < pixels; ++i) upstream[i] *= factor;
     }
-    gradient_part(student, of_student, n, 0, 1, upstream);
+    gradient_part(student, kernels, n, 0, 1, upstream);
   });
   double total = 0;
   for (int64_t n = 0; n < samples; ++n) total += work.p == 1 ? distances[n] : double(distances[n]) * distances[n];

@@ -33,10 +33,11 @@ void attention_gradient(const AttentionMap& work);
 // The mean over samples and pixels of |q_s - q_t|^p, q being a map over its norm, and the gradient of the student's
 // features: one sample after the other, so that the features are read for the gradient while they are in cache.
 struct AttentionDifference {
-  AttentionMap student, teacher;  // their results: the gradient, or nothing where it is not wanted, and nothing
-  int p = 1;                      // 1 or 2
-  double eps = 0;                 // the floor of a norm
-  double upstream = 1;            // what the gradient is written for
+  AttentionMap student;               // result: the gradient, or null where it is not wanted
+  const float* teacher_map = nullptr;  // [N, H * W]
+  int p = 1;                          // 1 or 2
+  double eps = 0;                     // the floor of a norm
+  double upstream = 1;                // what the gradient is written for
 };
 float attention_difference(const AttentionDifference& work);
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 
 namespace ftfast {
 
@@ -14,8 +15,16 @@ template <class Body>
 void share(int64_t count, int64_t bytes, int threads, Body body) {
   const int workers = int(std::max<int64_t>(1, std::min<int64_t>({threads, count, bytes / bytes_per_thread})));
   (void)workers;
+  bool out_of_memory = false;  // an exception must not leave a parallel region
 #pragma omp parallel for num_threads(workers) schedule(static)
-  for (int64_t i = 0; i < count; ++i) body(i);
+  for (int64_t i = 0; i < count; ++i) {
+    try {
+      body(i);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace ftfast

@@ -62,9 +62,10 @@ void attention(const AttentionMap& map, uintptr_t upstream, uintptr_t result) {
   (upstream ? attention_gradient : attention_map)(work);
 }
 
-float difference(const AttentionMap& student, const AttentionMap& teacher, uintptr_t gradient, int p, double eps,
+// gradient is 0 where it is not wanted
+float difference(const AttentionMap& student, uintptr_t teacher_map, uintptr_t gradient, int p, double eps,
                  double upstream) {
-  AttentionDifference work{student, teacher, p, eps, upstream};
+  AttentionDifference work{student, reinterpret_cast<float*>(teacher_map), p, eps, upstream};
   work.student.result = reinterpret_cast<void*>(gradient);
   py::gil_scoped_release release;
   return attention_difference(work);
@@ -141,12 +142,12 @@ std::pair<int64_t, int> rows_of_files(uintptr_t descriptors, uintptr_t offsets, 
 }  // namespace ftfast
 
 namespace ftfast {
-void bind_convolutions(py::module_& module);  // bindings_conv3x3.cpp
-void bind_loss(py::module_& module);          // bindings_ft_loss.cpp
+void bind_convolutions(py::module_& module);  // conv3x3.cpp
+void bind_loss(py::module_& module);          // ft_loss.cpp
 }
 #if defined(FTFAST_CUDA)
 namespace ftfast::cuda {
-void bind(py::module_& module);  // bindings_cuda.cpp
+void bind(py::module_& module);  // cuda.cpp
 }
 #endif
 

@@ -50,8 +50,8 @@ _OFFICIAL: dict[str, Any] = {
     "threads": 0,
 }
 
-# What two cores do in about an hour: students that see a sixth of the teacher's images until they learn nothing more, and
-# of each weight four values, a factor of four or five apart (alpha: 0.3 to 0.9), chosen on two halves of their images.
+# What two cores do in about an hour: students that see a sixth of the teacher's images until they learn nothing more.
+# Of each weight four values are tried, a factor of four or five apart (alpha: 0.3 to 0.9), on two halves of the images.
 _FASHION_MNIST: dict[str, Any] = {
     "methods": ("none", "kd", "at", "fitnet", "ft", "ft+kd"),
     "seeds": 5,

@@ -5,8 +5,9 @@
     p = 1: mean over n and i of |q_s - q_t|                       p = 2: mean over n and i of (q_s - q_t)^2
 
 The maps take nearly all the time: a read of both features, and a read of the student's and a write for its gradient.
-What lies between is a factor transfer loss of H*W numbers a sample, and is computed as one. On a CPU the gradient is
-written in forward, while a sample is in cache.
+What lies between is a factor transfer loss of H*W numbers a sample, and is computed as one. On a CPU and from 8 samples
+on the student's gradient is written in forward, while a sample is in cache. Backward keeps the student's features and,
+of the teacher, its map alone.
 
 Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017; HobbitLong's RepDistiller,
 distiller_zoo/FT.py and AT.py.
@@ -22,6 +23,7 @@ from torch import Tensor
 from ftfast import reference
 from ftfast.dispatch import resolve
 from ftfast.ops.attention.map import attention_map, dense, map_kernels
+from ftfast.ops.differentiable import gradients_through_torch
 from ftfast.ops.ft_loss.expected_upstream import expected_upstream, note_upstream
 from ftfast.ops.ft_loss.function import needs_torch_operators, run
 from ftfast.ops.maps import no_autocast
@@ -57,32 +59,35 @@ def attention_difference(
         return reference.attention_difference(student_features, teacher_features, exponent=exponent, p=p)
     size = min(student_features.shape[2], teacher_features.shape[2])
     student, teacher = (_pooled(side, size) for side in (student_features, teacher_features))
-    kernels = _kernels_with_gradient(student, teacher, exponent, wanted)
-    if kernels is not None:
-        return AttentionDifferenceFunction.apply(student, teacher, Difference(int(exponent), int(p), kernels))
-    return _difference_of_maps(student, teacher, exponent, p, backend)
+    teacher_map = attention_map(teacher, exponent, wanted)
+    kernels = _kernels_of_both(student, teacher_map, exponent, wanted)
+    if kernels is None:
+        return _difference_of_maps(attention_map(student, exponent, wanted), teacher_map, p, backend)
+    how = How(int(exponent), int(p), kernels)
+    if torch.is_grad_enabled() and student.requires_grad:
+        return AttentionDifferenceFunction.apply(student, teacher_map, how)
+    return _compute(student, teacher_map, how, None)[0]
 
 
-def _difference_of_maps(student: Tensor, teacher: Tensor, exponent: float, p: float, backend: str) -> Tensor:
-    maps = [attention_map(side, exponent, resolve(backend)) for side in (student, teacher)]
+def _difference_of_maps(student_map: Tensor, teacher_map: Tensor, p: float, backend: str) -> Tensor:
     if p == 1:
-        return run(*maps, p=1, reduction="mean", eps=_EPS, weight=1.0, backend=backend)
-    lengths = run(*maps, p=2, reduction="none", eps=_EPS, weight=1.0, backend=backend)
-    return lengths.square().mean() / maps[0].shape[1]
+        return run(student_map, teacher_map, p=1, reduction="mean", eps=_EPS, weight=1.0, backend=backend)
+    lengths = run(student_map, teacher_map, p=2, reduction="none", eps=_EPS, weight=1.0, backend=backend)
+    return lengths.square().mean() / teacher_map.shape[1]
 
 
-def _kernels_with_gradient(student: Tensor, teacher: Tensor, exponent: float, backend: str) -> ModuleType | None:
-    """Whose kernels write the student's gradient along with the loss; None where that is not wanted, or by nobody."""
-    wanted = torch.is_grad_enabled() and student.requires_grad and not teacher.requires_grad
-    wanted = wanted and not torch.compiler.is_compiling()
-    # What was made under inference_mode cannot be saved.
-    if not wanted or student.shape[0] < _SAMPLES_TO_SHARE or student.is_inference() or teacher.is_inference():
+def _kernels_of_both(student: Tensor, teacher_map: Tensor, exponent: float, backend: str) -> ModuleType | None:
+    """Whose kernels compute the student's map, the loss and the gradient in one; None where nobody's do."""
+    if torch.compiler.is_compiling() or student.shape[0] < _SAMPLES_TO_SHARE:
         return None
-    kernels, of_teacher = (map_kernels(side, exponent, backend) for side in (student, teacher))
-    return kernels if kernels is of_teacher and hasattr(kernels, "attention_difference") else None
+    if teacher_map.requires_grad or teacher_map.dtype != torch.float32:
+        return None
+    # What was made under inference_mode cannot be saved.
+    kernels = None if student.is_inference() else map_kernels(student, exponent, backend)
+    return kernels if hasattr(kernels, "attention_difference") else None
 
 
-class Difference(NamedTuple):
+class How(NamedTuple):
     """How two attention maps are compared."""
 
     exponent: int
@@ -91,41 +96,43 @@ class Difference(NamedTuple):
 
 
 class AttentionDifferenceFunction(torch.autograd.Function):
-    """Keeps both features; beside lies the student's gradient for the upstream gradient that is expected."""
+    """Keeps the student's features and the teacher's map; beside lies the gradient for the upstream one expected."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, how: Difference) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher_map: Tensor, how: How) -> Tensor:
         ctx.how, ctx.kind = how, ("attention", how.p, student.shape[1])
         ctx.written_for = expected_upstream(ctx.kind)
-        save(ctx, student, teacher)
-        loss, ctx.gradient = _with_gradient(student, teacher, how, ctx.written_for)
+        save(ctx, student, teacher_map)
+        loss, ctx.gradient = _compute(student, teacher_map, how, ctx.written_for)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         how, gradient = ctx.how, ctx.gradient
-        reads_memory = not (torch.is_grad_enabled() or is_batched(upstream))
         runs_again = torch._C._autograd._get_current_graph_task_keep_graph()
         # The graph may be run again, and whoever receives the gradient may write to it.
         if not runs_again:
             ctx.gradient = None
-        if not reads_memory:
-            student, teacher = saved(ctx)
-            with torch.enable_grad():
-                loss = reference.attention_difference(student, teacher, exponent=how.exponent, p=how.p)
-                return torch.autograd.grad(loss, student, upstream, create_graph=True)[0], None, None
+        if torch.is_grad_enabled() or is_batched(upstream):
+            student, teacher_map = saved(ctx)
+
+            def difference(student: Tensor) -> Tensor:
+                student_map = reference.attention_map(student, how.exponent)
+                return _difference_of_maps(student_map, teacher_map, how.p, "reference")
+
+            return gradients_through_torch(difference, (student,), (True,), upstream)[0], None, None
         number = upstream.item()
         if gradient is not None and number == ctx.written_for:
             return gradient.clone() if runs_again else gradient, None, None
         note_upstream(ctx.kind, number)
-        return _with_gradient(*saved(ctx), how, number)[1], None, None
+        student, teacher_map = saved(ctx)
+        return _compute(student, teacher_map, how, number)[1], None, None
 
 
-def _with_gradient(
-    student: Tensor, teacher: Tensor, how: Difference, upstream: float | None
-) -> tuple[Tensor, Tensor | None]:
+def _compute(student: Tensor, teacher_map: Tensor, how: How, upstream: float | None) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the gradient for an upstream gradient where there is one."""
     found: tuple[Tensor, Tensor | None] = how.kernels.attention_difference(
-        dense(student), dense(teacher), how.exponent, how.p, _EPS, upstream
+        dense(student), teacher_map, how.exponent, how.p, _EPS, upstream
     )
     return found
 

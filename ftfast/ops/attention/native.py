@@ -26,22 +26,28 @@ def attention_gradient(features: Tensor, upstream: Tensor, exponent: int) -> Ten
 
 
 def attention_difference(
-    student: Tensor, teacher: Tensor, exponent: int, p: int, eps: float, upstream: float | None
+    student: Tensor, teacher_map: Tensor, exponent: int, p: int, eps: float, upstream: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """``mean |q_s - q_t| ** p`` of maps over their norms, 0-d float32, and the student's gradient for ``upstream``.
 
     Every sample's features are still in cache when its gradient is written, which spares reading them again.
 
     Args:
-        student, teacher: ``[N, C, H, W]`` of one H*W, contiguous or channels_last.
+        student: ``[N, C, H, W]``, contiguous or channels_last.
+        teacher_map: ``[N, H*W]``, contiguous, float32.
         exponent, p: 1 to 4, and 1 or 2.
         eps: the floor of a norm.
         upstream: None for the loss alone.
     """
     gradient = None if upstream is None else torch.empty_like(student)
-    maps = (_map_of(side, exponent) for side in (student, teacher))
-    address = 0 if gradient is None else gradient.data_ptr()
-    loss = extension().attention_difference(*maps, address, p, eps, 0.0 if upstream is None else upstream)
+    loss = extension().attention_difference(
+        _map_of(student, exponent),
+        teacher_map.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        p,
+        eps,
+        0.0 if upstream is None else upstream,
+    )
     return torch.tensor(loss, dtype=torch.float32, device=student.device), gradient
 
 

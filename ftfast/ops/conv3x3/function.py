@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.dispatch import kernels_for
+from ftfast.ops.differentiable import gradients_through_torch
 from ftfast.ops.ft_loss.function import needs_torch_operators
 from ftfast.ops.maps import as_map, map_dtype, no_autocast
-from ftfast.ops.memory import plain, save, saved
+from ftfast.ops.memory import is_batched, plain, save, saved
 
 
 def _kernels(x: Tensor, weight: Tensor, negative_slope: float, *, transposed: bool) -> ModuleType | None:
@@ -71,8 +72,7 @@ class Conv3x3Function(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, features, y = saved(ctx)
         needed = ctx.needs_input_grad[:3]
-        batched = torch._C._functorch.is_batchedtensor(upstream)
-        if torch.is_grad_enabled() or batched:
+        if torch.is_grad_enabled() or is_batched(upstream):
             return (*_differentiable_backward(ctx, x, weight, bias, upstream, y.dtype), None, None, None)
         with no_autocast(x.device.type):
             upstream = plain(upstream)
@@ -98,9 +98,9 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """Under create_graph the layer is computed again by torch, which can differentiate it twice."""
     convolve = F.conv_transpose2d if ctx.transposed else F.conv2d
-    inputs = [tensor for tensor, need in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True) if need]
-    with torch.enable_grad():
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         z = convolve(x.to(dtype), weight.to(dtype), bias.to(dtype), padding=1)
-        y = F.leaky_relu(z, ctx.negative_slope)
-        found = iter(torch.autograd.grad(y, inputs, upstream, create_graph=torch.is_grad_enabled()))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad[:3])
+        return F.leaky_relu(z, ctx.negative_slope)
+
+    return gradients_through_torch(layer, (x, weight, bias), ctx.needs_input_grad[:3], upstream)

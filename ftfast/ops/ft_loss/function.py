@@ -1,5 +1,6 @@
 """The loss as autograd sees it: the way from the public function to a backend, and one autograd.Function."""
 
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from ftfast import reference
 from ftfast.arguments import check_factors, check_options
 from ftfast.backends import KernelBackend, LossPlan, Options
 from ftfast.dispatch import BACKENDS, choose, resolve
+from ftfast.ops.differentiable import gradients_through_torch
 from ftfast.ops.ft_loss import compiled as ft_loss_compiled
 from ftfast.ops.ft_loss.plans import loss_plan
 from ftfast.ops.memory import as_saved, is_batched, lies_in_memory, plain
@@ -195,20 +197,11 @@ class FTLossFunction(torch.autograd.Function):
         weight = ctx.weight if weight is None else plain(weight)
         needed = ctx.needs_input_grad[:2]
         if not reads_memory:
-            with torch.enable_grad():
-                options = Options(ctx.plan.p, ctx.plan.reduction, ctx.plan.eps, weight)
-                return (*_differentiable_backward(student, teacher, upstream, options, needed), None, None)
+            # Through the reference, which can be differentiated again.
+            options = Options(ctx.plan.p, ctx.plan.reduction, ctx.plan.eps, weight)._asdict()
+            loss = partial(reference.ft_loss, **options)
+            return (*gradients_through_torch(loss, (student, teacher), needed, upstream), None, None)
         statistics = ctx.statistics
         if statistics is None:
             _, statistics = ctx.plan.forward(student, teacher, weight)
         return (*ctx.plan.backward(student, teacher, statistics, plain(upstream), weight, needed), None, None)
-
-
-def _differentiable_backward(
-    student: Tensor, teacher: Tensor, upstream: Tensor, options: Options, needed: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Under create_graph the gradient is taken through the reference, which can be differentiated again."""
-    inputs = [factor for factor, need in zip((student, teacher), needed, strict=True) if need]
-    loss = reference.ft_loss(student, teacher, **options._asdict())
-    gradients = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
-    return (next(gradients) if needed[0] else None), (next(gradients) if needed[1] else None)
