@@ -86,8 +86,9 @@ class KernelBackend(Backend):
     Attributes:
         device_types: those that its kernels are written for.
         expects_upstream: its forward pass may write the gradient for the upstream gradient of the steps before.
-        modules: what else it computes, and the module that does: ``"attention"`` as ftfast.ops.attention.native
-            (whose ``attention_difference`` may be left out), ``"conv3x3"`` as ftfast.ops.conv3x3.native, ``"crop_resize"`` as ftfast.kernels.crop_resize.
+        modules: what else it computes, and the module that does: ``"attention"`` as ftfast.ops.attention.native (whose
+            ``attention_difference`` may be left out), ``"conv3x3"`` as ftfast.ops.conv3x3.native, ``"crop_resize"`` as
+            ftfast.kernels.crop_resize.
     """
 
     device_types: tuple[str, ...] = ()
